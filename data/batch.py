@@ -1,0 +1,32 @@
+"""What every source takes and yields: a Plan says which samples and how they are read, a Batch holds them.
+
+N images, H x W pixels, C channels, K attributes.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to read for N positions of a run: every choice is already made, so reading draws nothing at random."""
+
+    positions_N: np.ndarray  # int64, images since the start of the run
+    samples_N: np.ndarray  # int64, index into the data set
+    crops_N2: np.ndarray  # float64 in [0, 1), top and left of the crop as a share of the free room
+    captions_N: np.ndarray  # float64 in [0, 1), which caption: floor(u * number of captions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """N samples, decoded; pixels stay uint8 until the network's input is made from them."""
+
+    positions_N: np.ndarray  # int64, copied from the plan
+    keys: list[str]  # sample keys, for traces and messages
+    images_NHWC: torch.Tensor  # uint8
+    captions: list[str] | None = None
+    labels_N: torch.Tensor | None = None  # int64, class index
+    attributes_NK: torch.Tensor | None = None  # int8: 1 present, 0 absent, -1 unknown
+    skipped: list[str] = field(default_factory=list)  # "key: reason" of samples that could not be read

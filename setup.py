@@ -1,0 +1,38 @@
+"""Installs the repository's folders as one package: engine/ is imported as duotone.engine, and so on.
+
+Rule for readers: drop `duotone.` and the dots become slashes. `kernels/` and `data/` have no `__init__.py` on purpose:
+as namespace folders they never shadow other packages of those names when the repository root is on `sys.path`.
+"""
+
+from setuptools import find_namespace_packages, setup
+
+FOLDERS = ["engine", "kernels", "data"]
+LINUX = 'platform_system == "Linux" and platform_machine == "x86_64"'
+
+setup(
+    name="duotone",
+    version="0.1.0",
+    description="A training engine for conditional diffusion models",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    package_dir={f"duotone.{folder}": folder for folder in FOLDERS},
+    packages=[f"duotone.{package}" for package in find_namespace_packages(include=[f"{f}*" for f in FOLDERS])],
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "numpy>=1.26",
+        "pillow>=11",
+        "safetensors>=0.5",
+        "transformers>=4.50",
+        "webdataset>=1.0",
+        "tyro>=1.0",
+        "tqdm>=4.66",
+        "wandb>=0.20",
+        "tensorboard>=2.17",
+        f"triton>=3.6; {LINUX}",
+        f"xformers>=0.0.34; {LINUX}",
+        f"nvidia-dali-cuda130>=2.0; {LINUX}",
+        'deepspeed>=0.19; platform_system == "Linux"',
+    ],
+    extras_require={"dev": ["pytest>=8", "ruff>=0.12", "diffusers>=0.38", "scikit-learn>=1.5", "matplotlib>=3.9"]},
+    entry_points={"console_scripts": ["duotone = duotone.engine.cli:main"]},
+)
