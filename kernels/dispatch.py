@@ -1,0 +1,90 @@
+"""What decides whether a call runs a Triton kernel or its reference, and what the run's record says about it.
+
+This is the only place that knows Triton may be absent: kernel files take `triton` and `tl` from here, and where there
+is no Triton (macOS) the decorators leave inert objects behind and every call goes to its reference.
+"""
+
+import os
+from collections import Counter
+
+import torch
+
+
+class _Absent:
+    """Stands for the missing package while kernel files are imported: any attribute, any call, never launched."""
+
+    def __getattr__(self, name):
+        return self
+
+    def __call__(self, *arguments, **options):
+        return self
+
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:
+    triton = tl = _Absent()
+    HAS_TRITON = False
+
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+
+launches: Counter = Counter()
+_fallbacks: dict[str, dict[tuple, str]] = {}
+_disabled: dict[str, str] = {}
+
+
+def count_launch(kernel: str, number: int = 1) -> None:
+    """Count launches of a Triton kernel; inside a compiled graph this counts once per compilation."""
+    launches[kernel] += number
+
+
+def runs_kernel(kernel: str, tensor: torch.Tensor) -> bool:
+    """True where a Triton kernel can be launched on this tensor's device and its self-test has not disabled it."""
+    if kernel in _disabled:
+        return False
+    return INTERPRETED if tensor.device.type == "cpu" else HAS_TRITON and tensor.device.type == "cuda"
+
+
+@torch.compiler.assume_constant_result
+def count_fallback(kernel: str, reason: str, *shape: int) -> None:
+    """Note that `kernel` went to its reference for this reason, once per shape."""
+    _fallbacks.setdefault(kernel, {})[(reason, *shape)] = reason
+
+
+def fallbacks() -> list[dict]:
+    """What the run's record shows: one row per kernel, reason and shape that went to a reference."""
+    return [
+        {"kernel": kernel, "reason": reason, "shape": list(shape)}
+        for kernel, seen in _fallbacks.items()
+        for reason, *shape in seen
+    ]
+
+
+def disable(kernel: str, reason: str) -> None:
+    """Send every further call of `kernel` to its reference; the record shows the reason."""
+    _disabled[kernel] = reason
+    count_fallback(kernel, reason)
+
+
+def disabled() -> dict[str, str]:
+    """Kernels that a self-test switched off, with the reason."""
+    return dict(_disabled)
+
+
+def refuse(argument: str, must: str, got) -> None:
+    """Raise the one form of message that input which cannot fit gets."""
+    raise ValueError(f"{argument} must be {must}, got {got}")
+
+
+def require(condition: bool, argument: str, must: str, got) -> None:
+    """Refuse unless the condition holds."""
+    if not condition:
+        refuse(argument, must, got)
+
+
+def require_same_device(argument: str, tensor: torch.Tensor, other: torch.Tensor) -> None:
+    """Refuse a tensor that lives on another device than the first argument."""
+    require(tensor.device == other.device, argument, f"on {other.device}", tensor.device)
