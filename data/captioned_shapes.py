@@ -1,0 +1,203 @@
+"""The embedded data set: drawings such as "a red circle on a blue background", and a checker that reads them back.
+
+Four shapes in six colours on six backgrounds, never in the background's own colour: 120 captions. Every drawing is a
+function of (seed, number), so the set is the same everywhere.
+"""
+
+import colorsys
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from duotone.data.order import samples_at
+from duotone.data.refusal import Refused
+from duotone.data.write_shards import Sample, encode_image, write_shards
+
+SHAPES = ["circle", "square", "triangle", "cross"]
+PALETTE_HSV = {
+    "red": (0.0, 0.86, 0.86),
+    "green": (0.36, 0.76, 0.66),
+    "blue": (0.615, 0.80, 0.86),
+    "yellow": (0.14, 0.84, 0.96),
+    "white": (0.0, 0.03, 0.94),
+    "black": (0.0, 0.04, 0.09),
+}
+COLOURS = list(PALETTE_HSV)
+ATTRIBUTES = SHAPES + COLOURS + [f"{colour} background" for colour in COLOURS]
+SIZES = range(16, 129)
+DRAWS = 16  # random numbers a drawing uses, at most
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What a drawing shows; "none" where a checker finds nothing it can name."""
+
+    shape: str
+    colour: str
+    background: str
+
+    @property
+    def caption(self) -> str:
+        """The sentence that the drawing is paired with."""
+        return f"a {self.colour} {self.shape} on a {self.background} background"
+
+
+DRAWINGS = [Drawing(s, c, b) for s in SHAPES for c in COLOURS for b in COLOURS if b != c]
+
+
+def captions() -> list[str]:
+    """Every caption of the set."""
+    return [drawing.caption for drawing in DRAWINGS]
+
+
+def drawing_of(caption: str) -> Drawing:
+    """The drawing that a caption of the set asks for; raises KeyError for another sentence."""
+    return {drawing.caption: drawing for drawing in DRAWINGS}[caption]
+
+
+def generate(count: int, size: int = 32, seed: int = 0) -> Iterator[Sample]:
+    """`count` drawings of size x size pixels; each run of 120 holds every caption once. Raises Refused for a bad size."""
+    if size not in SIZES or count < 1:
+        raise Refused(f"captioned shapes: size is {size} and count {count}; size goes from 16 to 128, count from 1")
+    order_N = samples_at(seed, np.arange(count), len(DRAWINGS))
+    draws_NK = np.random.Philox(key=np.array([seed % 2**64, 2**63], dtype=np.uint64)).random_raw((count, DRAWS)) / 2.0**64
+    for kind, draws_K in zip(order_N.tolist(), draws_NK):
+        drawing = DRAWINGS[kind]
+        yield Sample(
+            image=render(drawing, size, draws_K),
+            captions=[drawing.caption],
+            label=SHAPES.index(drawing.shape),
+            attributes=_attributes(drawing),
+        )
+
+
+def write(out: Path, count: int = 12_000, size: int = 32, seed: int = 0) -> dict:
+    """The set as real shards (JPEG, txt, json); returns dataset.json's content."""
+    about = {"made_by": "captioned_shapes", "size": size, "seed": seed}
+    return write_shards(generate(count, size, seed), out, classes=SHAPES, attributes=ATTRIBUTES, about=about)
+
+
+def render(drawing: Drawing, size: int, draws_K: np.ndarray) -> np.ndarray:
+    """One drawing, uint8 (size, size, 3); draws_K in [0, 1) place, turn, scale and tint it."""
+    draws = iter(draws_K.tolist())
+    radius = 0.25 + 0.12 * next(draws)  # of the circle around the shape's body, as a share of the side
+    reach = radius * 1.1
+    centre_x, centre_y = (reach + (1 - 2 * reach) * next(draws) for _ in "xy")
+    angle = np.deg2rad(30 * next(draws) - 15)
+    y_H1, x_1W = (np.mgrid[0:size, 0:size] + 0.5) / size - np.array([centre_y, centre_x])[:, None, None]
+    u_HW = np.cos(angle) * x_1W + np.sin(angle) * y_H1
+    v_HW = np.cos(angle) * y_H1 - np.sin(angle) * x_1W
+    inside_HW1 = np.clip(0.5 - size * _distance(drawing.shape, u_HW, v_HW, radius), 0, 1)[:, :, None]
+    front_3, back_3 = (_tinted(colour, draws) for colour in (drawing.colour, drawing.background))
+    return np.rint(255 * (inside_HW1 * front_3 + (1 - inside_HW1) * back_3)).astype(np.uint8)
+
+
+def _distance(shape: str, u_HW: np.ndarray, v_HW: np.ndarray, radius: float) -> np.ndarray:
+    """Distance to the outline, negative inside, in shares of the side."""
+    across_HW, along_HW = np.abs(u_HW), np.abs(v_HW)
+    if shape == "circle":
+        return np.hypot(u_HW, v_HW) - radius
+    if shape == "square":
+        return np.maximum(across_HW, along_HW) - 0.85 * radius
+    if shape == "triangle":  # v points down: the tip is up
+        return np.maximum(v_HW, np.sqrt(0.75) * across_HW - 0.5 * v_HW) - 0.55 * radius
+    arm, half_width = radius, 0.34 * radius
+    bar_HW = np.maximum(across_HW - arm, along_HW - half_width)
+    return np.minimum(bar_HW, np.maximum(across_HW - half_width, along_HW - arm))
+
+
+def _tinted(colour: str, draws: Iterator[float]) -> np.ndarray:
+    hue, saturation, value = PALETTE_HSV[colour]
+    hue = (hue + 0.04 * (next(draws) - 0.5)) % 1
+    saturation = np.clip(saturation + 0.12 * (next(draws) - 0.5), 0, 1)
+    value = np.clip(value + 0.12 * (next(draws) - 0.5), 0, 1)
+    return np.array(colorsys.hsv_to_rgb(hue, float(saturation), float(value)))
+
+
+def _attributes(drawing: Drawing) -> list[int]:
+    present = {drawing.shape, drawing.colour, f"{drawing.background} background"}
+    return [int(name in present) for name in ATTRIBUTES]
+
+
+# The checker knows pixels only: nothing above this line is used below it, except the names.
+
+MIN_CONTRAST = 40.0  # of 441, the distance from black to white
+HUES = {"red": (320, 25), "yellow": (25, 75), "green": (75, 165), "blue": (165, 280)}  # degrees
+
+
+def read_back(image_HWC: np.ndarray) -> Drawing:
+    """What a picture shows, by rules on its pixels: border colour, the colour that stands out, and its outline's symmetry."""
+    image_HW3 = image_HWC.astype(np.float64)
+    background_3 = np.median(_border(image_HW3), axis=0)
+    contrast_HW = np.linalg.norm(image_HW3 - background_3, axis=2)
+    strongest = np.quantile(contrast_HW, 0.97)
+    if strongest < MIN_CONTRAST:
+        return Drawing("none", "none", name_colour(background_3))
+    colour_3 = np.median(image_HW3[contrast_HW > 0.7 * strongest], axis=0)
+    difference_3 = colour_3 - background_3
+    inside_HW = np.clip((image_HW3 - background_3) @ difference_3 / (difference_3 @ difference_3), 0, 1)
+    return Drawing(name_shape(inside_HW), name_colour(colour_3), name_colour(background_3))
+
+
+def name_colour(rgb_3: np.ndarray) -> str:
+    """A colour's name from its lightness, saturation and hue; "none" for grays and purples."""
+    hue, saturation, value = colorsys.rgb_to_hsv(*(np.clip(rgb_3, 0, 255) / 255).tolist())
+    if value < 0.33:
+        return "black"
+    if saturation < 0.3:
+        return "white" if value > 0.66 else "none"
+    degrees = 360 * hue
+    inside = [name for name, (low, high) in HUES.items() if (degrees - low) % 360 < (high - low) % 360]
+    return inside[0] if inside else "none"
+
+
+def name_shape(inside_HW: np.ndarray) -> str:
+    """A shape's name from the threefold and fourfold symmetry of its soft mask."""
+    three, four = symmetry(inside_HW, 3), symmetry(inside_HW, 4)
+    if three > 0.2:
+        return "triangle"
+    return "cross" if four > 0.5 else "square" if four > 0.1 else "circle"
+
+
+def symmetry(inside_HW: np.ndarray, fold: int) -> float:
+    """How strongly a mask repeats `fold` times around its centre, 0 to 1: |sum m z^fold| / sum m |z|^fold."""
+    mask_HW = np.where(inside_HW > 0.3, inside_HW, 0)
+    y_HW, x_HW = np.mgrid[0 : mask_HW.shape[0], 0 : mask_HW.shape[1]]
+    centre_y, centre_x = (mask_HW * y_HW).sum() / mask_HW.sum(), (mask_HW * x_HW).sum() / mask_HW.sum()
+    z_HW = ((x_HW - centre_x) + 1j * (y_HW - centre_y)) ** fold
+    return float(abs((mask_HW * z_HW).sum()) / (mask_HW * abs(z_HW)).sum())
+
+
+def _border(image_HW3: np.ndarray) -> np.ndarray:
+    edges = [image_HW3[0], image_HW3[-1], image_HW3[:, 0], image_HW3[:, -1]]
+    return np.concatenate(edges)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confusion:
+    """How the checker reads real drawings: counts by (shown, read), the last column for "none"."""
+
+    shape: np.ndarray  # (4, 5)
+    colour: np.ndarray  # (6, 7)
+    background: np.ndarray  # (6, 7)
+
+    def accuracy(self, part: str) -> float:
+        """Share read correctly, of "shape", "colour" or "background"."""
+        counts = getattr(self, part)
+        return float(np.trace(counts) / counts.sum())
+
+
+def confusion(count: int = 1200, size: int = 32, seed: int = 2**40) -> Confusion:
+    """The checker on `count` held-out drawings (a seed nobody trains on), stored as JPEG and read again."""
+    tables = {"shape": SHAPES, "colour": COLOURS, "background": COLOURS}
+    counts = {part: np.zeros((len(names), len(names) + 1), dtype=np.int64) for part, names in tables.items()}
+    for sample in generate(count, size, seed):
+        shown = drawing_of(sample.captions[0])
+        read = read_back(np.asarray(Image.open(io.BytesIO(encode_image(sample.image, "jpg", 95)))))
+        for part, names in tables.items():
+            counts[part][names.index(getattr(shown, part)), [*names, "none"].index(getattr(read, part))] += 1
+    return Confusion(**counts)

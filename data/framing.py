@@ -1,0 +1,43 @@
+"""Which rectangle of a stored image becomes the square that is trained on, and how it is turned upright.
+
+Boxes are whole pixels (top, left, height, width) of the image as stored; EXIF orientation is applied to the finished
+square, so every decoder only cuts and resizes.
+"""
+
+from typing import Literal
+
+import numpy as np
+
+Resize = Literal["crop", "squash", "none"]
+Crop = Literal["random", "center"]
+
+
+def boxes(sides_N2: np.ndarray, orientations_N: np.ndarray, crops_N2: np.ndarray | None, resize: Resize) -> np.ndarray:
+    """Boxes int64 (N, 4) in images of the given heights and widths; crops_N2 in [0, 1) splits the free room, None halves it."""
+    if resize != "crop":
+        return np.concatenate([np.zeros_like(sides_N2), sides_N2], axis=1)
+    square_N1 = sides_N2.min(axis=1, keepdims=True)
+    room_N2 = sides_N2 - square_N1
+    corners_N2 = room_N2 // 2 if crops_N2 is None else _corners(room_N2, orientations_N, crops_N2)
+    return np.concatenate([corners_N2, square_N1, square_N1], axis=1)
+
+
+def _corners(room_N2: np.ndarray, orientations_N: np.ndarray, crops_N2: np.ndarray) -> np.ndarray:
+    """Corners drawn in the upright image, given in the image as stored: axes swapped from 5 on, and mirrored."""
+    turned_N1 = orientations_N[:, None] >= 5
+    upright_room_N2 = np.where(turned_N1, room_N2[:, ::-1], room_N2)
+    upright_N2 = np.minimum(np.floor(crops_N2 * (upright_room_N2 + 1)).astype(np.int64), upright_room_N2)
+    corners_N2 = np.where(turned_N1, upright_N2[:, ::-1], upright_N2)
+    mirrored_N2 = np.stack([np.isin(orientations_N, (3, 4, 6, 7)), np.isin(orientations_N, (2, 3, 7, 8))], axis=1)
+    return np.where(mirrored_N2, room_N2 - corners_N2, corners_N2)
+
+
+def upright(square_HWC: np.ndarray, orientation: int) -> np.ndarray:
+    """A square cut from an image as stored, turned as EXIF orientation 1 to 8 asks."""
+    if orientation >= 5:
+        square_HWC = square_HWC.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        square_HWC = square_HWC[::-1]
+    if orientation in (2, 3, 6, 7):
+        square_HWC = square_HWC[:, ::-1]
+    return square_HWC

@@ -1,0 +1,156 @@
+"""Reads an image's dimensions from its first bytes, before any decoder sees it: JPEG, PNG, WebP, and .npy (uint8, HWC)."""
+
+import ast
+import struct
+from dataclasses import dataclass
+
+MAX_BYTES = 1 << 26  # of one encoded image: 64 MiB
+MAX_PIXELS = 1 << 26  # height x width: 8192 x 8192
+PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}
+JPEG_FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive
+JPEG_OTHER_FRAMES = set(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}
+
+
+class Unreadable(ValueError):
+    """An image that no decoder will be shown; the message is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageHeader:
+    """What the header says; height and width are as stored, before `orientation` (EXIF, 1 to 8) is applied."""
+
+    kind: str  # "jpeg", "png", "webp" or "npy"
+    height: int
+    width: int
+    channels: int
+    orientation: int = 1
+
+
+def read_header(data: bytes) -> ImageHeader:
+    """The header of an encoded image; raises Unreadable for another format, a truncated or an oversized one."""
+    if not 16 <= len(data) <= MAX_BYTES:
+        raise Unreadable("it is truncated" if len(data) < 16 else f"its {len(data)} bytes exceed {MAX_BYTES}")
+    try:
+        header = _reader(data)(data)
+    except (IndexError, struct.error):
+        raise Unreadable("its header is truncated") from None
+    if header.height < 1 or header.width < 1:
+        raise Unreadable("its header says it has no pixels")
+    if header.height * header.width > MAX_PIXELS:
+        raise Unreadable(f"{header.width} x {header.height} pixels exceed {MAX_PIXELS}")
+    return header
+
+
+def _reader(data: bytes):
+    if data[:3] == b"\xff\xd8\xff":
+        return _jpeg
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return _png
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return _webp
+    if data[:6] == b"\x93NUMPY":
+        return _npy
+    raise Unreadable("it is neither JPEG, PNG, WebP nor .npy")
+
+
+def _jpeg(data: bytes) -> ImageHeader:
+    at, frame, orientation = 2, None, 1
+    while True:
+        while data[at] == 0xFF and data[at + 1] == 0xFF:
+            at += 1
+        if data[at] != 0xFF:
+            raise Unreadable("its JPEG markers are damaged")
+        marker, at = data[at + 1], at + 2
+        if marker == 0x01 or 0xD0 <= marker <= 0xD7:
+            continue
+        (length,) = struct.unpack_from(">H", data, at)
+        if marker in JPEG_FRAMES:
+            frame = struct.unpack_from(">BHHB", data, at + 2)
+        elif marker in JPEG_OTHER_FRAMES:
+            raise Unreadable("its JPEG process is not supported (lossless or arithmetic)")
+        elif marker == 0xE1:
+            orientation = _exif_orientation(data[at + 2 : at + length])
+        elif marker == 0xD9 or length < 2:
+            raise Unreadable("its JPEG markers are damaged")
+        elif marker == 0xDA:
+            break
+        at += length
+    if frame is None:
+        raise Unreadable("its JPEG frame header is missing")
+    bits, height, width, channels = frame
+    if bits != 8 or channels not in (1, 3, 4):
+        raise Unreadable(f"a JPEG of {channels} components of {bits} bits is not supported")
+    if data.find(b"\xff\xd9", at) < 0:
+        raise Unreadable("it is truncated: the JPEG end mark is missing")
+    return ImageHeader("jpeg", height, width, channels, orientation)
+
+
+def _exif_orientation(segment: bytes) -> int:
+    """Orientation from an APP1 segment; 1 (upright) wherever the EXIF block is absent or damaged."""
+    tiff = segment[6:]
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if segment[:6] != b"Exif\0\0" or order is None:
+        return 1
+    try:
+        (start,) = struct.unpack_from(order + "I", tiff, 4)
+        (entries,) = struct.unpack_from(order + "H", tiff, start)
+        for entry in range(entries):
+            tag, kind, _, value = struct.unpack_from(order + "HHIH", tiff, start + 2 + 12 * entry)
+            if tag == 0x0112 and kind == 3 and 1 <= value <= 8:
+                return value
+    except struct.error:
+        pass
+    return 1
+
+
+def _png(data: bytes) -> ImageHeader:
+    length, name, width, height, bits, colour = struct.unpack_from(">I4sIIBB", data, 8)
+    if name != b"IHDR" or length != 13 or colour not in PNG_CHANNELS:
+        raise Unreadable("its PNG header is damaged")
+    if bits == 16:
+        raise Unreadable("it is a PNG of 16 bits per channel; 8 are supported")
+    if b"IEND" not in data[-64:] and b"IEND" not in data:
+        raise Unreadable("it is truncated: the PNG end chunk is missing")
+    return ImageHeader("png", height, width, PNG_CHANNELS[colour])
+
+
+def _webp(data: bytes) -> ImageHeader:
+    (riff_size,) = struct.unpack_from("<I", data, 4)
+    if riff_size + 8 > len(data):
+        raise Unreadable("it is truncated: fewer bytes than its WebP header says")
+    chunk = data[12:16]
+    if chunk == b"VP8X":
+        if data[20] & 2:
+            raise Unreadable("it is an animated WebP")
+        width = int.from_bytes(data[24:27], "little") + 1
+        height = int.from_bytes(data[27:30], "little") + 1
+    elif chunk == b"VP8L" and data[20] == 0x2F:
+        word = int.from_bytes(data[21:25], "little")
+        width, height = (word & 0x3FFF) + 1, (word >> 14 & 0x3FFF) + 1
+    elif chunk == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
+        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
+    else:
+        raise Unreadable("its WebP header is damaged")
+    return ImageHeader("webp", height, width, 3)
+
+
+def _npy(data: bytes) -> ImageHeader:
+    """Height, width and channels of a .npy array; its pixels are the last height * width * channels bytes."""
+    (length,) = struct.unpack_from("<H", data, 8)
+    if data[6:8] != b"\x01\x00" or not 10 <= length <= 512 or len(data) < 10 + length:
+        raise Unreadable("its .npy header is damaged or not of version 1.0")
+    try:
+        header = ast.literal_eval(data[10 : 10 + length].decode("latin1").strip())
+        descr, fortran, shape = header["descr"], header["fortran_order"], header["shape"]
+    except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError):
+        raise Unreadable("its .npy header is damaged") from None
+    if descr not in ("|u1", "uint8", "u1") or fortran is not False:
+        raise Unreadable("a .npy image must be uint8 in C order")
+    if not (isinstance(shape, tuple) and len(shape) in (2, 3) and all(type(side) is int for side in shape)):
+        raise Unreadable("a .npy image must have shape (height, width, channels)")
+    height, width, channels = (*shape, 1)[:3]
+    if channels not in (1, 3) or min(height, width) < 1:
+        raise Unreadable("a .npy image must have 1 or 3 channels and at least one pixel")
+    if len(data) != 10 + length + height * width * channels:
+        raise Unreadable("it is truncated: fewer bytes than its .npy header says")
+    return ImageHeader("npy", height, width, channels)

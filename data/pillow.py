@@ -1,0 +1,75 @@
+"""Encoded bytes -> square uint8 images with Pillow: the reference for every other decoder, and the one without DALI."""
+
+import io
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image
+
+from duotone.data.framing import upright
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+MODES = {1: "L", 3: "RGB"}
+FILTER = Image.Resampling.BICUBIC
+
+
+class Undecodable(Exception):
+    """One image of a batch that its decoder rejects: `place` in the batch, and the reason."""
+
+    def __init__(self, place: int, reason: str):
+        super().__init__(reason)
+        self.place, self.reason = place, reason
+
+
+class PillowDecoder:
+    """Decodes a batch on a few threads; Pillow holds no lock while it decodes and resizes."""
+
+    name = "pillow"
+
+    def __init__(self, side: int, channels: int, threads: int):
+        self.side, self.channels = side, channels
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="pillow")
+
+    def decode(self, encoded: list[np.ndarray], boxes_N4: np.ndarray, orientations_N: np.ndarray) -> torch.Tensor:
+        """Images uint8 (N, side, side, channels) from N encoded images; raises Undecodable."""
+        images_NHWC = np.empty((len(encoded), self.side, self.side, self.channels), dtype=np.uint8)
+
+        def fill(place: int) -> None:
+            square_HWC = self._square(place, encoded[place], boxes_N4[place])
+            images_NHWC[place] = upright(square_HWC, int(orientations_N[place]))
+
+        for _ in self.pool.map(fill, range(len(encoded))):
+            pass
+        return torch.from_numpy(images_NHWC)
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def _square(self, place: int, encoded_B: np.ndarray, box_4: np.ndarray) -> np.ndarray:
+        try:
+            with Image.open(io.BytesIO(encoded_B), formats=FORMATS) as image:
+                return cut(image.convert(MODES[self.channels]), box_4, self.side)
+        except (OSError, ValueError, SyntaxError, EOFError, MemoryError, OverflowError, Image.DecompressionBombError) as error:
+            raise Undecodable(place, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+
+
+def cut(image: Image.Image, box_4: np.ndarray, side: int) -> np.ndarray:
+    """The box (top, left, height, width) of an image, resized to uint8 (side, side, channels)."""
+    top, left, height, width = box_4.tolist()
+    box = (left, top, left + width, top + height)
+    square = image.crop(box) if height == width == side else image.resize((side, side), FILTER, box=box)
+    square_HWC = np.asarray(square)
+    return square_HWC[:, :, None] if square_HWC.ndim == 2 else square_HWC
+
+
+def cut_stored(image_HWC: np.ndarray, box_4: np.ndarray, side: int, channels: int) -> np.ndarray:
+    """The same from an image that is stored decoded; where nothing is resized, a slice and no Pillow at all."""
+    top, left, height, width = box_4.tolist()
+    if image_HWC.shape[2] == channels and height == width == side:
+        return image_HWC[top : top + side, left : left + side]
+    whole = Image.fromarray(image_HWC[:, :, 0] if image_HWC.shape[2] == 1 else image_HWC)
+    return cut(whole.convert(MODES[channels]), box_4, side)
+
+

@@ -1,0 +1,243 @@
+"""The index of a tar shard: where each sample's bytes lie and what they are, built once and kept beside the shard.
+
+The index of `00000.tar` is `00000.index.json`, columns of numbers by sample. It belongs to a shard of one size and
+modification time; after a change it is built again. CRC-32 per member lets a reader trust the bytes it is given.
+"""
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from duotone.data.image_header import MAX_BYTES, Unreadable, read_header
+from duotone.data.refusal import Refused
+from duotone.data.sample_text import read_text
+from duotone.data.tar_members import Damaged, Member, members
+
+VERSION = 1
+KINDS = ["jpeg", "png", "webp", "npy"]
+ENCODED, DECODED = ("jpg", "jpeg", "png", "webp"), "npy"
+IMAGE_COLUMNS = ["image_offset", "image_size", "image_crc"]
+HEADER_COLUMNS = ["kind", "height", "width", "channels", "orientation"]
+TEXT_COLUMNS = ["txt_offset", "txt_size", "txt_crc", "json_offset", "json_size", "json_crc", "captions"]
+LABEL_COLUMNS = ["label", "attributes"]
+COLUMNS = IMAGE_COLUMNS + HEADER_COLUMNS + TEXT_COLUMNS + LABEL_COLUMNS
+WEBDATASET_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
+UNSAFE_KEY = re.compile(r"[\x00-\x1f\x7f\\]|^/|(?:^|/)\.\.(?:/|$)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarIndex:
+    """One shard's samples, in tar order; `columns` holds int64 arrays (N,) named in COLUMNS."""
+
+    keys: list[str]
+    columns: dict[str, np.ndarray]
+    bad: dict[int, str] = field(default_factory=dict)  # sample -> why its image or text cannot be used
+    ignored: dict[str, int] = field(default_factory=dict)  # extension -> members that are none of ours
+    fingerprint: str  # of every key, extension, size and checksum
+    note: str | None = None  # said once to the user: the index could not be kept
+
+
+def index_path(shard: Path) -> Path:
+    """Where a shard's index lies."""
+    return shard.with_suffix(".index.json")
+
+
+def open_index(shard: Path) -> TarIndex:
+    """The shard's index, from the file beside it or built now; raises Refused for a shard that is not sound."""
+    stat = _stat(shard)
+    stored = _load(index_path(shard), stat)
+    if stored is not None:
+        return stored
+    index = build_index(shard)
+    try:
+        save_index(shard, index)
+    except OSError as error:
+        note = f"{index_path(shard)} cannot be written ({error.strerror}): the shard is indexed again at every start"
+        return replace(index, note=note)
+    return index
+
+
+def build_index(shard: Path) -> TarIndex:
+    """Reads the whole shard once; raises Refused naming the shard, the key and the remedy."""
+    _stat(shard)
+    data_B = map_bytes(shard)
+    try:
+        found = list(members(data_B))
+    except Damaged as damage:
+        raise Refused(f"{shard}: {damage}; write or download this shard again") from None
+    samples, ignored = _grouped(shard, found)
+    return _Table(shard, data_B).index(samples, ignored)
+
+
+def map_bytes(shard: Path) -> np.ndarray:
+    """The shard's bytes as read-only uint8 (B,), mapped, not read."""
+    try:
+        return np.memmap(shard, dtype=np.uint8, mode="r").view(np.ndarray) if shard.stat().st_size else np.empty(0, np.uint8)
+    except OSError as error:
+        raise Refused(f"{shard}: it cannot be read ({error.strerror}); check its permissions") from None
+
+
+def save_index(shard: Path, index: TarIndex) -> None:
+    """Writes the index beside its shard, whole or not at all."""
+    shard_bytes, shard_mtime_ns = _stamp(shard.stat())
+    content = {"version": VERSION, "shard_bytes": shard_bytes, "shard_mtime_ns": shard_mtime_ns}
+    content |= {"fingerprint": index.fingerprint, "ignored": index.ignored}
+    content |= {"bad": {str(sample): reason for sample, reason in index.bad.items()}, "keys": index.keys}
+    content |= {name: column.tolist() for name, column in index.columns.items()}
+    write_whole(index_path(shard), json.dumps(content, separators=(",", ":"), ensure_ascii=False))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a file in one step, so that no reader and no crash ever sees half of it."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _stat(shard: Path) -> os.stat_result:
+    if not shard.is_file():
+        raise Refused(f"{shard}: it is not a file; a shard is a .tar file")
+    return shard.stat()
+
+
+def _load(path: Path, stat: os.stat_result) -> TarIndex | None:
+    """The stored index if it belongs to this very shard, else None: an index is a cache, so any doubt rebuilds it."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        if (content["version"], content["shard_bytes"], content["shard_mtime_ns"]) != (VERSION, *_stamp(stat)):
+            return None
+        index = _from_json(content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+        return None
+    return index if _fits(index, stat.st_size) else None
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _from_json(content: dict) -> TarIndex:
+    return TarIndex(
+        keys=[str(key) for key in content["keys"]],
+        columns={name: np.array(content[name], dtype=np.int64) for name in COLUMNS},
+        bad={int(sample): str(reason) for sample, reason in content["bad"].items()},
+        ignored={str(extension): int(count) for extension, count in content["ignored"].items()},
+        fingerprint=str(content["fingerprint"]),
+    )
+
+
+def _fits(index: TarIndex, shard_bytes: int) -> bool:
+    shape = (len(index.keys),)
+    if any(column.shape != shape for column in index.columns.values()):
+        return False
+    ends = [(index.columns[f"{part}_offset"], index.columns[f"{part}_size"]) for part in ("image", "txt", "json")]
+    return all((start >= 0).all() and (size >= 0).all() and (start + size <= shard_bytes).all() for start, size in ends)
+
+
+def _grouped(shard: Path, found: list[Member]) -> tuple[dict[str, dict[str, Member]], Counter]:
+    """Members by key, webdataset's rule: the key ends at the first dot of the file's name."""
+    samples: dict[str, dict[str, Member]] = {}
+    ignored: Counter = Counter()
+    last = None
+    for member in found:
+        key, extension = _split(shard, member.name)
+        if extension not in (*ENCODED, DECODED, "txt", "json"):
+            ignored[extension] += 1
+            continue
+        if key in samples and key != last:
+            raise Refused(f"{shard}: the members of key {key!r} are not next to each other; pack the shard again in order")
+        if extension in samples.setdefault(key, {}):
+            raise Refused(f"{shard}: key {key!r} has two members .{extension}; give every sample its own key")
+        samples[key][extension] = member
+        last = key
+    return samples, ignored
+
+
+def _split(shard: Path, name: str) -> tuple[str, str]:
+    name = name.removeprefix("./")
+    if UNSAFE_KEY.search(name):
+        raise Refused(f"{shard}: the member name {name[:80]!r} is unsafe; use plain relative names")
+    match = WEBDATASET_NAME.fullmatch(name)
+    return (match[1], match[2].lower()) if match else (name, "(hidden or without extension)")
+
+
+class _Table:
+    """Collects the columns while the shard's bytes are read once."""
+
+    def __init__(self, shard: Path, data_B: np.ndarray):
+        self.shard = shard
+        self.data = memoryview(data_B)
+        self.digest = hashlib.sha256()
+        self.bad: dict[int, str] = {}
+
+    def index(self, samples: dict[str, dict[str, Member]], ignored: Counter) -> TarIndex:
+        rows = [self._row(number, key, parts, ignored) for number, (key, parts) in enumerate(samples.items())]
+        table = np.array(rows, dtype=np.int64).reshape(len(rows), len(COLUMNS))
+        return TarIndex(
+            keys=list(samples),
+            columns={name: np.ascontiguousarray(table[:, place]) for place, name in enumerate(COLUMNS)},
+            bad=self.bad,
+            ignored=dict(ignored),
+            fingerprint=self.digest.hexdigest(),
+        )
+
+    def _row(self, number: int, key: str, parts: dict[str, Member], ignored: Counter) -> list[int]:
+        encoded = [extension for extension in parts if extension in ENCODED]
+        if len(encoded) > 1:
+            raise Refused(f"{self.shard}: key {key!r} has {len(encoded)} images; give every image its own key")
+        if not encoded and DECODED not in parts:
+            raise Refused(f"{self.shard}: key {key!r} has text but no image; add the image or drop the text")
+        if encoded and parts.pop(DECODED, None):  # an embedding beside the picture
+            ignored[DECODED] += 1
+        image = parts[(encoded or [DECODED])[0]]
+        image_bytes = self._bytes(image) if image.size <= MAX_BYTES else b""
+        text_bytes = {extension: self._bytes(parts[extension]) for extension in ("txt", "json") if extension in parts}
+        places = [*self._place(key, image, image_bytes), *self._header(number, image, image_bytes)]
+        for extension in ("txt", "json"):
+            places += self._place(key, parts.get(extension), text_bytes.get(extension, b""))
+        return places + self._text(number, text_bytes)
+
+    def _bytes(self, member: Member) -> bytes:
+        return bytes(self.data[member.offset : member.offset + member.size])
+
+    def _place(self, key: str, member: Member | None, raw: bytes) -> list[int]:
+        if member is None:
+            return [0, 0, 0]
+        crc = zlib.crc32(raw)
+        self.digest.update(f"{key}\t{member.name.rpartition('.')[2].lower()}\t{member.size}\t{crc}\n".encode())
+        return [member.offset, member.size, crc]
+
+    def _header(self, number: int, member: Member, raw: bytes) -> list[int]:
+        try:
+            if member.size > MAX_BYTES:
+                raise Unreadable(f"its {member.size} bytes exceed {MAX_BYTES}")
+            header = read_header(raw)
+            if (header.kind == "npy") != member.name.lower().endswith(".npy"):
+                raise Unreadable(f"its content is {header.kind}, not what its name says")
+        except Unreadable as reason:
+            self.bad[number] = str(reason)
+            return [0, 0, 0, 0, 1]
+        return [KINDS.index(header.kind), header.height, header.width, header.channels, header.orientation]
+
+    def _text(self, number: int, raw: dict[str, bytes]) -> list[int]:
+        try:
+            text = read_text(raw.get("txt"), raw.get("json"))
+        except ValueError as reason:
+            self.bad.setdefault(number, str(reason))
+            return [0, -1, 0]
+        return [len(text.captions), text.label, len(text.attributes or [])]

@@ -1,0 +1,134 @@
+"""Samples -> WebDataset shards with their indexes and dataset.json: all of it, or nothing."""
+
+import io
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from duotone.data.refusal import Refused
+from duotone.data.tar_index import build_index, save_index, write_whole
+
+ImageFormat = Literal["jpg", "png", "npy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One image and what is said about it."""
+
+    image: np.ndarray | bytes  # uint8 (H, W, C) with C 1 or 3; or encoded bytes, stored as they are
+    extension: str | None = None  # of encoded bytes: jpg, png or webp
+    key: str | None = None  # None: the sample's number
+    captions: list[str] = field(default_factory=list)
+    label: int | None = None
+    attributes: list[int] | None = None  # each 1 present, 0 absent, -1 unknown
+    source: str | None = None  # where it came from, for messages
+
+
+def write_shards(
+    samples: Iterable[Sample],
+    out: Path,
+    *,
+    classes: list[str] | None = None,
+    attributes: list[str] | None = None,
+    per_shard: int = 4096,
+    image_format: ImageFormat = "jpg",
+    quality: int = 95,
+    about: dict | None = None,
+) -> dict:
+    """Writes a folder of shards and returns what dataset.json says.
+
+    `about` is kept in dataset.json. Raises Refused where `out` exists or no sample comes.
+    """
+    if os.path.lexists(out):
+        raise Refused(f"{out}: it exists already; choose another --out, or remove it")
+    with whole_folder(out) as folder:
+        content = {"format": "duotone-shards", "version": 1, "count": 0, "classes": classes, "attributes": attributes}
+        content |= {"shards": {}, "about": about or {}}
+        for number, chunk in enumerate(_chunks(samples, per_shard)):
+            shard = folder / f"{number:05d}.tar"
+            written = _write_shard(shard, chunk, content["count"], image_format, quality)
+            index = build_index(shard)
+            save_index(shard, index)
+            content["shards"][shard.name] = index.fingerprint
+            content["count"] += written
+        if not content["count"]:
+            raise Refused(f"{out}: there is not one image to write; check the input")
+        write_whole(folder / "dataset.json", json.dumps(content, indent=1, ensure_ascii=False))
+    return content
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out` that takes its name when the block ends well, and is removed when it does not."""
+    out = Path(os.path.abspath(out))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}")
+        folder.mkdir()
+    except OSError as error:
+        raise Refused(f"{out}: its parent folder cannot be written ({error.strerror}); choose another --out") from None
+    try:
+        yield folder
+        folder.rename(out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def encode_image(image_HWC: np.ndarray, image_format: ImageFormat, quality: int) -> bytes:
+    """uint8 (H, W, C) as JPEG, PNG or .npy bytes; JPEG keeps full colour resolution from quality 90."""
+    stream = io.BytesIO()
+    if image_format == "npy":
+        np.lib.format.write_array(stream, np.ascontiguousarray(image_HWC), version=(1, 0), allow_pickle=False)
+        return stream.getvalue()
+    picture = Image.fromarray(image_HWC[:, :, 0] if image_HWC.shape[2] == 1 else image_HWC)
+    if image_format == "png":
+        picture.save(stream, "PNG")
+    else:
+        picture.save(stream, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2)
+    return stream.getvalue()
+
+
+def _chunks(samples: Iterable[Sample], per_shard: int) -> Iterator[Iterator[Sample]]:
+    samples = iter(samples)
+    for first in samples:
+        yield chain([first], islice(samples, per_shard - 1))
+
+
+def _write_shard(shard: Path, samples: Iterator[Sample], first: int, image_format: ImageFormat, quality: int) -> int:
+    from webdataset import TarWriter  # here, because it costs a second to import and readers do not need it
+
+    written = 0
+    with shard.open("wb") as stream:
+        tar = TarWriter(stream, encoder=False, mtime=0, format="PAX_FORMAT")
+        for written, sample in enumerate(samples, start=1):
+            tar.write(_members(sample, first + written - 1, image_format, quality))
+        tar.close()
+        stream.flush()
+        os.fsync(stream.fileno())
+    return written
+
+
+def _members(sample: Sample, number: int, image_format: ImageFormat, quality: int) -> dict:
+    members = {"__key__": sample.key or f"{number:09d}"}
+    if isinstance(sample.image, bytes):
+        members[sample.extension] = sample.image
+    else:
+        members[image_format] = encode_image(sample.image, image_format, quality)
+    said = {"captions": sample.captions or None, "label": sample.label, "attributes": sample.attributes}
+    said = {name: value for name, value in (said | {"source": sample.source}).items() if value is not None}
+    if sample.captions:
+        members["txt"] = sample.captions[0].encode()
+    if said:
+        members["json"] = json.dumps(said, ensure_ascii=False).encode()
+    return members
