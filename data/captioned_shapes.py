@@ -23,7 +23,7 @@ PALETTE_HSV = {
     "green": (0.36, 0.76, 0.66),
     "blue": (0.615, 0.80, 0.86),
     "yellow": (0.14, 0.84, 0.96),
-    "white": (0.0, 0.03, 0.94),
+    "white": (0.0, 0.02, 0.94),
     "black": (0.0, 0.04, 0.09),
 }
 COLOURS = list(PALETTE_HSV)
@@ -84,8 +84,8 @@ def write(out: Path, count: int = 12_000, size: int = 32, seed: int = 0) -> dict
 def render(drawing: Drawing, size: int, draws_K: np.ndarray) -> np.ndarray:
     """One drawing, uint8 (size, size, 3); draws_K in [0, 1) place, turn, scale and tint it."""
     draws = iter(draws_K.tolist())
-    radius = 0.25 + 0.12 * next(draws)  # of the circle around the shape's body, as a share of the side
-    reach = radius * 1.1
+    radius = 0.26 + 0.12 * next(draws)  # of the circle around the shape's body, as a share of the side
+    reach = radius * 1.2
     centre_x, centre_y = (reach + (1 - 2 * reach) * next(draws) for _ in "xy")
     angle = np.deg2rad(30 * next(draws) - 15)
     y_H1, x_1W = (np.mgrid[0:size, 0:size] + 0.5) / size - np.array([centre_y, centre_x])[:, None, None]
@@ -104,7 +104,7 @@ def _distance(shape: str, u_HW: np.ndarray, v_HW: np.ndarray, radius: float) -> 
     if shape == "square":
         return np.maximum(across_HW, along_HW) - 0.85 * radius
     if shape == "triangle":  # v points down: the tip is up
-        return np.maximum(v_HW, np.sqrt(0.75) * across_HW - 0.5 * v_HW) - 0.55 * radius
+        return np.maximum(v_HW, np.sqrt(0.75) * across_HW - 0.5 * v_HW) - 0.6 * radius
     arm, half_width = radius, 0.34 * radius
     bar_HW = np.maximum(across_HW - arm, along_HW - half_width)
     return np.minimum(bar_HW, np.maximum(across_HW - half_width, along_HW - arm))
@@ -113,7 +113,7 @@ def _distance(shape: str, u_HW: np.ndarray, v_HW: np.ndarray, radius: float) -> 
 def _tinted(colour: str, draws: Iterator[float]) -> np.ndarray:
     hue, saturation, value = PALETTE_HSV[colour]
     hue = (hue + 0.04 * (next(draws) - 0.5)) % 1
-    saturation = np.clip(saturation + 0.12 * (next(draws) - 0.5), 0, 1)
+    saturation = np.clip(saturation + 0.08 * (next(draws) - 0.5), 0, 1)
     value = np.clip(value + 0.12 * (next(draws) - 0.5), 0, 1)
     return np.array(colorsys.hsv_to_rgb(hue, float(saturation), float(value)))
 
@@ -126,6 +126,8 @@ def _attributes(drawing: Drawing) -> list[int]:
 # The checker knows pixels only: nothing above this line is used below it, except the names.
 
 MIN_CONTRAST = 40.0  # of 441, the distance from black to white
+# Of each ideal outline: threefold symmetry, fourfold symmetry, four times its share of the hull.
+OUTLINES = {"circle": (0, 0, 3.75), "square": (0, 0.4, 3.6), "triangle": (0.62, 0, 3.4), "cross": (0, 0.54, 2.85)}
 HUES = {"red": (320, 25), "yellow": (25, 75), "green": (75, 165), "blue": (165, 280)}  # degrees
 
 
@@ -156,20 +158,28 @@ def name_colour(rgb_3: np.ndarray) -> str:
 
 
 def name_shape(inside_HW: np.ndarray) -> str:
-    """A shape's name from the threefold and fourfold symmetry of its soft mask."""
-    three, four = symmetry(inside_HW, 3), symmetry(inside_HW, 4)
-    if three > 0.2:
-        return "triangle"
-    return "cross" if four > 0.5 else "square" if four > 0.1 else "circle"
-
-
-def symmetry(inside_HW: np.ndarray, fold: int) -> float:
-    """How strongly a mask repeats `fold` times around its centre, 0 to 1: |sum m z^fold| / sum m |z|^fold."""
+    """A shape's name: the nearest of four ideal outlines by threefold and fourfold symmetry and by how full the hull is."""
     mask_HW = np.where(inside_HW > 0.3, inside_HW, 0)
     y_HW, x_HW = np.mgrid[0 : mask_HW.shape[0], 0 : mask_HW.shape[1]]
-    centre_y, centre_x = (mask_HW * y_HW).sum() / mask_HW.sum(), (mask_HW * x_HW).sum() / mask_HW.sum()
-    z_HW = ((x_HW - centre_x) + 1j * (y_HW - centre_y)) ** fold
-    return float(abs((mask_HW * z_HW).sum()) / (mask_HW * abs(z_HW)).sum())
+    centre = np.average(x_HW, weights=mask_HW) + 1j * np.average(y_HW, weights=mask_HW)
+    z_HW = x_HW + 1j * y_HW - centre
+    found_3 = np.array([symmetry(mask_HW, z_HW, 3), symmetry(mask_HW, z_HW, 4), 4 * hull_share(mask_HW, z_HW)])
+    return min(OUTLINES, key=lambda shape: np.linalg.norm(found_3 - OUTLINES[shape]))
+
+
+def symmetry(mask_HW: np.ndarray, z_HW: np.ndarray, fold: int) -> float:
+    """How strongly a mask repeats `fold` times around its centre, 0 to 1: |sum m z^fold| / sum m |z|^fold."""
+    turned_HW = z_HW**fold
+    return float(abs((mask_HW * turned_HW).sum()) / (mask_HW * abs(turned_HW)).sum())
+
+
+def hull_share(mask_HW: np.ndarray, z_HW: np.ndarray) -> float:
+    """Area of a mask as a share of its convex hull's, from the hull's reach h in 64 directions: half of sum h^2 - h'^2."""
+    step = 2 * np.pi / 64
+    directions_64 = np.exp(1j * step * np.arange(64))
+    reach_64 = np.real(z_HW[mask_HW > 0.5][:, None] * directions_64.conj()).max(axis=0, initial=0) + 0.5
+    slope_64 = (np.roll(reach_64, -1) - np.roll(reach_64, 1)) / (2 * step)
+    return float(mask_HW.sum() / (0.5 * step * (reach_64**2 - slope_64**2).sum()))
 
 
 def _border(image_HW3: np.ndarray) -> np.ndarray:
