@@ -64,7 +64,9 @@ def generate(count: int, size: int = 32, seed: int = 0) -> Iterator[Sample]:
     if size not in SIZES or count < 1:
         raise Refused(f"captioned shapes: size is {size} and count {count}; size goes from 16 to 128, count from 1")
     order_N = samples_at(seed, np.arange(count), len(DRAWINGS))
-    draws_NK = np.random.Philox(key=np.array([seed % 2**64, 2**63], dtype=np.uint64)).random_raw((count, DRAWS)) / 2.0**64
+    draws_NK = (
+        np.random.Philox(key=np.array([seed % 2**64, 2**63], dtype=np.uint64)).random_raw((count, DRAWS)) / 2.0**64
+    )
     for kind, draws_K in zip(order_N.tolist(), draws_NK):
         drawing = DRAWINGS[kind]
         yield Sample(

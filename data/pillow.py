@@ -51,7 +51,15 @@ class PillowDecoder:
         try:
             with Image.open(io.BytesIO(encoded_B), formats=FORMATS) as image:
                 return cut(image.convert(MODES[self.channels]), box_4, self.side)
-        except (OSError, ValueError, SyntaxError, EOFError, MemoryError, OverflowError, Image.DecompressionBombError) as error:
+        except (
+            OSError,
+            ValueError,
+            SyntaxError,
+            EOFError,
+            MemoryError,
+            OverflowError,
+            Image.DecompressionBombError,
+        ) as error:
             raise Undecodable(place, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
 
 
@@ -71,5 +79,3 @@ def cut_stored(image_HWC: np.ndarray, box_4: np.ndarray, side: int, channels: in
         return image_HWC[top : top + side, left : left + side]
     whole = Image.fromarray(image_HWC[:, :, 0] if image_HWC.shape[2] == 1 else image_HWC)
     return cut(whole.convert(MODES[channels]), box_4, side)
-
-

@@ -94,7 +94,9 @@ class Manifest:
             content = json.loads(path.read_text("utf-8"))
             if content.get("format") != "duotone-shards":
                 return cls(path=path, note=f"{path} is not ours and is not used")
-            manifest = cls(path=path, classes=content["classes"], attributes=content["attributes"], shards=content["shards"])
+            manifest = cls(
+                path=path, classes=content["classes"], attributes=content["attributes"], shards=content["shards"]
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise Refused(f"{path}: it is damaged; run `duotone prepare` again, or delete it") from None
         manifest._check_names({shard.name for shard in paths})
@@ -105,13 +107,17 @@ class Manifest:
         if missing:
             raise Refused(f"{self.path.parent}: {missing[0]} is missing, dataset.json names it; copy the folder again")
         if added:
-            raise Refused(f"{self.path.parent}: {added[0]} is not named in dataset.json; move it away, or delete dataset.json")
+            raise Refused(
+                f"{self.path.parent}: {added[0]} is not named in dataset.json; move it away, or delete dataset.json"
+            )
 
     def check(self, paths: list[Path], indexes: list[TarIndex]) -> None:
         """Raises Refused where a shard's content is not what was written."""
         for path, index in zip(paths, indexes):
             if self.shards is not None and self.shards[path.name] != index.fingerprint:
-                raise Refused(f"{path}: its content is not what dataset.json says; copy the shard again, or delete dataset.json")
+                raise Refused(
+                    f"{path}: its content is not what dataset.json says; copy the shard again, or delete dataset.json"
+                )
 
 
 def _shard_paths(folder: Path | None) -> list[Path]:
@@ -146,7 +152,9 @@ class Dataset:
         self.columns = {name: np.concatenate([index.columns[name] for index in indexes]) for name in COLUMNS}
         self.fingerprint = _fingerprint(indexes, manifest)
         starts = np.cumsum([0, *counts])
-        self.bad = {int(start) + place: reason for start, index in zip(starts, indexes) for place, reason in index.bad.items()}
+        self.bad = {
+            int(start) + place: reason for start, index in zip(starts, indexes) for place, reason in index.bad.items()
+        }
         self.notes = [note for note in [manifest.note, *[index.note for index in indexes], _ignored(indexes)] if note]
         self.bytes = [map_bytes(path) for path in paths]
         self.trusted_N = np.zeros(self.count, dtype=bool)
@@ -219,7 +227,9 @@ class Dataset:
     def check(self, require_captions: bool) -> None:
         """Raises Refused for the first sample that training would stumble over."""
         if not self.count:
-            raise Refused(f"{self.shards.shards}: its shards hold no images (jpg, jpeg, png, webp or npy); check the folder")
+            raise Refused(
+                f"{self.shards.shards}: its shards hold no images (jpg, jpeg, png, webp or npy); check the folder"
+            )
         if self.bad and self.shards.on_bad == "refuse":
             sample = min(self.bad)
             raise Refused(f"{self.where(sample)}: {self.bad[sample]}; {REMEDY}")
@@ -251,10 +261,14 @@ class Dataset:
             raise Refused(f"{self.where(sample)}: it has no label but others do; label every sample or none")
         sample = self._first(labels_N >= len(self.classes)) if self.classes is not None else None
         if sample is not None:
-            raise Refused(f"{self.where(sample)}: label {labels_N[sample]} has no name among {len(self.classes)} classes; correct dataset.json")
+            raise Refused(
+                f"{self.where(sample)}: label {labels_N[sample]} has no name among {len(self.classes)} classes; correct dataset.json"
+            )
         sample = self._first(self.columns["attributes"] != len(self.attributes)) if self.attributes else None
         if sample is not None:
-            raise Refused(f"{self.where(sample)}: it has {self.columns['attributes'][sample]} attributes, dataset.json names {len(self.attributes)}")
+            raise Refused(
+                f"{self.where(sample)}: it has {self.columns['attributes'][sample]} attributes, dataset.json names {len(self.attributes)}"
+            )
 
     def _check_sizes(self) -> None:
         side = self.shards.side
@@ -262,7 +276,9 @@ class Dataset:
         sample = self._first(wrong_N) if self.shards.resize == "none" else None
         if sample is not None:
             found = f"{self.columns['width'][sample]} x {self.columns['height'][sample]}"
-            raise Refused(f"{self.where(sample)}: the image is {found}, not {side} x {side}; use --data.resize crop, or another --data.size")
+            raise Refused(
+                f"{self.where(sample)}: the image is {found}, not {side} x {side}; use --data.resize crop, or another --data.size"
+            )
 
     # one batch
 
@@ -345,7 +361,9 @@ class Dataset:
         if not captioned and not attributed:
             return None, None
         texts = [self._text(sample) for sample in samples_N.tolist()]
-        captions = [_chosen(text.captions, choice) for text, choice in zip(texts, choices_N.tolist())] if captioned else None
+        captions = (
+            [_chosen(text.captions, choice) for text, choice in zip(texts, choices_N.tolist())] if captioned else None
+        )
         attributes_NK = torch.tensor([text.attributes for text in texts], dtype=torch.int8) if attributed else None
         return captions, attributes_NK
 
@@ -362,7 +380,9 @@ class Dataset:
         start = int(self.columns[f"{extension}_offset"][sample])
         raw = self.bytes[self.shard_N[sample]][start : start + size].tobytes()
         if zlib.crc32(raw) != self.columns[f"{extension}_crc"][sample]:
-            raise Refused(f"{self.where(sample)}: its .{extension} has changed since the shard was indexed; copy the shard again")
+            raise Refused(
+                f"{self.where(sample)}: its .{extension} has changed since the shard was indexed; copy the shard again"
+            )
         return raw
 
 

@@ -80,7 +80,11 @@ def build_index(shard: Path) -> TarIndex:
 def map_bytes(shard: Path) -> np.ndarray:
     """The shard's bytes as read-only uint8 (B,), mapped, not read."""
     try:
-        return np.memmap(shard, dtype=np.uint8, mode="r").view(np.ndarray) if shard.stat().st_size else np.empty(0, np.uint8)
+        return (
+            np.memmap(shard, dtype=np.uint8, mode="r").view(np.ndarray)
+            if shard.stat().st_size
+            else np.empty(0, np.uint8)
+        )
     except OSError as error:
         raise Refused(f"{shard}: it cannot be read ({error.strerror}); check its permissions") from None
 
@@ -160,7 +164,9 @@ def _grouped(shard: Path, found: list[Member]) -> tuple[dict[str, dict[str, Memb
             ignored[extension] += 1
             continue
         if key in samples and key != last:
-            raise Refused(f"{shard}: the members of key {key!r} are not next to each other; pack the shard again in order")
+            raise Refused(
+                f"{shard}: the members of key {key!r} are not next to each other; pack the shard again in order"
+            )
         if extension in samples.setdefault(key, {}):
             raise Refused(f"{shard}: key {key!r} has two members .{extension}; give every sample its own key")
         samples[key][extension] = member

@@ -11,7 +11,7 @@ import numpy as np
 
 BLOCK = 512
 MAX_EXTENSION = 1 << 20  # bytes of a PAX or GNU long-name record
-FILE_TYPES = b"0\0" b"7"
+FILE_TYPES = b"0\07"
 PATH_TYPES, LINK_NAME, PAX_TYPES, PAX_GLOBAL, FOLDER = b"L", b"K", b"xX", b"g", b"5"
 REFUSED_TYPES = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a pipe"}
 REFUSED_TYPES |= {b"S": "a sparse file", b"M": "a part of another archive"}

@@ -1,0 +1,102 @@
+"""Encoded bytes -> square uint8 images with DALI, on the CPU or, with hardware help, on the GPU.
+
+Same rectangles and the same bicubic filter as Pillow's path. The bytes are slices of mapped shards that were guarded
+before; DALI reads them in place.
+"""
+
+import threading
+
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, fn, types
+
+from duotone.data.framing import upright
+from duotone.data.pillow import Undecodable
+
+COLOURS = {1: types.GRAY, 3: types.RGB}
+
+
+class DaliDecoder:
+    """Decodes a batch of any size; the pipeline is built for the largest seen so far."""
+
+    name = "dali"
+
+    def __init__(self, side: int, channels: int, threads: int, device: torch.device):
+        self.side, self.channels, self.threads, self.device = side, channels, threads, device
+        self.lock = threading.Lock()
+        self.pipeline: Pipeline | None = None
+
+    def decode(self, encoded: list[np.ndarray], boxes_N4: np.ndarray, orientations_N: np.ndarray) -> torch.Tensor:
+        """Images uint8 (N, side, side, channels) on the device from N encoded images; raises Undecodable."""
+        with self.lock:
+            try:
+                images_NHWC = self._run(encoded, boxes_N4)
+            except RuntimeError:
+                raise self._culprit(encoded, boxes_N4) from None
+        for place in np.flatnonzero(orientations_N != 1).tolist():
+            turned_HWC = upright(images_NHWC[place].cpu().numpy(), int(orientations_N[place]))
+            images_NHWC[place] = torch.from_numpy(turned_HWC.copy())
+        return images_NHWC
+
+    def close(self) -> None:
+        """Lets go of the pipeline and its threads."""
+        self.pipeline = None
+
+    def _run(self, encoded: list[np.ndarray], boxes_N4: np.ndarray) -> torch.Tensor:
+        pipeline = self._pipeline_for(len(encoded))
+        boxes_N4 = boxes_N4.astype(np.int32)
+        pipeline.feed_input("encoded", encoded)
+        pipeline.feed_input("corner", list(boxes_N4[:, :2]))
+        pipeline.feed_input("extent", list(boxes_N4[:, 2:]))
+        (images,) = pipeline.run()
+        return self._as_torch(images.as_tensor())
+
+    def _pipeline_for(self, count: int) -> Pipeline:
+        if self.pipeline is None or self.pipeline.max_batch_size < count:
+            self.pipeline = self._build(count)
+        return self.pipeline
+
+    def _build(self, count: int) -> Pipeline:
+        gpu = self.device.type == "cuda"
+        index = (self.device.index if self.device.index is not None else torch.cuda.current_device()) if gpu else None
+        # Nothing runs ahead inside DALI: the reader's own thread does that, and every call can be of any plan.
+        pipeline = Pipeline(count, self.threads, index, exec_pipelined=False, exec_async=False, prefetch_queue_depth=1)
+        with pipeline:
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
+            corner = fn.external_source(name="corner", dtype=types.INT32, ndim=1)
+            extent = fn.external_source(name="extent", dtype=types.INT32, ndim=1)
+            cut = fn.decoders.image_slice(
+                encoded,
+                corner,
+                extent,
+                device="mixed" if gpu else "cpu",
+                axes=[0, 1],
+                normalized_anchor=False,
+                normalized_shape=False,
+                output_type=COLOURS[self.channels],
+                adjust_orientation=False,  # ours to apply, to the small square
+            )
+            size = [self.side, self.side]
+            pipeline.set_outputs(fn.resize(cut, size=size, interp_type=types.INTERP_CUBIC, antialias=True))
+        pipeline.build()
+        return pipeline
+
+    def _as_torch(self, images) -> torch.Tensor:
+        if self.device.type != "cuda":
+            return torch.from_numpy(np.array(images))
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        images_NHWC = torch.empty(images.shape(), dtype=torch.uint8, device=self.device)
+        feed_ndarray(images, images_NHWC, cuda_stream=torch.cuda.current_stream(self.device))
+        return images_NHWC
+
+    def _culprit(self, encoded: list[np.ndarray], boxes_N4: np.ndarray) -> Exception:
+        """DALI fails a whole batch without a name: the images are shown to a new pipeline one by one."""
+        for place in range(len(encoded)):
+            self.pipeline = None
+            try:
+                self._run(encoded[place : place + 1], boxes_N4[place : place + 1])
+            except RuntimeError:
+                return Undecodable(place, "DALI cannot decode it")
+        self.pipeline = None
+        return RuntimeError(f"DALI failed on a batch of {len(encoded)} images, each of which it can decode alone")
