@@ -1,0 +1,109 @@
+"""What a user keeps: the EMA weights and the recipe in one safetensors file, loaded without unpickling anything."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from duotone.data.refusal import Refused
+from duotone.engine.conditioning.base import Facts
+from duotone.engine.model.network import Network
+from duotone.engine.objectives.base import Objective
+from duotone.engine.recipe import Recipe, from_json, to_json
+
+
+@dataclass
+class Model:
+    """A trained network with all that sampling from it needs."""
+
+    network: Network
+    objective: Objective
+    facts: Facts
+    recipe: Recipe
+    images: int = 0
+    """Images it was trained on."""
+    forwards: float = field(default=0.0, compare=False)
+    """Cost of the last sampling, in forward passes per image."""
+
+    @property
+    def size(self) -> int:
+        return self.recipe.data.size
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+
+def build(recipe: Recipe, facts: Facts) -> Network:
+    """The network of a recipe, freshly initialised."""
+    conditioners = [c.build(recipe.model, facts) for c in recipe.conditioning]
+    return Network(recipe.model.build(), conditioners)
+
+
+def save(path: Path, named: dict[str, Tensor], recipe: Recipe, facts: Facts, images: int) -> None:
+    """Writes the single file, whole or not at all; values of its header are strings, and no path of this machine is among them."""
+    stored = to_json(recipe)
+    stored["out"] = None
+    stored["data"]["shards"] = None
+    metadata = {
+        "format": "pt",
+        "duotone.recipe": json.dumps(stored),
+        "duotone.facts": json.dumps(to_json(facts)),
+        "duotone.images": str(images),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "duotone-unet",
+        "modelspec.implementation": "duotone",
+        "modelspec.title": recipe.name,
+        "modelspec.resolution": f"{recipe.data.size}x{recipe.data.size}",
+    }
+    draft = path.with_name(f".{path.name}.draft")
+    save_file({name: value.contiguous() for name, value in named.items()}, draft, metadata)
+    os.chmod(draft, 0o666 & ~umask())
+    os.replace(draft, path)
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def load(path: str | Path, device: str | torch.device | None = None) -> Model:
+    """A model from a run's folder or its ema.safetensors; raises Refused where the file is not one."""
+    path = Path(path)
+    file = path / "ema.safetensors" if path.is_dir() else path
+    if not file.exists():
+        raise Refused(f"{file} does not exist: train first, or give the path of an ema.safetensors")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            named = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise Refused(f"{file} is no readable safetensors file ({error})") from None
+    if "duotone.recipe" not in metadata:
+        raise Refused(f"{file} was not written by duotone: its header has no duotone.recipe")
+    recipe = from_json(json.loads(metadata["duotone.recipe"]))
+    facts = from_json(json.loads(metadata["duotone.facts"]))
+    network = build(recipe, facts)
+    fill(network, named, file)
+    network.eval().requires_grad_(False)
+    network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Model(network, recipe.objective, facts, recipe, int(metadata["duotone.images"]))
+
+
+def fill(network: nn.Module, named: dict[str, Tensor], source: Path) -> None:
+    """Copies named weights into a network, refusing any that is missing, left over or of another shape."""
+    own = dict(network.named_parameters())
+    for name in sorted(own.keys() | named.keys()):
+        there = tuple(named[name].shape) if name in named else "absent"
+        here = tuple(own[name].shape) if name in own else "absent"
+        if there != here:
+            raise Refused(f"{source} does not fit its own recipe: {name} is {there} there and {here} in the network")
+    with torch.no_grad():
+        for name, value in named.items():
+            own[name].copy_(value)

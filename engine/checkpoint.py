@@ -1,0 +1,119 @@
+"""A checkpoint is a directory of named tensors, published once: no pickle, no world size inside.
+
+    images-000000123000/  weight.safetensors  exp_avg.safetensors  exp_avg_sq.safetensors  ema.safetensors  manifest.json
+
+It is written beside its place under a temporary name, synced, and renamed; resuming takes the newest whose manifest verifies.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from duotone.data.refusal import Refused
+
+KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """When checkpoints are written and how many stay."""
+
+    every: int = 250_000
+    """Images between checkpoints; 0 = only at the end."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+
+
+def publish(folder: Path, images: int, tensors: dict[str, dict[str, Tensor]], facts: dict) -> Path:
+    """Writes a checkpoint whole or not at all; `facts` go into its manifest."""
+    final = folder / f"images-{images:012d}"
+    draft = folder / f".{final.name}-{uuid.uuid4().hex[:8]}"
+    draft.mkdir(parents=True)
+    try:
+        for kind, named in tensors.items():
+            save_file(named, draft / f"{kind}.safetensors")
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": digest(path)} for path in sorted(draft.iterdir())}
+        manifest = {"images": images, **facts, "files": files}
+        (draft / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        for path in [*draft.iterdir(), draft]:
+            sync(path)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(draft, final)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    sync(folder)
+    return final
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and a line for each newer one that does not."""
+    passed_over = []
+    for path in sorted(folder.glob("images-*"), reverse=True):
+        fault = verify(path)
+        if fault is None:
+            return path, passed_over
+        passed_over.append(f"checkpoint {path} passed over: {fault}")
+    return None, passed_over
+
+
+def verify(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        files = json.loads((path / "manifest.json").read_text())["files"]
+        for name, facts in files.items():
+            if (path / name).stat().st_size != facts["bytes"] or digest(path / name) != facts["sha256"]:
+                return f"{name} differs from the manifest"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"manifest.json cannot be followed ({error})"
+    return None
+
+
+def read(path: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
+    """The manifest and the named tensors of a checkpoint that verifies."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    try:
+        return manifest, {kind: load_file(path / f"{kind}.safetensors") for kind in KINDS}
+    except (OSError, SafetensorError) as error:
+        raise Refused(f"checkpoint {path} cannot be read ({error}): remove it to resume from an older one") from None
+
+
+def refuse_other_network(path: Path, stored: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuses a checkpoint whose tensors are not those of this network."""
+    for name in sorted(stored.keys() | shapes.keys()):
+        there = tuple(stored[name].shape) if name in stored else None
+        if there != shapes.get(name):
+            raise Refused(
+                f"checkpoint {path} is of another network: {name} is {there or 'absent'} there and {shapes.get(name) or 'absent'} "
+                "here; start anew with --fresh or give another --out"
+            )
+
+
+def retire(folder: Path, keep: int) -> None:
+    """Removes all but the newest checkpoints, and what an interrupted write left."""
+    for path in sorted(folder.glob("images-*"))[: -max(keep, 1)]:
+        shutil.rmtree(path)
+    for path in folder.glob(".images-*"):
+        shutil.rmtree(path)
+
+
+def digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,67 @@
+"""What a condition is to the network: three ports, and a null state for each kind.
+
+N images, E embedding width, M tokens of width D, K channels of H x W pixels.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from duotone.data.batch import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the data says of itself and a network must know: it is stored with the weights."""
+
+    classes: tuple[str, ...] | None = None
+    attributes: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """The three ports: a vector added to the time embedding, tokens for cross-attention, channels beside the image."""
+
+    vector_NE: Tensor | None = None
+    tokens_NMD: Tensor | None = None
+    mask_NM: Tensor | None = None
+    channels_NKHW: Tensor | None = None
+
+
+class Conditioner(nn.Module, ABC):
+    """Turns one kind of condition into a Conditioning; keep_N False gives a row its null state."""
+
+    dropout: float
+
+    @abstractmethod
+    def of_batch(self, batch: Batch) -> dict[str, Tensor]:
+        """The tensors of a training batch, on the host."""
+
+    @abstractmethod
+    def of_values(self, values: list) -> dict[str, Tensor]:
+        """The tensors of what a person asks for when sampling; refuses values that do not fit."""
+
+    @abstractmethod
+    def forward(self, tensors: dict[str, Tensor], keep_N: Tensor) -> Conditioning:
+        """The ports, with the rows that are not kept in their null state."""
+
+
+def combine(parts: list[Conditioning]) -> Conditioning:
+    """Several conditions as one: vectors add, tokens join along M, channels along K."""
+    vectors = [p.vector_NE for p in parts if p.vector_NE is not None]
+    channels = [p.channels_NKHW for p in parts if p.channels_NKHW is not None]
+    spoken = [p for p in parts if p.tokens_NMD is not None]
+    return Conditioning(
+        vector_NE=torch.stack(vectors).sum(0) if len(vectors) > 1 else (vectors or [None])[0],
+        tokens_NMD=torch.cat([p.tokens_NMD for p in spoken], dim=1) if spoken else None,
+        mask_NM=torch.cat([full_mask(p) for p in spoken], dim=1) if any(p.mask_NM is not None for p in spoken) else None,
+        channels_NKHW=torch.cat(channels, dim=1) if channels else None,
+    )
+
+
+def full_mask(part: Conditioning) -> Tensor:
+    if part.mask_NM is not None:
+        return part.mask_NM
+    return torch.ones(part.tokens_NMD.shape[:2], dtype=torch.bool, device=part.tokens_NMD.device)

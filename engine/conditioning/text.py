@@ -1,0 +1,153 @@
+"""Text: captions as tokens for cross-attention, from a frozen CLIP or from a small byte-level one trained with the network.
+
+N captions, M tokens, D token width.
+"""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from duotone.data.batch import Batch
+from duotone.data.refusal import Refused
+from duotone.engine.conditioning.base import Conditioner, Conditioning, Facts
+from duotone.engine.model.unet import UNetConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipText:
+    """A pretrained CLIP text encoder, frozen, and its tokenizer."""
+
+    encoder: str = "openai/clip-vit-base-patch32"
+    """Name on the Hugging Face hub, or a folder holding model and tokenizer."""
+    dropout: float = 0.1
+    """Share of captions replaced by the null state (all-zero tokens) in training."""
+
+    def build(self, network: UNetConfig, facts: Facts) -> "TextConditioner":
+        from transformers import AutoTokenizer, CLIPTextModel
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.encoder)
+            encoder = CLIPTextModel.from_pretrained(self.encoder)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise Refused(
+                f"text encoder {self.encoder!r} cannot be loaded ({reason}): give conditioning.0.encoder a folder with a "
+                "CLIP text model and its tokenizer, or a name that can be reached from here"
+            ) from None
+        length = encoder.config.max_position_embeddings
+        return TextConditioner(encoder, ClipTokens(tokenizer, length), self.dropout, network, frozen=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByteText:
+    """A small CLIP text model over bytes, trained with the network: needs no download."""
+
+    width: int = 64
+    """Width of its tokens; the network's context_width must be the same."""
+    layers: int = 2
+    """Transformer layers."""
+    heads: int = 4
+    """Attention heads."""
+    length: int = 64
+    """Most bytes of a caption, with one mark before and one after."""
+    dropout: float = 0.1
+    """Share of captions replaced by the null state (all-zero tokens) in training."""
+
+    def build(self, network: UNetConfig, facts: Facts) -> "TextConditioner":
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        config = CLIPTextConfig(
+            vocab_size=ByteTokens.FIRST_BYTE + 256,
+            hidden_size=self.width,
+            intermediate_size=4 * self.width,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            max_position_embeddings=self.length,
+            pad_token_id=ByteTokens.PAD,
+            bos_token_id=ByteTokens.BEGIN,
+            eos_token_id=ByteTokens.END,
+        )
+        return TextConditioner(CLIPTextModel(config), ByteTokens(self.length), self.dropout, network, frozen=False)
+
+
+class ByteTokens:
+    """Captions as UTF-8 bytes between a begin and an end mark, padded to a fixed length."""
+
+    PAD, BEGIN, END, FIRST_BYTE = 0, 1, 2, 3
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def __call__(self, captions: list[str]) -> dict[str, Tensor]:
+        ids_NM = torch.full((len(captions), self.length), self.PAD, dtype=torch.int64)
+        for row, caption in zip(ids_NM, captions):
+            data = caption.strip().encode()
+            if len(data) > self.length - 2:
+                warn_cut(caption, data[self.length - 2 :].decode(errors="ignore"))
+            marks = [self.BEGIN, *(self.FIRST_BYTE + byte for byte in data[: self.length - 2]), self.END]
+            row[: len(marks)] = torch.tensor(marks)
+        return {"ids_NM": ids_NM, "mask_NM": ids_NM != self.PAD}
+
+
+class ClipTokens:
+    """Captions through CLIP's own tokenizer, padded to a fixed length; the mask ends with the end mark."""
+
+    def __init__(self, tokenizer, length: int):
+        self.tokenizer, self.length = tokenizer, length
+
+    def __call__(self, captions: list[str]) -> dict[str, Tensor]:
+        captions = [caption.strip() for caption in captions]
+        whole = self.tokenizer(captions, truncation=False, verbose=False)["input_ids"]
+        for caption, ids in zip(captions, whole):
+            if len(ids) > self.length:
+                warn_cut(caption, self.tokenizer.decode(ids[self.length - 1 : -1]))
+        out = self.tokenizer(
+            captions, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        )
+        return {"ids_NM": out["input_ids"], "mask_NM": out["attention_mask"].bool()}
+
+
+def warn_cut(caption: str, cut: str) -> None:
+    warnings.warn(f"caption {caption[:40]!r}... is longer than the text encoder takes; cut: {cut!r}", stacklevel=4)
+
+
+class TextConditioner(Conditioner):
+    """Tokens of a text encoder's last layer; the null state is all-zero tokens, whose attention output is exactly zero."""
+
+    kind = "text"
+
+    def __init__(self, encoder: nn.Module, tokens, dropout: float, network: UNetConfig, *, frozen: bool):
+        super().__init__()
+        width = encoder.config.hidden_size
+        if width != network.context_width:
+            raise Refused(f"model.context_width = {network.context_width}, but the text encoder's tokens are {width} wide")
+        self.tokens, self.dropout, self.frozen = tokens, dropout, frozen
+        if frozen:
+            # In a tuple, so that it is no part of the trained state: neither optimizer, checkpoint nor export holds it.
+            self.held = (encoder.requires_grad_(False).eval(),)
+        else:
+            self.encoder = encoder
+
+    def _apply(self, fn, recurse: bool = True):
+        for encoder in getattr(self, "held", ()):
+            encoder._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def of_batch(self, batch: Batch) -> dict[str, Tensor]:
+        return self.tokens(batch.captions)
+
+    def of_values(self, values: list[str]) -> dict[str, Tensor]:
+        return self.tokens(values)
+
+    def encode(self, tensors: dict[str, Tensor]) -> Tensor:
+        if not self.frozen:
+            return self.encoder(input_ids=tensors["ids_NM"]).last_hidden_state
+        with torch.no_grad():
+            return self.held[0](input_ids=tensors["ids_NM"]).last_hidden_state
+
+    def forward(self, tensors: dict[str, Tensor], keep_N: Tensor) -> Conditioning:
+        tokens_NMD = self.encode(tensors)
+        tokens_NMD = torch.where(keep_N[:, None, None], tokens_NMD, torch.zeros_like(tokens_NMD))
+        return Conditioning(tokens_NMD=tokens_NMD, mask_NM=tensors["mask_NM"])

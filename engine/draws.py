@@ -1,0 +1,56 @@
+"""Every random number of a run is a function of (seed, position, purpose); position counts images since its start.
+
+So a run resumes from one integer, and draws do not depend on ranks, workers or micro-batch. Salmon et al. 2011 (Philox).
+"""
+
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from duotone.data.batch import Plan
+from duotone.data.order import samples_at
+from duotone.kernels.philox import normal_reference, uniform_reference
+
+
+class Purpose(IntEnum):
+    """What a number is drawn for; a purpose keeps its number for ever, so old runs replay."""
+
+    NOISE = 0
+    SIGMA = 1
+    FLIP = 2
+    CROP = 3
+    CAPTION = 4
+    DROP = 5
+    SAMPLE_START = 6
+    SAMPLE_STEP = 7
+    JOINT_DROP = 8
+    ATTRIBUTE_DROP = 9
+
+
+def uniform(seed: int, positions_N: np.ndarray, purpose: Purpose, count: int = 1) -> Tensor:
+    """`count` numbers in (0, 1) for each position, (N, count) float64."""
+    return uniform_reference(seed, torch.as_tensor(positions_N, dtype=torch.int64), int(purpose), count)
+
+
+def normal(seed: int, positions_N: np.ndarray, purpose: Purpose, count: int) -> Tensor:
+    """`count` standard normal numbers for each position, (N, count) fp32."""
+    return normal_reference(seed, torch.as_tensor(positions_N, dtype=torch.int64), int(purpose), count)
+
+
+def plan(seed: int, positions_N: np.ndarray, samples: int) -> Plan:
+    """Which of `samples` samples stand at these positions, and how each is read."""
+    return Plan(
+        positions_N=positions_N,
+        samples_N=samples_at(seed, positions_N, samples),
+        crops_N2=uniform(seed, positions_N, Purpose.CROP, 2).numpy(),
+        captions_N=uniform(seed, positions_N, Purpose.CAPTION)[:, 0].numpy(),
+    )
+
+
+def micro_batches(first: int, batch: int, micro: int, rank: int, ranks: int) -> list[np.ndarray]:
+    """The positions of one rank's micro-batches in the step that begins at image `first`: ranks in order, then micro-batches."""
+    per_rank = batch // ranks
+    mine = first + rank * per_rank + np.arange(per_rank, dtype=np.int64)
+    return list(mine.reshape(-1, micro))

@@ -1,0 +1,182 @@
+"""What a run tells: metrics.jsonl first, then the progress bar, TensorBoard and wandb, which only listen.
+
+Every format string of training lives here.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from duotone.engine.run_folder import keep_rows_up_to
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """Where a run's numbers go besides metrics.jsonl."""
+
+    every: int = 10
+    """Optimizer steps between lines of metrics.jsonl."""
+    wandb: bool = False
+    """Follow the run in Weights & Biases (WANDB_MODE=offline works); only numbers, pictures and the recipe are sent."""
+    tensorboard: bool = False
+    """Write TensorBoard events into the run's folder."""
+    trace: bool = False
+    """Write trace.jsonl: images, sample keys and a hash of the draws per step."""
+
+
+@dataclass
+class Window:
+    """What happened since the last line."""
+
+    began: float
+    images: int = 0
+    waited: float = 0.0
+    skipped: int = 0
+
+
+class Logger:
+    """Rank 0's voice; on other ranks nothing speaks."""
+
+    def __init__(self, config: Log, folder: Path, total: int, start: int, *, speaks: bool, recipe: dict):
+        self.config, self.folder, self.total, self.speaks = config, folder, total, speaks
+        self.window = Window(time.monotonic())
+        self.listeners: list = []
+        if not speaks:
+            return
+        keep_rows_up_to(folder / "metrics.jsonl", start)
+        keep_rows_up_to(folder / "trace.jsonl", start)
+        self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)
+        self.bar = Bar(total, start)
+        self.listeners = [listen for listen in (tensorboard(config, folder), wandb(config, folder, recipe)) if listen]
+
+    def say(self, line: str) -> None:
+        if self.speaks:
+            self.bar.say(f"duotone: {line}")
+
+    def waited(self, seconds: float) -> None:
+        self.window.waited += seconds
+
+    def step(self, step: int, images: int, batch: int, skipped: bool, numbers) -> None:
+        """Counts one optimizer step; `numbers()` is only asked for (a device synchronisation) when a line is due."""
+        self.window.images += batch
+        self.window.skipped += skipped
+        due = step % self.config.every == 0 or images >= self.total or step == 1
+        if due:
+            values = numbers()
+            if self.speaks:
+                self.line(step, images, values)
+
+    def line(self, step: int, images: int, values: dict[str, float]) -> None:
+        seconds = max(time.monotonic() - self.window.began, 1e-9)
+        row = {
+            "step": step,
+            "images": images,
+            **values,
+            "images_per_second": self.window.images / seconds,
+            "data_wait": self.window.waited / seconds,
+            "skipped": self.window.skipped,
+        }
+        self.window = Window(time.monotonic())
+        self.metrics.write(json.dumps(row) + "\n")
+        self.bar.update(row)
+        for listener in list(self.listeners):
+            self.tell(listener, row)
+
+    def tell(self, listener, row: dict) -> None:
+        """A tracker that fails is dropped with one line; the run goes on."""
+        try:
+            listener(row)
+        except Exception as error:  # noqa: BLE001 - whatever a tracker raises must not end a run
+            self.listeners.remove(listener)
+            self.say(f"a tracker failed and is dropped, metrics.jsonl goes on: {type(error).__name__}: {error}")
+
+    def trace(self, row: dict) -> None:
+        if self.speaks:
+            with open(self.folder / "trace.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        if self.speaks:
+            self.bar.close()
+            self.metrics.close()
+
+
+class Bar:
+    """A progress bar on a terminal; elsewhere one line about every ten seconds."""
+
+    def __init__(self, total: int, start: int):
+        self.total, self.start, self.last_line = total, start, 0.0
+        self.began = time.monotonic()
+        self.tqdm = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.tqdm = tqdm(total=total, initial=start, unit="img", unit_scale=True, smoothing=0.05, dynamic_ncols=True)
+
+    def say(self, line: str) -> None:
+        if self.tqdm is not None:
+            self.tqdm.write(line)
+        else:
+            print(line, flush=True)
+
+    def update(self, row: dict) -> None:
+        if self.tqdm is not None:
+            self.tqdm.set_postfix_str(f"loss {row['loss']:.4f}, data wait {row['data_wait']:.0%}")
+            self.tqdm.update(row["images"] - self.tqdm.n)
+            return
+        now = time.monotonic()
+        if now - self.last_line > 10 or row["images"] >= self.total:
+            self.last_line = now
+            print(plain_line(row, self.total, self.left(row["images"], now)), flush=True)
+
+    def left(self, images: int, now: float) -> float:
+        """Seconds to go at the mean rate so far."""
+        done = images - self.start
+        return (now - self.began) / done * (self.total - images) if done else 0.0
+
+    def close(self) -> None:
+        if self.tqdm is not None:
+            self.tqdm.close()
+
+
+def plain_line(row: dict, total: int, left: float) -> str:
+    return (
+        f"{row['images']:>9,}/{total:,} images  loss {row['loss']:.4f}  {row['images_per_second']:7.1f} img/s  "
+        f"data wait {row['data_wait']:4.0%}  {duration(left)} left"
+    )
+
+
+def duration(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
+
+
+def tensorboard(config: Log, folder: Path):
+    if not config.tensorboard:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(folder / "tensorboard")
+
+    def listen(row: dict) -> None:
+        for name, value in row.items():
+            if isinstance(value, int | float) and name not in ("step", "images"):
+                writer.add_scalar(name, value, row["images"])
+        writer.flush()
+
+    return listen
+
+
+def wandb(config: Log, folder: Path, recipe: dict):
+    """The recipe is the only configuration that is sent; a later start of the same run goes on under the same id."""
+    if not config.wandb:
+        return None
+    import wandb as library
+
+    name = folder.resolve().name
+    run = library.init(
+        project="duotone", name=name, id=name, resume="allow", config=recipe, dir=str(folder), save_code=False
+    )
+    return lambda row: run.log(row, step=row["images"])

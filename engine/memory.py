@@ -1,0 +1,55 @@
+"""How much memory a rank will need, from the network itself: nothing is allocated."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one rank."""
+
+    state: int
+    """Weights, gradients, fp32 master weights, moments and EMA, as sharded."""
+    activations: int
+    """What autograd keeps of one micro-batch."""
+
+    @property
+    def gib(self) -> float:
+        return (self.state + self.activations) / 2**30
+
+
+def estimate(network: nn.Module, recipe, micro: int, choice, ranks: int) -> Estimate:
+    """The prediction for a micro-batch of `micro` images."""
+    parameters = sum(p.numel() for p in network.parameters())
+    held = parameters * choice.dtype.itemsize
+    sharded = 4 * 4 * parameters // ranks
+    gradients = parameters * 4 // (ranks if recipe.zero.stage > 1 else 1)
+    weights = held // (ranks if recipe.zero.stage == 3 else 1)
+    return Estimate(weights + gradients + sharded, micro * saved_per_image(network.unet, recipe.data.size, choice.dtype))
+
+
+def saved_per_image(unet: nn.Module, size: int, dtype: torch.dtype) -> int:
+    """Bytes that autograd keeps for one image, counted on a copy without storage."""
+    held = getattr(unet, "checkpointing", False)
+    ghost = copy.deepcopy(unet).to("meta", dtype)
+    ghost.checkpointing = held
+    weights = {id(p) for p in ghost.parameters()}
+    seen: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        base = tensor._base if tensor._base is not None else tensor
+        if id(base) not in weights:
+            seen[id(base)] = base.numel() * base.element_size()
+            kept.append(base)
+        return tensor
+
+    kept: list[torch.Tensor] = []
+    config = unet.config
+    x = torch.empty(1, config.in_channels + config.extra_channels, size, size, device="meta", dtype=dtype)
+    tokens = torch.empty(1, 77, config.context_width, device="meta", dtype=dtype)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        ghost(x, torch.zeros(1, device="meta"), None, tokens if "cross" in (*config.attention, config.middle) else None)
+    return sum(seen.values())

@@ -1,0 +1,205 @@
+"""The parts of the UNet, under the parameter names of diffusers, with channels-last activations throughout.
+
+N images, C channels, H x W pixels, L image tokens (H * W), M condition tokens, D condition width, E embedding width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from duotone.kernels.attention import attention
+from duotone.kernels.group_norm_silu import group_norm_silu
+
+
+def tokens_of(x_NCHW: Tensor) -> Tensor:
+    """The image as tokens_NLC: a view, since activations are channels-last."""
+    return x_NCHW.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def image_of(tokens_NLC: Tensor, like_NCHW: Tensor) -> Tensor:
+    """Tokens back as a channels-last image of the height and width of `like_NCHW`: a view."""
+    return tokens_NLC.unflatten(1, like_NCHW.shape[2:]).permute(0, 3, 1, 2)
+
+
+def sinusoid(time_N: Tensor, width: int, *, flip: bool = True, shift: float = 0.0) -> Tensor:
+    """Sinusoidal embedding of a time, (N, width) fp32; Vaswani et al. 2017, section 3.5, cosines first when `flip`."""
+    half = width // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=time_N.device) / (half - shift)
+    angle = time_N.float()[:, None] * torch.exp(-math.log(10_000) * exponent)[None, :]
+    first, second = (angle.cos(), angle.sin()) if flip else (angle.sin(), angle.cos())
+    return F.pad(torch.cat([first, second], dim=1), (0, width % 2))
+
+
+class Embedding(nn.Module):
+    """Linear, SiLU, linear: of the time, or of a vector condition."""
+
+    def __init__(self, width: int, embedding_width: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(width, embedding_width)
+        self.linear_2 = nn.Linear(embedding_width, embedding_width)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x_ND)))
+
+
+class GroupNormSiLU(nn.GroupNorm):
+    """Group norm with, on request, an added vector, FiLM and SiLU, in one kernel."""
+
+    def forward(self, x_NCHW: Tensor, *, silu: bool = True, **modulation: Tensor) -> Tensor:
+        return group_norm_silu(
+            x_NCHW, self.weight, self.bias, self.num_groups, self.eps, silu=silu, **modulation
+        )
+
+
+class ResBlock(nn.Module):
+    """Two norm-SiLU-convolutions around a skip; the embedding is added between them, or scales and shifts (FiLM)."""
+
+    def __init__(self, width: int, out_width: int, embedding_width: int, *, groups, eps, film, dropout):
+        super().__init__()
+        self.film = film
+        self.norm1 = GroupNormSiLU(groups, width, eps)
+        self.conv1 = nn.Conv2d(width, out_width, 3, padding=1)
+        self.time_emb_proj = nn.Linear(embedding_width, 2 * out_width if film else out_width)
+        self.norm2 = GroupNormSiLU(groups, out_width, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_width, out_width, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(width, out_width, 1) if width != out_width else None
+
+    def modulation(self, silu_embedding_NE: Tensor) -> dict[str, Tensor]:
+        projected = self.time_emb_proj(silu_embedding_NE)
+        if not self.film:
+            return {"add_NC": projected}
+        scale_NC, shift_NC = projected.chunk(2, dim=1)
+        return {"scale_NC": scale_NC, "shift_NC": shift_NC}
+
+    def forward(self, x_NCHW: Tensor, silu_embedding_NE: Tensor) -> Tensor:
+        h = self.conv1(self.norm1(x_NCHW))
+        h = self.norm2(h, **self.modulation(silu_embedding_NE))
+        h = self.conv2(self.dropout(h))
+        return h + (x_NCHW if self.conv_shortcut is None else self.conv_shortcut(x_NCHW))
+
+
+class Attention(nn.Module):
+    """Multi-head attention over tokens; keys and values from `context_NMD` where given."""
+
+    def __init__(self, width: int, heads: int, *, context_width: int | None = None, bias: bool = False):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=bias)
+        self.to_k = nn.Linear(context_width or width, width, bias=bias)
+        self.to_v = nn.Linear(context_width or width, width, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(width, width), nn.Dropout(0.0)])
+
+    def packed(self, x_NLC: Tensor, *layers: nn.Linear) -> list[Tensor]:
+        """Several projections of the same tokens as one matrix product, split into heads: each (N, L, heads, width)."""
+        weight = torch.cat([layer.weight for layer in layers])
+        bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+        y = F.linear(x_NLC, weight, bias).unflatten(-1, (len(layers), self.heads, -1))
+        return list(y.unbind(2))
+
+    def keys_values(self, context_NMD: Tensor) -> tuple[Tensor, Tensor]:
+        k_NMHD, v_NMHD = self.packed(context_NMD, self.to_k, self.to_v)
+        return k_NMHD, v_NMHD
+
+    def forward(self, x_NLC: Tensor, context=None, mask_NM: Tensor | None = None) -> Tensor:
+        """`context` is tokens_NMD, or keys and values already projected (they do not change between sampling steps)."""
+        if context is None:
+            q, k, v = self.packed(x_NLC, self.to_q, self.to_k, self.to_v)
+        else:
+            (q,) = self.packed(x_NLC, self.to_q)
+            k, v = context if isinstance(context, tuple) else self.keys_values(context)
+        return self.to_out[0](attention(q, k, v, mask_NM=mask_NM).flatten(2))
+
+
+class SelfAttention(Attention):
+    """Group norm and self-attention over the pixels of an image, with a residual (diffusers' attention block)."""
+
+    def __init__(self, width: int, heads: int, *, groups: int | None, eps: float):
+        super().__init__(width, heads, bias=True)
+        self.group_norm = None if groups is None else GroupNormSiLU(groups, width, eps)
+
+    def forward(self, x_NCHW: Tensor, context=None, mask_NM: Tensor | None = None) -> Tensor:
+        h = x_NCHW if self.group_norm is None else self.group_norm(x_NCHW, silu=False)
+        return x_NCHW + image_of(super().forward(tokens_of(h)), x_NCHW)
+
+
+class GEGLU(nn.Module):
+    """Gated GELU; Shazeer 2020, equation 5."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, gate = self.proj(x).chunk(2, dim=-1)
+        return hidden * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int, ratio: int = 4):
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(width, ratio * width), nn.Dropout(0.0), nn.Linear(ratio * width, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention, cross-attention, feed-forward, each behind a layer norm and around a residual."""
+
+    def __init__(self, width: int, heads: int, context_width: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(width, heads, context_width=context_width)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(self, x_NLC: Tensor, context, mask_NM: Tensor | None) -> Tensor:
+        x_NLC = x_NLC + self.attn1(self.norm1(x_NLC))
+        x_NLC = x_NLC + self.attn2(self.norm2(x_NLC), context, mask_NM)
+        return x_NLC + self.ff(self.norm3(x_NLC))
+
+
+class Transformer(nn.Module):
+    """Transformer layers over the pixels of an image; the projections around them are linear, or 1 x 1 convolutions."""
+
+    def __init__(self, width: int, heads: int, *, context_width: int, depth: int, groups: int, linear: bool):
+        super().__init__()
+        self.norm = GroupNormSiLU(groups, width, eps=1e-6)
+        projection = nn.Linear if linear else lambda a, b: nn.Conv2d(a, b, 1)
+        self.proj_in = projection(width, width)
+        self.transformer_blocks = nn.ModuleList([TransformerLayer(width, heads, context_width) for _ in range(depth)])
+        self.proj_out = projection(width, width)
+
+    def project(self, layer: nn.Module, x_NLC: Tensor) -> Tensor:
+        # A 1 x 1 convolution over channels-last pixels is a linear layer over tokens: same weights, no layout change.
+        return F.linear(x_NLC, layer.weight.flatten(1), layer.bias)
+
+    def forward(self, x_NCHW: Tensor, context=None, mask_NM: Tensor | None = None) -> Tensor:
+        """`context` is tokens_NMD for every layer, or an iterator over keys and values, one pair a layer."""
+        h = self.project(self.proj_in, tokens_of(self.norm(x_NCHW, silu=False)))
+        for layer in self.transformer_blocks:
+            h = layer(h, context if isinstance(context, Tensor) else next(context), mask_NM)
+        return x_NCHW + image_of(self.project(self.proj_out, h), x_NCHW)
+
+
+class Downsample(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        return self.conv(x_NCHW)
+
+
+class Upsample(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x_NCHW: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.conv(F.interpolate(x_NCHW, size=size, mode="nearest"))

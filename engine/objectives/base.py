@@ -1,0 +1,99 @@
+"""What every objective shares: four scalings, how sigma is drawn, a weight; one loss and one denoiser for all.
+
+Everything works on x = x0 + sigma * noise, with the network wrapped as in Karras et al. 2022, equation 7:
+D(x; sigma) = c_skip * x + c_out * F(c_in * x; c_noise). N images; sigmas are float64, since tables and tails need it.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+LossKind = Literal["squared", "absolute", "huber"]
+
+
+class Scalings(NamedTuple):
+    """The four functions of Karras et al. 2022, table 1, at N noise levels."""
+
+    skip_N: Tensor
+    out_N: Tensor
+    in_N: Tensor
+    noise_N: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(ABC):
+    loss: LossKind = "squared"
+    """Penalty on F - F*: squared, absolute or huber (transition at 1)."""
+
+    @abstractmethod
+    def draw_sigma(self, u_N: Tensor) -> Tensor:
+        """sigma_N from u_N, uniform in [0, 1): the quantile function of the training distribution."""
+
+    @abstractmethod
+    def scalings(self, sigma_N: Tensor) -> Scalings:
+        """The four scalings at sigma_N."""
+
+    @abstractmethod
+    def weight(self, sigma_N: Tensor) -> Tensor:
+        """The weight of |D - x0|^2, as papers print it."""
+
+    @abstractmethod
+    def sampling_sigmas(self, steps: int, spacing: str) -> Tensor:
+        """Falling noise levels for `steps` steps, the last one 0: float64, (steps + 1,)."""
+
+    def coefficients(self, sigma_N: Tensor) -> Tensor:
+        """(a, b, p, q) of each image, (N, 4): the network's input is a x0 + b noise, its target F* is p x0 + q noise.
+
+        The target is solved from D = x0: F* = ((1 - c_skip) x0 - c_skip sigma noise) / c_out, so nothing is subtracted
+        that cancels at small sigma.
+        """
+        c = self.scalings(sigma_N)
+        return torch.stack(
+            [c.in_N, c.in_N * sigma_N, (1 - c.skip_N) / c.out_N, -c.skip_N * sigma_N / c.out_N], dim=1
+        )
+
+    def penalty(self, output_NCHW: Tensor, target_NCHW: Tensor) -> Tensor:
+        """The unweighted penalty of each image, (N,), in fp32."""
+        error = output_NCHW.float() - target_NCHW
+        if self.loss == "squared":
+            error = error.square()
+        elif self.loss == "absolute":
+            error = error.abs()
+        else:
+            error = torch.where(error.abs() < 1, 0.5 * error.square(), error.abs() - 0.5)
+        return error.flatten(1).mean(1)
+
+    def loss_weight(self, sigma_N: Tensor) -> Tensor:
+        """The weight of |F - F*|^2: weight(sigma) c_out^2."""
+        return self.weight(sigma_N) * self.scalings(sigma_N).out_N.square()
+
+    def __call__(self, output_NCHW: Tensor, target_NCHW: Tensor, sigma_N: Tensor) -> Tensor:
+        """The mean loss of a batch."""
+        return (self.loss_weight(sigma_N).float() * self.penalty(output_NCHW, target_NCHW)).mean()
+
+
+def spaced_indices(count: int, steps: int, spacing: str) -> Tensor:
+    """Falling indices into a table of `count` noise levels, float64; Lin et al. 2024, table 2 (leading, trailing, linspace)."""
+    if spacing == "leading":
+        return torch.arange(steps - 1, -1, -1, dtype=torch.float64) * (count // steps)
+    if spacing == "trailing":
+        return (torch.arange(steps, 0, -1, dtype=torch.float64) * (count / steps)).round() - 1
+    return torch.linspace(count - 1, 0, steps, dtype=torch.float64)
+
+
+def karras_sigmas(low: float, high: float, steps: int, rho: float = 7.0) -> Tensor:
+    """Karras et al. 2022, equation 5: `steps` noise levels from high to low, then 0."""
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    return with_zero((high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho)
+
+
+def log_linear_sigmas(low: float, high: float, steps: int) -> Tensor:
+    """`steps` noise levels evenly spaced in log sigma from high to low, then 0."""
+    return with_zero(torch.logspace(0, 1, steps, base=low / high, dtype=torch.float64) * high)
+
+
+def with_zero(sigma: Tensor) -> Tensor:
+    return torch.cat([sigma, sigma.new_zeros(1)])

@@ -1,0 +1,47 @@
+"""EDM: Karras et al. 2022, table 1, column "Ours"."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duotone.engine.objectives.base import Objective, Scalings, karras_sigmas, log_linear_sigmas
+
+
+@dataclass(frozen=True, kw_only=True)
+class EDM(Objective):
+    """log sigma is normal; the network predicts a mix of image and noise whose variance is one at every sigma."""
+
+    sigma_data: float = 0.5
+    """Standard deviation of the pixels, in [-1, 1]."""
+    log_mean: float = -1.2
+    """Mean of log sigma in training (P_mean)."""
+    log_std: float = 1.2
+    """Standard deviation of log sigma in training (P_std)."""
+    sigma_min: float = 0.002
+    """Smallest noise level, in training and sampling."""
+    sigma_max: float = 80.0
+    """Largest noise level, in training and sampling."""
+    rho: float = 7.0
+    """Curvature of the sampling noise levels."""
+
+    def draw_sigma(self, u_N: Tensor) -> Tensor:
+        sigma_N = (self.log_mean + self.log_std * torch.special.ndtri(u_N)).exp()
+        return sigma_N.clamp(self.sigma_min, self.sigma_max)
+
+    def scalings(self, sigma_N: Tensor) -> Scalings:
+        variance = sigma_N.square() + self.sigma_data**2
+        return Scalings(
+            skip_N=self.sigma_data**2 / variance,
+            out_N=sigma_N * self.sigma_data / variance.sqrt(),
+            in_N=1 / variance.sqrt(),
+            noise_N=sigma_N.log() / 4,
+        )
+
+    def weight(self, sigma_N: Tensor) -> Tensor:
+        return (sigma_N.square() + self.sigma_data**2) / (sigma_N * self.sigma_data).square()
+
+    def sampling_sigmas(self, steps: int, spacing: str = "karras") -> Tensor:
+        if spacing == "log-linear":
+            return log_linear_sigmas(self.sigma_min, self.sigma_max, steps)
+        return karras_sigmas(self.sigma_min, self.sigma_max, steps, self.rho)

@@ -1,0 +1,133 @@
+"""AdamW whose state carries the EMA of the weights, so that whatever shards the optimizer shards the EMA too.
+
+Learning rate and EMA decay are functions of the images seen, so neither has a state of its own.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from duotone.data.refusal import Refused
+from duotone.kernels.adamw_ema import adamw_ema_
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ema:
+    """Exponential moving average of the weights, kept in fp32."""
+
+    half_life: int = 500_000
+    """Images after which a weight counts half."""
+    rampup: float = 0.05
+    """The half-life is at most this share of the images seen (Karras et al. 2024, section 3); 0 = no ramp."""
+    power: float = 0.0
+    """If above 0: decay = 1 - (1 + step)^-power instead, at most max_decay."""
+    max_decay: float = 0.9999
+    """Largest decay of a power EMA."""
+
+    def decay(self, images: int, batch: int) -> float:
+        """The decay of the step that brings the run to `images`."""
+        if self.power > 0:
+            return min(self.max_decay, 1 - (1 + images / batch) ** -self.power)
+        half_life = min(self.half_life, self.rampup * images) if self.rampup > 0 else self.half_life
+        return 0.5 ** (batch / half_life)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """Loshchilov and Hutter 2019; biases and norms are not decayed."""
+
+    lr: float = 1e-4
+    """Learning rate after the warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+    """Decay of matrices and convolutions; biases and norm weights have none."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 = no clipping."""
+    warmup: int = 10_000
+    """Images over which the learning rate rises from 0."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """What follows the warm-up: constant, or half a cosine down to 0 at the end of the run."""
+
+    def check(self) -> None:
+        for name in ("lr", "eps"):
+            if getattr(self, name) <= 0:
+                raise Refused(f"optimizer.{name} = {getattr(self, name)}: it must be above 0")
+        for name in ("weight_decay", "clip", "warmup"):
+            if getattr(self, name) < 0:
+                raise Refused(f"optimizer.{name} = {getattr(self, name)}: it must not be negative")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise Refused(f"optimizer.betas = {self.betas}: each must lie in [0, 1)")
+
+    def lr_at(self, images: int, total: int) -> float:
+        """Learning rate of the step that begins at `images` of `total`."""
+        if images < self.warmup:
+            return self.lr * images / self.warmup
+        if self.schedule == "constant":
+            return self.lr
+        progress = (images - self.warmup) / max(1, total - self.warmup)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    def build(self, network: nn.Module) -> "AdamWEma":
+        return AdamWEma(parameter_groups(network, self.weight_decay), self)
+
+
+def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict]:
+    """Trained parameters in two groups: decayed (matrices, convolutions) and not (vectors)."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+class AdamWEma(torch.optim.Optimizer):
+    """AdamW on the flat shards that ZeRO hands out, with `ema` beside exp_avg and exp_avg_sq in the state."""
+
+    STATE = ("exp_avg", "exp_avg_sq", "ema")
+
+    def __init__(self, groups: list[dict], config: AdamW):
+        super().__init__(groups, {"lr": config.lr, "betas": config.betas, "eps": config.eps, "ema_decay": 0.0})
+
+    def set(self, *, lr: float, ema_decay: float) -> None:
+        """The learning rate and EMA decay of the coming step."""
+        for group in self.param_groups:
+            group["lr"], group["ema_decay"] = lr, ema_decay
+
+    def state_of(self, shard: torch.Tensor) -> dict:
+        """The state of one shard; the EMA begins as the weights."""
+        state = self.state[shard]
+        if not state:
+            state["step"] = 0
+            state["exp_avg"] = torch.zeros_like(shard, requires_grad=False)
+            state["exp_avg_sq"] = torch.zeros_like(shard, requires_grad=False)
+            state["ema"] = shard.detach().clone()
+        return state
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            for shard in group["params"]:
+                if shard.grad is not None:
+                    self.update(shard, group)
+
+    def update(self, shard: torch.Tensor, group: dict) -> None:
+        state = self.state_of(shard)
+        state["step"] += 1
+        adamw_ema_(
+            shard.data.view(-1),
+            shard.grad.view(-1),
+            state["exp_avg"].view(-1),
+            state["exp_avg_sq"].view(-1),
+            [state["ema"].view(-1)],
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            step=state["step"],
+            ema_decays=[group["ema_decay"]],
+        )

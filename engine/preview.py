@@ -1,0 +1,88 @@
+"""Sample grids, denoising strips and GIFs during a run, always from the EMA weights, the same seeds and the same conditions."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from duotone.engine import pictures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Previews:
+    """What pictures a run draws of itself, and how."""
+
+    every: int = 250_000
+    """Images between previews; 0 = only at the end."""
+    prompts: tuple[str, ...] = ()
+    """For text: what to draw; by default captions of the data."""
+    columns: int = 8
+    """Pictures per prompt or class."""
+    rows: int = 8
+    """Most prompts or classes drawn."""
+    steps: int = 18
+    """Sampling steps."""
+    guidance: float = 2.0
+    """Guidance scale (1 where the conditions are never dropped in training)."""
+    sampler: str = "heun"
+    """Solver."""
+    strips: bool = True
+    """Also draw how the first pictures of each row come out of noise, conditional and unconditional."""
+
+
+def asked_for(config: Previews, model, captions: list[str]) -> dict[str, list]:
+    """The conditions of one column: keyword arguments of sample()."""
+    rows: dict[str, list] = {}
+    kinds = model.network.conditioners
+    if "text" in kinds:
+        rows["prompts"] = list(config.prompts or captions)[: config.rows]
+    if "label" in kinds:
+        rows["labels"] = list(range(len(model.facts.classes)))
+        if "text" not in kinds:
+            rows["labels"] = rows["labels"][: max(config.rows, 10)]
+    if not rows:
+        return {"count": config.rows}
+    count = min(len(v) for v in rows.values())
+    return {name: v[:count] for name, v in rows.items()}
+
+
+def repeated(rows: dict, columns: int) -> dict:
+    """Each condition `columns` times in a row."""
+    return {k: v * columns if isinstance(v, int) else [x for x in v for _ in range(columns)] for k, v in rows.items()}
+
+
+def guidance_of(config: Previews, model) -> float:
+    drops = [conditioner.dropout for conditioner in model.network.conditioners.values()]
+    return config.guidance if drops and min(drops) > 0 else 1.0
+
+
+def draw(config: Previews, model, captions: list[str], folder: Path, name: str) -> list[Path]:
+    """Writes <name>.png and the strips; returns what was written."""
+    from duotone.engine.sample import sample  # sample knows artifacts, which know recipes, which hold Previews
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = asked_for(config, model, captions)
+    settings = {"steps": config.steps, "sampler": config.sampler, "guidance": guidance_of(config, model)}
+    images = sample(model, **repeated(rows, config.columns), **settings, seed=0)
+    zoom = max(1, 64 // images.shape[1])
+    written = [folder / f"{name}.png"]
+    pictures.grid(images, config.columns, zoom=zoom).save(written[0])
+    if config.strips:
+        conditional = strip(model, rows, settings, config.columns)
+        height = next(v if isinstance(v, int) else len(v) for v in rows.values())
+        unconditional = strip(model, {"count": height}, settings | {"guidance": 1.0}, config.columns)
+        for kind, images in (("conditional", conditional), ("unconditional", unconditional)):
+            written.append(folder / f"{name}-{kind}.png")
+            pictures.grid(images, config.columns, zoom=zoom).save(written[-1])
+    return written
+
+
+def strip(model, rows: dict, settings: dict, columns: int) -> np.ndarray:
+    """Each row's image at `columns` moments of its way out of noise, row by row."""
+    from duotone.engine.sample import pixels, sample
+
+    seen = []
+    sample(model, **rows, **settings, seed=0, on_step=lambda i, x, denoised: seen.append(pixels(denoised)))
+    moments = np.linspace(0, len(seen) - 1, columns).round().astype(int)
+    frames = np.stack([seen[i] for i in moments], axis=1)
+    return frames.reshape(-1, *frames.shape[2:])

@@ -1,0 +1,268 @@
+"""A recipe is a whole run as data: frozen dataclasses, overridden on the command line, stored as JSON beside the weights."""
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import json
+import os
+import re
+import sys
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+from duotone.data.refusal import Refused
+from duotone.data.shards import Shards
+from duotone.engine.checkpoint import Checkpoints
+from duotone.engine.conditioning.label import Label
+from duotone.engine.conditioning.text import ByteText, ClipText
+from duotone.engine.log import Log
+from duotone.engine.model.unet import UNetConfig
+from duotone.engine.objectives.ddpm import DDPM
+from duotone.engine.objectives.edm import EDM
+from duotone.engine.optimizer import AdamW, Ema
+from duotone.engine.preview import Previews
+from duotone.engine.speed import Speed
+from duotone.engine.zero import Zero
+
+Condition = ClipText | ByteText | Label
+Objectives = EDM | DDPM
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that defines a run."""
+
+    name: str
+    """Names the run; its folder is runs/<name> unless --out is given."""
+    data: Shards = Shards()
+    conditioning: tuple[Condition, ...] = ()
+    """What the network is told."""
+    objective: Objectives = EDM()
+    """What the network learns to predict."""
+    model: UNetConfig = UNetConfig()
+    optimizer: AdamW = AdamW()
+    ema: Ema = Ema()
+    zero: Zero = Zero()
+    speed: Speed = Speed()
+    checkpoint: Checkpoints = Checkpoints()
+    preview: Previews = Previews()
+    log: Log = Log()
+    batch_size: int = 128
+    """Images per optimizer step, over all ranks."""
+    accumulation: int = 1
+    """Micro-batches per rank and optimizer step."""
+    images: int = 10_000_000
+    """Training budget in images."""
+    flip: bool = False
+    """Mirror images at random."""
+    seed: int = 0
+    """Seed of every random number of the run."""
+    out: Path | None = None
+    """The run's folder."""
+    fresh: bool = False
+    """Start anew; the folder of an earlier run is moved aside."""
+
+    @property
+    def folder(self) -> Path:
+        return self.out or Path("runs") / self.name
+
+    def check(self) -> None:
+        """Refuses values out of range, naming the key, before anything heavy is loaded."""
+        for name in ("batch_size", "accumulation", "images"):
+            at_least(name, getattr(self, name), 1)
+        for name in ("checkpoint.every", "preview.every", "seed", "preview.steps"):
+            at_least(name, value_at(self, name), 0)
+        if self.images % self.batch_size:
+            rounded = max(1, round(self.images / self.batch_size)) * self.batch_size
+            raise Refused(f"images = {self.images} is no multiple of batch_size = {self.batch_size}: {rounded} would be")
+        for name in ("checkpoint.every", "preview.every"):
+            if value_at(self, name) % self.batch_size:
+                raise Refused(f"{name} = {value_at(self, name)} is no multiple of batch_size = {self.batch_size}")
+        self.model.check()
+        self.optimizer.check()
+        self.check_size()
+        self.check_conditioning()
+
+    def check_size(self) -> None:
+        if self.data.size < 1:
+            raise Refused(f"data.size = {self.data.size}: it must be at least 1")
+        if self.model.in_channels != self.data.channels:
+            raise Refused(f"model.in_channels = {self.model.in_channels}, but data.channels = {self.data.channels}")
+
+    def check_conditioning(self) -> None:
+        kinds = [type(condition).__name__ for condition in self.conditioning]
+        if len(set(kinds)) < len(kinds):
+            raise Refused(f"conditioning names a kind twice: {', '.join(kinds)}")
+        for i, condition in enumerate(self.conditioning):
+            if not 0 <= condition.dropout <= 1:
+                raise Refused(f"conditioning.{i}.dropout = {condition.dropout}: it must lie in [0, 1]")
+        reads_tokens = "cross" in (*self.model.attention, self.model.middle)
+        gives_tokens = any(isinstance(c, ClipText | ByteText) for c in self.conditioning)
+        if reads_tokens != gives_tokens:
+            raise Refused(
+                "model.attention has cross levels, but no condition gives tokens"
+                if reads_tokens
+                else "a condition gives tokens, but model.attention and model.middle have no cross level that reads them"
+            )
+        for condition in self.conditioning:
+            if isinstance(condition, ByteText) and condition.width != self.model.context_width:
+                raise Refused(f"model.context_width = {self.model.context_width}, but the text's width is {condition.width}")
+
+    def micro_batch(self, ranks: int) -> int:
+        """Images per rank and forward pass."""
+        micro, rest = divmod(self.batch_size, ranks * self.accumulation)
+        if rest or not micro:
+            raise Refused(
+                f"batch_size = {self.batch_size} is not divisible by {ranks} ranks x accumulation = {self.accumulation}"
+            )
+        return micro
+
+
+def at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise Refused(f"{name} = {value}: it must be at least {least}")
+
+
+def value_at(recipe: Recipe, dotted: str):
+    value = recipe
+    for part in dotted.split("."):
+        value = getattr(value, part)
+    return value
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+
+def main(recipe: Recipe, embedded: Recipe | None = None) -> None:
+    """Runs a recipe file: overrides from the command line, then training; refused input is one line and exit code 2.
+
+    `embedded` replaces the recipe where no --data.shards is given: a small network on the embedded data set.
+    """
+    arguments = [a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank"))]
+    try:
+        if embedded is not None and not any(a.split("=")[0] == "--data.shards" for a in arguments):
+            say(
+                f"no --data.shards: training a small network on the embedded captioned shapes. The full {recipe.name} "
+                "recipe: duotone prepare --help, then --data.shards DIR"
+            )
+            recipe = embedded
+        recipe = parse(recipe, arguments)
+        recipe.check()
+        from duotone.engine.train import train
+
+        train(recipe)
+    except Refused as refusal:
+        say(f"refused: {refusal}", file=sys.stderr)
+        sys.exit(2)
+
+
+def say(line: str, **to) -> None:
+    """One line of output, from rank 0 only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"duotone: {line}", flush=True, **to)
+
+
+def parse(default, arguments: list[str]):
+    """`default` with command-line overrides; a wrong name or value is refused in one line with the nearest valid key."""
+    import tyro
+
+    arguments = [whole_number(a) for a in arguments]
+    wants_help = any(a in ("-h", "--help") for a in arguments)
+    errors = io.StringIO()
+    try:
+        with contextlib.nullcontext() if wants_help else contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                type(default), default=default, args=arguments, config=(tyro.conf.CascadeSubcommandArgs,)
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise Refused(one_line(errors.getvalue())) from None
+
+
+def whole_number(argument: str) -> str:
+    """1e6 as 1000000, so that counts may be written the short way."""
+    if re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d+", argument) and float(argument).is_integer():
+        return str(int(float(argument)))
+    return argument
+
+
+def one_line(box: str) -> str:
+    """The message in the command-line library's box, and the key that it thinks was meant."""
+    lines = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in box.splitlines()]
+    sections, current = [], []
+    for line, raw in zip(lines, box.splitlines()):
+        if "───" in raw and current:
+            sections.append(" ".join(current))
+            current = []
+        elif line and "───" not in raw:
+            current.append(re.sub(r"\s+", " ", line))
+    message = sections[0] if sections else " ".join(lines)
+    meant = re.search(r"Perhaps you meant:.*?(--[\w.-]+)", " ".join(sections + current))
+    hint = f"; the nearest key is {meant.group(1)}" if meant else ""
+    return f"{message}{hint} (see --help)"
+
+
+# --------------------------------------------------------------------------------------------------------- JSON
+
+
+def to_json(value) -> object:
+    """A dataclass tree as plain JSON values; each dataclass names its type."""
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": f"{type(value).__module__}:{type(value).__qualname__}", **fields}
+    if isinstance(value, tuple | list):
+        return [to_json(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def from_json(value, kind=None) -> object:
+    """The dataclass tree back; only dataclasses inside duotone are built."""
+    if isinstance(value, dict) and "type" in value:
+        cls = dataclass_named(value["type"])
+        hints = typing.get_type_hints(cls)
+        known = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{k: from_json(v, hints[k]) for k, v in value.items() if k in known})
+    if isinstance(value, list):
+        return tuple(from_json(v) for v in value)
+    return Path(value) if isinstance(value, str) and wants_path(kind) else value
+
+
+def wants_path(kind) -> bool:
+    return kind is Path or (isinstance(kind, types.UnionType) and Path in typing.get_args(kind))
+
+
+def dataclass_named(name: str) -> type:
+    module, _, cls = name.partition(":")
+    if not module.startswith("duotone.") or not re.fullmatch(r"[\w.]+", module) or not cls.isidentifier():
+        raise Refused(f"recipe names the type {name!r}, which is not one of duotone's")
+    try:
+        found = getattr(importlib.import_module(module), cls)
+    except (ImportError, AttributeError):
+        raise Refused(f"recipe names the type {name!r}, which this version of duotone does not have") from None
+    if not dataclasses.is_dataclass(found):
+        raise Refused(f"recipe names the type {name!r}, which is no configuration")
+    return found
+
+
+def flat(value, prefix: str = "") -> dict[str, object]:
+    """A JSON tree as dotted keys."""
+    if isinstance(value, dict):
+        return {k: v for name, inner in value.items() for k, v in flat(inner, f"{prefix}{name}.").items()}
+    if isinstance(value, list) and any(isinstance(v, dict) for v in value):
+        return {k: v for i, inner in enumerate(value) for k, v in flat(inner, f"{prefix}{i}.").items()}
+    return {prefix[:-1]: value}
+
+
+FREE = ("out", "fresh", "log.", "checkpoint.", "preview.", "speed.", "zero.", "accumulation", "data.decoder", "data.threads")
+
+
+def differences(stored: dict, recipe: Recipe) -> list[str]:
+    """The fields by which a stored recipe is another run than this one; what leaves the numbers alone does not count."""
+    then, now = flat(stored), flat(json.loads(json.dumps(to_json(recipe))))
+    free = (*FREE, "images") if recipe.optimizer.schedule == "constant" else FREE
+    changed = [k for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k) and not k.startswith(free)]
+    return [f"{key}: {then.get(key)} there, {now.get(key)} here" for key in changed]

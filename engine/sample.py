@@ -1,0 +1,210 @@
+"""sample(model, ...): from noise to images, with guidance, one solver and a seed per image.
+
+N images, H x W pixels, C channels.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from duotone.data.refusal import Refused
+from duotone.engine import draws
+from duotone.engine.artifact import Model
+from duotone.engine.guidance import Guidance, GuidedDenoiser
+from duotone.engine.samplers.ancestral import ancestral
+from duotone.engine.samplers.dpmpp_2m import dpmpp_2m
+from duotone.engine.samplers.euler import euler
+from duotone.engine.samplers.heun import heun
+from duotone.engine.samplers.stochastic_heun import stochastic_heun
+
+SAMPLERS = {f.__name__: f for f in (euler, heun, dpmpp_2m, ancestral, stochastic_heun)}
+ASKED = {"text": "prompts", "label": "labels", "attributes": "attributes", "image": "images"}
+
+
+def sample(
+    model: Model,
+    *,
+    prompts: Sequence[str] | None = None,
+    labels: Sequence[int | str] | None = None,
+    attributes: Sequence | None = None,
+    count: int | None = None,
+    negative: dict[str, Sequence] | None = None,
+    steps: int = 25,
+    guidance: float | Sequence[float] = 1.0,
+    interval: tuple[float, float] = (0.0, math.inf),
+    rescale: float = 0.0,
+    sampler: str | Callable = "heun",
+    spacing: str | None = None,
+    seed: int | Sequence[int] = 0,
+    size: int | tuple[int, int] | None = None,
+    chunk: int = 64,
+    on_step: Callable | None = None,
+) -> np.ndarray:
+    """Images as uint8, (N, H, W, C).
+
+    Give what the model is conditioned on (`prompts`, `labels`, ...), or `count` images without a condition. `guidance` is
+    a number or one per image; `seed` too: image i of a single seed uses seed and i, and its noise does not depend on the
+    batch. `on_step(step, x_NCHW, denoised_NCHW)` is called after every step. Raises Refused on what does not fit.
+    """
+    asked = {"text": prompts, "label": labels, "attributes": attributes}
+    values = values_by_kind(model, {kind: list(v) for kind, v in asked.items() if v is not None})
+    images = number_of_images(values, count)
+    scales = per_image("guidance", guidance, images)
+    seeds = seeds_of(seed, images)
+    solver = sampler if callable(sampler) else solver_named(sampler)
+    sigmas = falling(model.objective.sampling_sigmas(steps, *([spacing] if spacing else [])))
+    negatives = negative_values(model, negative, images)
+    if any(scale != 1 for scale in scales):
+        refuse_without_null(model, values, negatives)
+    parts = []
+    for first in range(0, images, chunk):
+        rows = slice(first, first + chunk)
+        denoise = guided_denoiser(model, part(values, rows), part(negatives, rows), scales[rows], interval, rescale)
+        parts.append(run(model, denoise, solver, sigmas, seeds[rows], size, on_step))
+    return np.concatenate(parts)
+
+
+def run(model: Model, denoise, solver: Callable, sigmas: Tensor, seeds: list[tuple[int, int]], size, on_step) -> np.ndarray:
+    """One chunk of images."""
+    shape = (len(seeds), *image_shape(model, size))
+    x_NCHW = noise(seeds, draws.Purpose.SAMPLE_START, 0, shape, model.device) * sigmas[0].item()
+
+    def fresh(step: int) -> Tensor:
+        return noise(seeds, draws.Purpose.SAMPLE_STEP, step + 1, shape, model.device)
+
+    with torch.inference_mode():
+        x_NCHW = solver(denoise, x_NCHW, sigmas, noise=fresh, on_step=on_step)
+    model.forwards = denoise.forwards / len(seeds)
+    return pixels(x_NCHW)
+
+
+def pixels(x_NCHW: Tensor) -> np.ndarray:
+    """[-1, 1] to uint8, (N, H, W, C)."""
+    bytes_NCHW = ((x_NCHW.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return bytes_NCHW.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def noise(seeds: list[tuple[int, int]], purpose: draws.Purpose, step: int, shape: tuple, device) -> Tensor:
+    """Normal noise of each image from its own (seed, number) and the step: the same whatever the batch."""
+    _, c, h, w = shape
+    rows = [draws.normal(seed, np.array([number * 2**32 + step]), purpose, c * h * w) for seed, number in seeds]
+    return torch.cat(rows).view(len(seeds), h, w, c).permute(0, 3, 1, 2).to(device)
+
+
+def image_shape(model: Model, size: int | tuple[int, int] | None) -> tuple[int, int, int]:
+    height, width = (size, size) if isinstance(size, int) else size or (model.size, model.size)
+    if min(height, width) < 1:
+        raise Refused(f"size = {size}: sides must be at least 1 pixel")
+    return model.network.unet.config.out_channels, height, width
+
+
+def guided_denoiser(model: Model, values, negatives, scales: list[float], interval, rescale: float) -> GuidedDenoiser:
+    """The denoiser of one chunk: both branches' conditions in one batch where any image is guided."""
+    images = len(scales)
+    guided = any(scale != 1 for scale in scales)
+    tensors = {}
+    for kind, conditioner in model.network.conditioners.items():
+        rows = values.get(kind) or null_values(kind, images)
+        below = negatives.get(kind) or rows
+        tensors[kind] = {k: v.to(model.device) for k, v in conditioner.of_values(rows + below if guided else rows).items()}
+    keep = {kind: kept(kind, values, negatives, images, guided).to(model.device) for kind in tensors}
+    with torch.inference_mode():
+        both = model.network.condition(tensors, keep)
+    if not guided:
+        return GuidedDenoiser(model.network, model.objective, both, None)
+    scale_N = torch.tensor(scales, dtype=torch.float32, device=model.device)
+    return GuidedDenoiser(
+        model.network, model.objective, both, Guidance(scale_N=scale_N, interval=interval, rescale=rescale)
+    )
+
+
+def null_values(kind: str, images: int) -> list:
+    """Placeholders for a condition nobody gave; their rows are dropped."""
+    return [""] * images if kind == "text" else [0] * images
+
+
+def kept(kind: str, values: dict, negatives: dict, images: int, guided: bool) -> Tensor:
+    """Conditional rows are kept where given, unconditional ones only where a negative is given."""
+    rows = [kind in values] * images + ([kind in negatives] * images if guided else [])
+    return torch.tensor(rows, dtype=torch.bool)
+
+
+def values_by_kind(model: Model, values: dict[str, list]) -> dict[str, list]:
+    for kind in values:
+        if kind not in model.network.conditioners:
+            takes = ", ".join(ASKED[k] for k in model.network.conditioners) or "no condition, only count"
+            raise Refused(f"this model takes no {ASKED[kind]}: it takes {takes}")
+    return values
+
+
+def number_of_images(values: dict[str, list], count: int | None) -> int:
+    lengths = {ASKED[kind]: len(v) for kind, v in values.items()} | ({"count": count} if count is not None else {})
+    if not lengths:
+        raise Refused("nothing to sample: give prompts, labels or count")
+    if len(set(lengths.values())) > 1:
+        raise Refused(f"these must be equally many: {', '.join(f'{n} {k}' for k, n in lengths.items())}")
+    images = next(iter(lengths.values()))
+    if images < 1:
+        raise Refused("nothing to sample: the list is empty")
+    return images
+
+
+def per_image(name: str, value, images: int) -> list[float]:
+    values = [float(value)] * images if isinstance(value, int | float) else [float(v) for v in value]
+    if len(values) != images:
+        raise Refused(f"{name} has {len(values)} entries for {images} images: give one number, or one per image")
+    return values
+
+
+def seeds_of(seed: int | Sequence[int], images: int) -> list[tuple[int, int]]:
+    """(seed, number) of each image: number 0 for an image with a seed of its own."""
+    if isinstance(seed, int):
+        return [(seed, i) for i in range(images)]
+    if len(seed) != images:
+        raise Refused(f"seed has {len(seed)} entries for {images} images: give one number, or one per image")
+    return [(int(s), 0) for s in seed]
+
+
+def solver_named(name: str) -> Callable:
+    if name not in SAMPLERS:
+        raise Refused(f"sampler {name!r} is unknown: there are {', '.join(SAMPLERS)}")
+    return SAMPLERS[name]
+
+
+def falling(sigmas: Tensor) -> Tensor:
+    if not bool((sigmas[:-1] > sigmas[1:]).all()):
+        raise Refused("noise levels must fall at every step: take fewer steps or another spacing")
+    return sigmas
+
+
+def negative_values(model: Model, negative: dict[str, Sequence] | None, images: int) -> dict[str, list]:
+    """{"prompts": [...]} as values by kind."""
+    kinds = {asked: kind for kind, asked in ASKED.items()}
+    found = {}
+    for asked, rows in (negative or {}).items():
+        kind = kinds.get(asked)
+        if kind not in model.network.conditioners:
+            raise Refused(f"negative {asked} given, but this model takes no {asked}")
+        if len(rows) != images:
+            raise Refused(f"negative {asked} has {len(rows)} entries for {images} images")
+        found[kind] = list(rows)
+    return found
+
+
+def refuse_without_null(model: Model, values: dict, negatives: dict) -> None:
+    """Guidance needs an unconditional branch that was trained."""
+    if not values:
+        raise Refused("guidance needs a condition: give prompts or labels, or leave guidance at 1")
+    for kind in values:
+        if kind not in negatives and model.network.conditioners[kind].dropout == 0:
+            raise Refused(
+                f"guidance needs a null state, and this network was trained with condition dropout 0 for its {ASKED[kind]}: "
+                "leave guidance at 1, or train with conditioning dropout above 0"
+            )
+
+
+def part(values: dict[str, list], rows: slice) -> dict[str, list]:
+    return {kind: v[rows] for kind, v in values.items()}

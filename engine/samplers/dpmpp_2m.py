@@ -1,0 +1,24 @@
+"""DPM-Solver++(2M): Lu et al. 2022, algorithm 2, in log sigma."""
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+
+
+def dpmpp_2m(denoise: Callable, x_NCHW: Tensor, sigmas: Tensor, *, on_step: Callable | None = None, **_: object) -> Tensor:
+    """Second order, multistep; one denoiser call a step. The first and the last step are first order."""
+    before, width_before = None, 0.0
+    for i, (sigma, following) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist())):
+        denoised = denoise(x_NCHW, sigma)
+        target = denoised
+        width = math.log(sigma / following) if following > 0 else math.inf
+        if before is not None and following > 0:
+            slope = width / (2 * width_before)
+            target = (1 + slope) * denoised - slope * before
+        ratio = following / sigma
+        x_NCHW = ratio * x_NCHW + (1 - ratio) * target
+        before, width_before = denoised, width
+        if on_step:
+            on_step(i, x_NCHW, denoised)
+    return x_NCHW

@@ -1,0 +1,42 @@
+"""Heun with churn: Karras et al. 2022, algorithm 2."""
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+
+
+def stochastic_heun(
+    denoise: Callable,
+    x_NCHW: Tensor,
+    sigmas: Tensor,
+    *,
+    noise: Callable,
+    churn: float = math.inf,
+    churn_from: float = 0.0,
+    churn_to: float = math.inf,
+    noise_scale: float = 1.0,
+    on_step: Callable | None = None,
+    **_: object,
+) -> Tensor:
+    """Raises the noise by gamma = min(churn / steps, sqrt(2) - 1) where churn_from <= sigma <= churn_to, then steps.
+
+    The default churn is the full one at every step. `noise(i)` gives the fresh normal noise of step i.
+    """
+    most = math.sqrt(2) - 1
+    steps = len(sigmas) - 1
+    for i, (sigma, following) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist())):
+        gamma = min(churn / steps, most) if churn_from <= sigma <= churn_to else 0.0
+        raised = sigma * (1 + gamma)
+        if gamma > 0:
+            x_NCHW = x_NCHW + (raised**2 - sigma**2) ** 0.5 * noise_scale * noise(i)
+        denoised = denoise(x_NCHW, raised)
+        slope = (x_NCHW - denoised) / raised
+        x_next = x_NCHW + (following - raised) * slope
+        if following > 0:
+            slope_next = (x_next - denoise(x_next, following)) / following
+            x_next = x_NCHW + (following - raised) * (slope + slope_next) / 2
+        x_NCHW = x_next
+        if on_step:
+            on_step(i, x_NCHW, denoised)
+    return x_NCHW

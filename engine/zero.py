@@ -1,0 +1,298 @@
+"""DeepSpeed ZeRO: starts the engine, and gathers and scatters its sharded state by parameter name.
+
+The only file that imports deepspeed, and only inside functions: a configuration is refused before it is loaded.
+"""
+
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from duotone.data.refusal import Refused
+from duotone.engine.optimizer import AdamWEma
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zero:
+    """How the training state is sharded over the ranks."""
+
+    stage: Literal[1, 2, 3] = 1
+    """1: optimizer and EMA; 2: gradients too; 3: weights too."""
+    bucket: int = 50_000_000
+    """Elements reduced or gathered at once."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the processes of the run."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+
+def join(device: str) -> Ranks:
+    """Joins the run's process group: the launcher's, or a group of one."""
+    on_cuda = device == "cuda"
+    if not on_cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        refuse_without_compiler()
+    single_process_defaults()
+    import deepspeed
+
+    quiet()
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", verbose=False)
+    local = int(os.environ["LOCAL_RANK"])
+    if on_cuda:
+        torch.cuda.set_device(local)
+    return Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cuda", local) if on_cuda else torch.device("cpu"))
+
+
+def refuse_without_compiler() -> None:
+    """DeepSpeed builds its CPU communication operator on first use, with g++ and ninja."""
+    missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None and not shipped(tool)]
+    if missing:
+        raise Refused(
+            f"{' and '.join(missing)} not found: DeepSpeed compiles an operator on the CPU the first time; "
+            "install them (Debian: apt-get install g++ ninja-build)"
+        )
+
+
+def shipped(tool: str) -> bool:
+    """ninja may live beside this interpreter without being on PATH; then it is put there."""
+    import sys
+
+    folder = os.path.dirname(sys.executable)
+    if not os.access(os.path.join(folder, tool), os.X_OK):
+        return False
+    os.environ["PATH"] = folder + os.pathsep + os.environ.get("PATH", "")
+    return True
+
+
+def single_process_defaults() -> None:
+    """What the launcher sets, for a plain `python recipes/X.py`."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def quiet() -> None:
+    """DeepSpeed logs every setting of every rank; ours is the plan line."""
+    for name in [name for name in logging.root.manager.loggerDict if name.lower().startswith("deepspeed")]:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def settings(zero: Zero, *, batch: int, micro: int, accumulation: int, precision: str, clip: float) -> dict:
+    """DeepSpeed's own configuration."""
+    return {
+        "train_batch_size": batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clip,
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},
+        "fp16": {"enabled": precision == "fp16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**62,
+        "zero_optimization": {
+            "stage": zero.stage,
+            "reduce_bucket_size": zero.bucket,
+            "allgather_bucket_size": zero.bucket,
+            "stage3_param_persistence_threshold": 0,
+        },
+    }
+
+
+class Sharded:
+    """A network under ZeRO: forward, backward, step, and its state by name."""
+
+    def __init__(self, network: nn.Module, optimizer: AdamWEma, config: dict):
+        import deepspeed
+
+        self.optimizer = optimizer
+        self.stage = config["zero_optimization"]["stage"]
+        self.names = {id(p): name for name, p in network.named_parameters() if p.requires_grad}
+        self.engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=config)
+        self.device = self.engine.device
+
+    def __call__(self, *inputs):
+        return self.engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+
+    def step(self) -> bool:
+        """One micro-step; at the end of an accumulation the update. True if the update was skipped."""
+        before = self.engine.skipped_steps
+        self.engine.step()
+        return self.engine.skipped_steps > before
+
+    def grad_norm(self) -> float:
+        return float(self.engine.get_global_grad_norm() or 0.0)
+
+    @property
+    def loss_scale(self) -> float:
+        return float(self.engine.optimizer.loss_scale)
+
+    # State by name. A flat shard holds pieces of parameters; Piece says which.
+
+    def shards(self) -> Iterator[tuple[Tensor, list["Piece"]]]:
+        """Every flat fp32 shard of this rank, with the parameters laid out in it."""
+        zero = self.engine.optimizer
+        if self.stage == 3:
+            for shard, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups):
+                yield shard, self.pieces_of_stage_3(parameters)
+        else:
+            for group, shard in enumerate(zero.single_partition_of_fp32_groups):
+                parameters = zero.round_robin_bit16_groups[group]
+                offsets = zero.round_robin_bit16_offsets[group]
+                yield shard, [Piece(self.names[id(p)], tuple(p.shape), o, None) for p, o in zip(parameters, offsets)]
+
+    def pieces_of_stage_3(self, parameters: list) -> list["Piece"]:
+        pieces, offset = [], 0
+        for p in parameters:
+            pieces.append(Piece(self.names[id(p)], tuple(p.ds_shape), offset, p.partition_numel()))
+            offset += p.partition_numel()
+        return pieces
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every trained parameter's shape by name."""
+        return {piece.name: piece.shape for _, pieces in self.shards() for piece in pieces}
+
+    def gather(self, kind: str, *, to_rank_0: bool = True) -> dict[str, Tensor]:
+        """All of `weight`, `exp_avg`, `exp_avg_sq` or `ema`, by name, fp32 on the CPU; empty on other ranks."""
+        named: dict[str, Tensor] = {}
+        for shard, pieces in self.shards():
+            values = shard.detach() if kind == "weight" else self.optimizer.state_of(shard)[kind]
+            parts_RP = self.all_gather(values)
+            if dist.get_rank() == 0 or not to_rank_0:
+                named |= {piece.name: piece.cut(parts_RP) for piece in pieces}
+        return named
+
+    def all_gather(self, values: Tensor) -> Tensor:
+        """The shards of every rank, (ranks, elements), on the CPU."""
+        parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, values.contiguous())
+        return torch.stack([part.cpu() for part in parts])
+
+    @torch.no_grad()
+    def scatter(self, kind: str, named: dict[str, Tensor]) -> None:
+        """Puts named tensors into this rank's shards; every rank must hold them."""
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        for shard, pieces in self.shards():
+            target = shard.data if kind == "weight" else self.optimizer.state_of(shard)[kind]
+            parts_RP = target.new_zeros(ranks, target.numel(), device="cpu")
+            for piece in pieces:
+                piece.paste(parts_RP, named[piece.name])
+            target.copy_(parts_RP[rank])
+        if kind == "weight":
+            self.refresh_weights()
+
+    def refresh_weights(self) -> None:
+        """The network's own weights from the fp32 shards."""
+        zero = self.engine.optimizer
+        if self.stage == 3:
+            for i in range(len(zero.fp32_partitioned_groups_flat)):
+                zero.fp16_partitioned_groups_flat[i].data.copy_(zero.fp32_partitioned_groups_flat[i].data)
+                zero._unflatten_partitioned_parameters(i)
+        else:
+            zero.update_lp_params()
+
+    def counters(self) -> dict:
+        """The integers of the optimizer's state."""
+        shard, _ = next(iter(self.shards()))
+        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
+        scale = {k: getattr(scaler, k) for k in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis") if hasattr(scaler, k)}
+        return {"adam_steps": self.optimizer.state_of(shard)["step"], "skipped": self.engine.skipped_steps, "scaler": scale}
+
+    def restore_counters(self, counters: dict) -> None:
+        for shard, _ in self.shards():
+            self.optimizer.state_of(shard)["step"] = counters["adam_steps"]
+        self.engine.skipped_steps = counters["skipped"]
+        for name, value in counters["scaler"].items():
+            setattr(self.engine.optimizer.loss_scaler, name, value)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where a parameter lies in the shards: at `offset` of all of them end to end (stages 1 and 2), or, at stage 3,
+    `per_rank` elements at `offset` of each."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    per_rank: int | None
+
+    @property
+    def size(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    def cut(self, parts_RP: Tensor) -> Tensor:
+        if self.per_rank is None:
+            return parts_RP.flatten()[self.offset : self.offset + self.size].view(self.shape).clone()
+        return parts_RP[:, self.offset : self.offset + self.per_rank].flatten()[: self.size].view(self.shape).clone()
+
+    def paste(self, parts_RP: Tensor, value: Tensor) -> None:
+        if self.per_rank is None:
+            parts_RP.view(-1)[self.offset : self.offset + self.size] = value.flatten()
+            return
+        padded = parts_RP.new_zeros(parts_RP.shape[0] * self.per_rank)
+        padded[: self.size] = value.flatten()
+        parts_RP[:, self.offset : self.offset + self.per_rank] = padded.view(parts_RP.shape[0], self.per_rank)
+
+
+@contextmanager
+def rank_0_first(ranks: Ranks):
+    """Work that rank 0 does before the others look at its result."""
+    if ranks.rank:
+        dist.barrier()
+    yield
+    if not ranks.rank:
+        dist.barrier()
+
+
+def agree(value: bool, ranks: Ranks) -> bool:
+    """True on every rank if true on any."""
+    flag = torch.tensor(int(value), device=ranks.device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def mean(value: Tensor) -> Tensor:
+    """The mean of a number over the ranks."""
+    value = value.detach().clone()
+    dist.all_reduce(value)
+    return value / dist.get_world_size()
+
+
+def wait() -> None:
+    dist.barrier()
+
+
+def gathered(mine: list) -> list:
+    """The rows of every rank, on every rank."""
+    rows: list = [None] * dist.get_world_size()
+    dist.all_gather_object(rows, mine)
+    return [row for part in rows for row in part]
+
+
+def world_size() -> int:
+    """Ranks of the run, before it is joined."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
