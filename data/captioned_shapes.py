@@ -60,7 +60,7 @@ def drawing_of(caption: str) -> Drawing:
 
 
 def generate(count: int, size: int = 32, seed: int = 0) -> Iterator[Sample]:
-    """`count` drawings of size x size pixels; each run of 120 holds every caption once. Raises Refused for a bad size."""
+    """`count` drawings of size x size pixels, each run of 120 holding every caption once; raises Refused."""
     if size not in SIZES or count < 1:
         raise Refused(f"captioned shapes: size is {size} and count {count}; size goes from 16 to 128, count from 1")
     order_N = samples_at(seed, np.arange(count), len(DRAWINGS))
@@ -134,7 +134,7 @@ HUES = {"red": (320, 25), "yellow": (25, 75), "green": (75, 165), "blue": (165, 
 
 
 def read_back(image_HWC: np.ndarray) -> Drawing:
-    """What a picture shows, by rules on its pixels: border colour, the colour that stands out, and its outline's symmetry."""
+    """What a picture shows, by rules on its pixels: the border's colour, the colour that stands out, its outline."""
     image_HW3 = image_HWC.astype(np.float64)
     background_3 = np.median(_border(image_HW3), axis=0)
     contrast_HW = np.linalg.norm(image_HW3 - background_3, axis=2)
@@ -160,7 +160,7 @@ def name_colour(rgb_3: np.ndarray) -> str:
 
 
 def name_shape(inside_HW: np.ndarray) -> str:
-    """A shape's name: the nearest of four ideal outlines by threefold and fourfold symmetry and by how full the hull is."""
+    """A shape's name: the nearest of four ideal outlines by symmetry and by how full its convex hull is."""
     mask_HW = np.where(inside_HW > 0.3, inside_HW, 0)
     y_HW, x_HW = np.mgrid[0 : mask_HW.shape[0], 0 : mask_HW.shape[1]]
     centre = np.average(x_HW, weights=mask_HW) + 1j * np.average(y_HW, weights=mask_HW)
@@ -176,7 +176,7 @@ def symmetry(mask_HW: np.ndarray, z_HW: np.ndarray, fold: int) -> float:
 
 
 def hull_share(mask_HW: np.ndarray, z_HW: np.ndarray) -> float:
-    """Area of a mask as a share of its convex hull's, from the hull's reach h in 64 directions: half of sum h^2 - h'^2."""
+    """Area of a mask as a share of its convex hull's, which is half the integral of h^2 - h'^2 over its reach h."""
     step = 2 * np.pi / 64
     directions_64 = np.exp(1j * step * np.arange(64))
     reach_64 = np.real(z_HW[mask_HW > 0.5][:, None] * directions_64.conj()).max(axis=0, initial=0) + 0.5

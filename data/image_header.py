@@ -1,4 +1,4 @@
-"""Reads an image's dimensions from its first bytes, before any decoder sees it: JPEG, PNG, WebP, and .npy (uint8, HWC)."""
+"""Reads an image's dimensions before any decoder sees it: JPEG, PNG, WebP, and .npy (uint8, HWC)."""
 
 import ast
 import struct

@@ -25,7 +25,7 @@ def samples_at(seed: int, positions_N: np.ndarray, count: int) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def _shuffle(seed: int, epoch: int, count: int) -> np.ndarray:
-    # A stable sort of raw Philox words: numpy promises the stream of a bit generator, not that of Generator.permutation.
+    # numpy promises the stream of a bit generator, not that of Generator.permutation: hence a stable sort of raw words.
     words_N = np.random.Philox(key=np.array([seed % WORD, epoch], dtype=np.uint64)).random_raw(count)
     shuffle_N = np.argsort(words_N, kind="stable").astype(np.int64)
     shuffle_N.flags.writeable = False

@@ -1,7 +1,7 @@
 """Encoded bytes -> square uint8 images with Pillow: the reference for every other decoder, and the one without DALI."""
 
 import io
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import torch
@@ -28,19 +28,24 @@ class PillowDecoder:
     name = "pillow"
 
     def __init__(self, side: int, channels: int, threads: int):
-        self.side, self.channels = side, channels
+        self.side, self.channels, self.threads = side, channels, threads
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="pillow")
 
     def decode(self, encoded: list[np.ndarray], boxes_N4: np.ndarray, orientations_N: np.ndarray) -> torch.Tensor:
         """Images uint8 (N, side, side, channels) from N encoded images; raises Undecodable."""
         images_NHWC = np.empty((len(encoded), self.side, self.side, self.channels), dtype=np.uint8)
 
-        def fill(place: int) -> None:
-            square_HWC = self._square(place, encoded[place], boxes_N4[place])
-            images_NHWC[place] = upright(square_HWC, int(orientations_N[place]))
+        def fill(places: range) -> None:
+            for place in places:
+                square_HWC = self._square(place, encoded[place], boxes_N4[place])
+                images_NHWC[place] = upright(square_HWC, int(orientations_N[place]))
 
-        for _ in self.pool.map(fill, range(len(encoded))):
-            pass
+        # A thread takes every threads-th image: one task an image would cost more than a small image does.
+        tasks = [self.pool.submit(fill, range(first, len(encoded), self.threads)) for first in range(self.threads)]
+        wait(tasks)
+        failures = [error for error in (task.exception() for task in tasks) if error is not None]
+        if failures:  # the first of the batch, whichever thread met it first
+            raise min(failures, key=lambda error: getattr(error, "place", -1))
         return torch.from_numpy(images_NHWC)
 
     def close(self) -> None:

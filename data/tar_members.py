@@ -1,4 +1,4 @@
-"""Walks a tar strictly: every byte is a file, its padding or the end mark; anything else is refused, nothing is extracted.
+"""Walks a tar strictly: every byte is a file, its padding or the end mark; nothing is extracted.
 
 Reads USTAR, GNU and PAX archives. Python's tarfile ends quietly at a damaged header; here the rest of a shard cannot
 vanish that way.

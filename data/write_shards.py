@@ -15,8 +15,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from duotone.data.manifest import NAME, Manifest
 from duotone.data.refusal import Refused
-from duotone.data.tar_index import build_index, save_index, write_whole
+from duotone.data.tar_index import build_index, save_index
 
 ImageFormat = Literal["jpg", "png", "npy"]
 
@@ -52,19 +53,20 @@ def write_shards(
     if os.path.lexists(out):
         raise Refused(f"{out}: it exists already; choose another --out, or remove it")
     with whole_folder(out) as folder:
-        content = {"format": "duotone-shards", "version": 1, "count": 0, "classes": classes, "attributes": attributes}
-        content |= {"shards": {}, "about": about or {}}
+        count, shards = 0, {}
         for number, chunk in enumerate(_chunks(samples, per_shard)):
             shard = folder / f"{number:05d}.tar"
-            written = _write_shard(shard, chunk, content["count"], image_format, quality)
+            _write_shard(shard, chunk, count, image_format, quality)
             index = build_index(shard)
             save_index(shard, index)
-            content["shards"][shard.name] = index.fingerprint
-            content["count"] += written
-        if not content["count"]:
+            shards[shard.name] = index.fingerprint
+            count += len(index.keys)
+        if not count:
             raise Refused(f"{out}: there is not one image to write; check the input")
-        write_whole(folder / "dataset.json", json.dumps(content, indent=1, ensure_ascii=False))
-    return content
+        path, about = folder / NAME, about or {}
+        manifest = Manifest(path=path, count=count, classes=classes, attributes=attributes, shards=shards, about=about)
+        manifest.save()
+    return manifest.content()
 
 
 @contextmanager
@@ -105,18 +107,16 @@ def _chunks(samples: Iterable[Sample], per_shard: int) -> Iterator[Iterator[Samp
         yield chain([first], islice(samples, per_shard - 1))
 
 
-def _write_shard(shard: Path, samples: Iterator[Sample], first: int, image_format: ImageFormat, quality: int) -> int:
+def _write_shard(shard: Path, samples: Iterator[Sample], first: int, image_format: ImageFormat, quality: int) -> None:
     from webdataset import TarWriter  # here, because it costs a second to import and readers do not need it
 
-    written = 0
     with shard.open("wb") as stream:
         tar = TarWriter(stream, encoder=False, mtime=0, format="PAX_FORMAT")
-        for written, sample in enumerate(samples, start=1):
-            tar.write(_members(sample, first + written - 1, image_format, quality))
+        for number, sample in enumerate(samples, start=first):
+            tar.write(_members(sample, number, image_format, quality))
         tar.close()
         stream.flush()
         os.fsync(stream.fileno())
-    return written
 
 
 def _members(sample: Sample, number: int, image_format: ImageFormat, quality: int) -> dict:
