@@ -1,7 +1,7 @@
 """What every measurement here shares: launches as they would happen, what the compiler makes of them, and clocks.
 
-Nothing in this file knows a kernel by name. A launch is recorded by letting the operator run on tensors without storage and
-noting what it would have launched; the same arguments are then compiled for real chips without one being present.
+Nothing in this file knows a kernel by name. A launch is recorded by letting the operator run on tensors without storage
+and noting what it would have launched; the same arguments are then compiled for real chips without one being present.
 """
 
 import re
@@ -86,7 +86,7 @@ def resources(launch: Launch, chip: int) -> Resources:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = _tool("cuobjdump", "-res-usage", cubin.name)
-        sass = _tool("nvdisasm", "-c", cubin.name) if chip != 120 or True else ""
+        sass = _tool("nvdisasm", "-c", cubin.name)
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     return Resources(
         registers=found["REG"],

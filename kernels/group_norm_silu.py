@@ -158,11 +158,15 @@ def _forward_whole(
     mean_G = _fold(tl.sum(z_RC, axis=0), PER_GROUP, BLOCK_C, BLOCK_G) / count
     mean_C = _spread(mean_G, PER_GROUP, BLOCK_C, BLOCK_G)
     centred_RC = tl.where(real_RC, z_RC - mean_C[None, :], 0.0)
-    square_G = _fold(tl.sum(centred_RC * centred_RC, axis=0), PER_GROUP, BLOCK_C, BLOCK_G)
-    rstd_G = 1.0 / tl.sqrt(square_G / count + eps)
+    square_G = _fold(tl.sum(centred_RC * centred_RC, axis=0), PER_GROUP, BLOCK_C, BLOCK_G) / count
+    # What rounding left in the mean: without it an image far from zero keeps an offset.
+    left_G = _fold(tl.sum(centred_RC, axis=0), PER_GROUP, BLOCK_C, BLOCK_G) / count
+    rstd_G = 1.0 / tl.sqrt(square_G - left_G * left_G + eps)
 
     gain_C, offset_C = _affine(weight, bias, scale, shift, image, scale_n, shift_n, channel_C, real_C, SCALE, SHIFT)
-    value_RC = centred_RC * (gain_C * _spread(rstd_G, PER_GROUP, BLOCK_C, BLOCK_G))[None, :] + offset_C[None, :]
+    gain_C *= _spread(rstd_G, PER_GROUP, BLOCK_C, BLOCK_G)
+    offset_C -= _spread(left_G, PER_GROUP, BLOCK_C, BLOCK_G) * gain_C
+    value_RC = centred_RC * gain_C[None, :] + offset_C[None, :]
     if SILU:
         value_RC = value_RC * tl.sigmoid(value_RC)
     y_RC = y + image * y_n + row_R[:, None] * y_w + channel_C[None, :] * y_c
@@ -171,7 +175,7 @@ def _forward_whole(
     lane_G = tl.arange(0, BLOCK_G)
     group_G = tl.program_id(0) * (SPAN // PER_GROUP) + lane_G
     real_G = (lane_G < SPAN // PER_GROUP) & (group_G < groups)
-    tl.store(mean + image * groups + group_G, mean_G, mask=real_G)
+    tl.store(mean + image * groups + group_G, mean_G + left_G, mask=real_G)
     tl.store(rstd + image * groups + group_G, rstd_G, mask=real_G)
 
 
@@ -205,12 +209,16 @@ def _forward_statistics(
         square_RC += delta_RC * tl.where(real_RC, x_RC.to(tl.float32) - mean_RC, 0.0)
 
     # Chan, Golub and LeVeque 1979: lanes into channels (adding `add`, which moves means only), channels into groups.
+    # Every mean is taken twice, the second time of what is left, so that it is right to its last bit.
     number = (last - chunk * rows).to(tl.float32)
     mean_C = tl.sum(mean_RC * count_R[:, None], axis=0) / number
+    mean_C += tl.sum((mean_RC - mean_C[None, :]) * count_R[:, None], axis=0) / number
     apart_RC = mean_RC - mean_C[None, :]
     square_C = tl.sum(square_RC + apart_RC * apart_RC * count_R[:, None], axis=0)
     mean_C += _per_image(add, image, add_n, channel_C, real_C, ADD)
     mean_G = _fold(tl.where(real_C, mean_C, 0.0), PER_GROUP, BLOCK_C, BLOCK_G) / PER_GROUP
+    left_C = tl.where(real_C, mean_C - _spread(mean_G, PER_GROUP, BLOCK_C, BLOCK_G), 0.0)
+    mean_G += _fold(left_C, PER_GROUP, BLOCK_C, BLOCK_G) / PER_GROUP
     apart_C = mean_C - _spread(mean_G, PER_GROUP, BLOCK_C, BLOCK_G)
     square_G = _fold(tl.where(real_C, square_C + apart_C * apart_C * number, 0.0), PER_GROUP, BLOCK_C, BLOCK_G)
 
@@ -235,6 +243,7 @@ def _merged(
     number_K = tl.maximum(tl.minimum(pixels - chunk_K * rows, rows), 0).to(tl.float32) * PER_GROUP
     count = pixels * PER_GROUP
     mean_G = tl.sum(mean_KG * number_K[:, None], axis=0) / count
+    mean_G += tl.sum((mean_KG - mean_G[None, :]) * number_K[:, None], axis=0) / count
     apart_KG = mean_KG - mean_G[None, :]
     square_G = tl.sum(square_KG + apart_KG * apart_KG * number_K[:, None], axis=0)
     return mean_G, 1.0 / tl.sqrt(square_G / count + eps)

@@ -1,0 +1,74 @@
+"""Kernel tests run on a GPU, or on a CPU through Triton's interpreter; never through the reference by accident."""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from duotone.kernels import dispatch
+
+HOW = 'tests/kernels need the interpreter or a GPU: TRITON_INTERPRET=1 pytest tests/kernels -m "not gpu and not long"'
+# The interpreter cuts fp32 off where a GPU rounds to the nearest bf16.
+UNIT_ROUNDOFF = {
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-7 if dispatch.INTERPRETED else 2.0**-8,
+}
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    if any(here in item.path.parents for item in items) and not (dispatch.INTERPRETED or torch.cuda.is_available()):
+        raise pytest.UsageError(HOW)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.fail('this test is marked gpu and there is none: deselect it with -m "not gpu"')
+
+
+@pytest.fixture
+def device():
+    return "cpu" if dispatch.INTERPRETED else "cuda"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_and_fresh(request):
+    """Uninitialised memory is NaN, so an element that a kernel forgets to write is seen; inputs differ per test."""
+    torch.manual_seed(hash(request.node.name) % 2**31)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def launching():
+    """A block that must launch the named kernel and must not go to its reference."""
+
+    @contextmanager
+    def block(kernel, launches=None):
+        before, fallbacks = dispatch.launches[kernel], len(dispatch.fallbacks())
+        yield
+        risen = dispatch.launches[kernel] - before
+        assert risen > 0, f"{kernel}: no Triton kernel was launched"
+        assert launches is None or risen == launches, f"{kernel}: {risen} launches instead of {launches}"
+        assert len(dispatch.fallbacks()) == fallbacks, dispatch.fallbacks()
+
+    return block
+
+
+@pytest.fixture
+def agree():
+    """Compare with fp64: one rounding to the result's own type, and fp32 arithmetic relative to the largest value."""
+
+    def check(got, exact, what, arithmetic=1e-5, scale=None):
+        assert got.shape == exact.shape, f"{what}: {tuple(got.shape)} instead of {tuple(exact.shape)}"
+        assert got.isfinite().all(), f"{what} is not finite"
+        error = (got.double() - exact).abs()
+        scale = exact.abs().amax() if scale is None else scale
+        allowed = UNIT_ROUNDOFF[got.dtype] * exact.abs() + arithmetic * scale.clamp(min=1e-30)
+        assert (error <= allowed).all(), f"{what}: off by {(error / allowed).max():.3g} times what is allowed"
+
+    return check

@@ -1,0 +1,225 @@
+"""group_norm_silu against its definition in fp64: values, every gradient, every switch, every layout."""
+
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from duotone.kernels import dispatch
+from duotone.kernels.group_norm_silu import CASES, NAME, group_norm_silu, group_norm_silu_reference, tiling
+
+CHECKED = [case for case in CASES if not case.timed]
+BY_NAME = {case.name: case for case in CASES}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+MODULATION = ("add_NC", "scale_NC", "shift_NC")
+
+
+def channels_last(x_NCHW):
+    return x_NCHW.contiguous(memory_format=torch.channels_last)
+
+
+def sliced(x_NCHW):
+    return channels_last(torch.cat([x_NCHW, x_NCHW], dim=1))[:, : x_NCHW.shape[1]]
+
+
+def cropped(x_NCHW):
+    return channels_last(F.pad(x_NCHW, (1, 2, 1, 1)))[:, :, 1:-1, 1:-2]
+
+
+LAYOUTS = {f.__name__: f for f in (channels_last, sliced, cropped)} | {"contiguous": torch.Tensor.contiguous}
+
+
+def draw(case, device, dtype, offset=0.0):
+    """Image, weights and modulation: fp32 weights, everything else in the image's type, modulation as chunks."""
+    images, channels = case.shape[:2]
+    x_NCHW = (torch.randn(case.shape, device=device) * 1.5 + offset).to(dtype)
+    weights = {name: torch.randn(channels, device=device) for name in ("weight_C", "bias_C")}
+    chunks = torch.randn(images, 3 * channels, device=device).to(dtype).chunk(3, dim=1)
+    return {"x_NCHW": x_NCHW} | weights | dict(zip(MODULATION, chunks))
+
+
+def differentiate(function, inputs, case, dy_NCHW, silu=True, dtype=None):
+    """Output and gradients of every input, by name."""
+    leaves = {name: (t.to(dtype) if dtype else t).detach().requires_grad_() for name, t in inputs.items()}
+    y_NCHW = function(**leaves, groups=case.groups, silu=silu)
+    gradients = torch.autograd.grad(y_NCHW, leaves.values(), dy_NCHW.to(y_NCHW.dtype))
+    return {"y": y_NCHW.detach()} | {f"d{name}": g for name, g in zip(leaves, gradients)}
+
+
+def compare(case, inputs, dy_NCHW, agree, launching, silu=True, arithmetic=1e-5):
+    with launching(NAME):
+        got = differentiate(group_norm_silu, inputs, case, dy_NCHW, silu)
+    exact = differentiate(group_norm_silu_reference, inputs, case, dy_NCHW, silu, torch.float64)
+    for name, value in got.items():
+        agree(value, exact[name], name, arithmetic, scale=_scale(exact, name))
+    return got
+
+
+def _scale(exact, name):
+    """The gradient of `add` sums the image's: it may be exactly 0 (one channel per group) where its terms are not."""
+    terms = exact["dx_NCHW"].abs().sum(dim=(2, 3)) if name == "dadd_NC" else exact[name].abs()
+    return terms.amax()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CHECKED, ids=lambda case: case.name)
+def test_agrees_with_fp64(case, dtype, device, agree, launching):
+    inputs = draw(case, device, dtype)
+    inputs["x_NCHW"] = channels_last(inputs["x_NCHW"])
+    dy_NCHW = channels_last(torch.randn(case.shape, device=device).to(dtype))
+    got = compare(case, inputs, dy_NCHW, agree, launching)
+    if case.shape[2] > 1:
+        assert got["y"].is_contiguous(memory_format=torch.channels_last)
+        assert got["dx_NCHW"].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "cropped"])
+@pytest.mark.parametrize("name", ["odd_map", "chunks_odd_groups"])
+def test_every_layout(name, layout, device, agree, launching):
+    case = BY_NAME[name]
+    inputs = draw(case, device, torch.bfloat16)
+    inputs["x_NCHW"] = LAYOUTS[layout](inputs["x_NCHW"])
+    compare(case, inputs, torch.randn(case.shape, device=device).bfloat16(), agree, launching)
+
+
+@pytest.mark.parametrize("add,scale,shift,silu", list(product([False, True], repeat=4)))
+def test_every_switch(add, scale, shift, silu, device, agree, launching):
+    case = BY_NAME["three_per_group"]
+    inputs = draw(case, device, torch.float32)
+    for name, present in zip(MODULATION, (add, scale, shift)):
+        if not present:
+            del inputs[name]
+    inputs["x_NCHW"] = channels_last(inputs["x_NCHW"])
+    compare(case, inputs, torch.randn(case.shape, device=device), agree, launching, silu)
+
+
+@pytest.mark.parametrize("gradient", ["contiguous", "sliced", "cropped", "one_number", "per_channel"])
+@pytest.mark.parametrize("name", ["odd_map", "chunks_odd_groups"])
+def test_gradients_of_any_stride(name, gradient, device, agree, launching):
+    case = BY_NAME[name]
+    inputs = draw(case, device, torch.float32)
+    inputs["x_NCHW"] = channels_last(inputs["x_NCHW"])
+    dy_NCHW = torch.randn(case.shape, device=device)
+    if gradient == "one_number":
+        dy_NCHW = dy_NCHW[:1, :1, :1, :1].expand(case.shape)
+    elif gradient == "per_channel":
+        dy_NCHW = dy_NCHW[:, :, :1, :1].expand(case.shape)
+    else:
+        dy_NCHW = LAYOUTS[gradient](dy_NCHW)
+    compare(case, inputs, dy_NCHW, agree, launching)
+
+
+@pytest.mark.parametrize("name", ["four_per_group", "chunks"])
+def test_statistics_do_not_cancel(name, device, agree, launching):
+    """Images 2,000 standard deviations from zero: E[x^2] - E[x]^2 in fp32 would lose every digit."""
+    case = BY_NAME[name]
+    inputs = draw(case, device, torch.float32, offset=3000.0)
+    inputs["x_NCHW"] = channels_last(inputs["x_NCHW"])
+    compare(case, inputs, torch.randn(case.shape, device=device), agree, launching, arithmetic=3e-4)
+
+
+def test_one_outlier_does_not_cancel(device, agree, launching):
+    """A pixel that no shift by a first element or a first row survives."""
+    case = BY_NAME["chunks"]
+    inputs = draw(case, device, torch.float32)
+    inputs["x_NCHW"][:, :, 0, 0] = 1e4
+    inputs["x_NCHW"] = channels_last(inputs["x_NCHW"])
+    compare(case, inputs, torch.randn(case.shape, device=device), agree, launching)
+
+
+def test_shared_modulation(device, agree, launching):
+    """Two norms modulated by the same scale and shift: their gradients add (silently wrong in some compilers)."""
+    case = BY_NAME["four_per_group"]
+    inputs = draw(case, device, torch.float32)
+    del inputs["add_NC"]
+
+    def twice(x_NCHW, weight_C, bias_C, scale_NC, shift_NC, norm):
+        h_NCHW = norm(x_NCHW, weight_C, bias_C, case.groups, scale_NC=scale_NC, shift_NC=shift_NC)
+        return norm(h_NCHW, weight_C, bias_C, case.groups, scale_NC=scale_NC, shift_NC=shift_NC).sin().sum()
+
+    def gradients(norm, dtype):
+        leaves = {name: value.to(dtype).detach().requires_grad_() for name, value in inputs.items()}
+        return torch.autograd.grad(twice(**leaves, norm=norm), leaves.values())
+
+    with launching(NAME):
+        got = gradients(group_norm_silu, torch.float32)
+    for name, mine, exact in zip(inputs, got, gradients(group_norm_silu_reference, torch.float64)):
+        agree(mine, exact, name, 5e-5)
+
+
+def test_modulation_broadcast_over_images(device, agree, launching):
+    case = BY_NAME["odd_map"]
+    inputs = draw(case, device, torch.float32)
+    one_1C = inputs["scale_NC"][:1].detach().requires_grad_()
+    scale_NC = one_1C.expand(case.shape[0], -1)
+    with launching(NAME):
+        y = group_norm_silu(inputs["x_NCHW"], inputs["weight_C"], inputs["bias_C"], case.groups, scale_NC=scale_NC)
+        (got,) = torch.autograd.grad(y.sum(), one_1C)
+    wide_1C = one_1C.detach().double().requires_grad_()
+    wide = [inputs[name].double() for name in ("x_NCHW", "weight_C", "bias_C")]
+    y = group_norm_silu_reference(*wide, case.groups, scale_NC=wide_1C.expand(case.shape[0], -1))
+    agree(got, torch.autograd.grad(y.sum(), wide_1C)[0], "dscale")
+
+
+def test_no_gradient_asked_for_none_computed(device, launching):
+    case = BY_NAME["odd_map"]
+    inputs = draw(case, device, torch.float32)
+    with launching(NAME, launches=1), torch.no_grad():
+        group_norm_silu(**inputs, groups=case.groups)
+
+
+def test_small_slabs_take_one_launch_large_ones_two():
+    assert tiling(384, 32, 64, 2, backward=True).chunks == 0
+    assert tiling(384, 32, 256, 2, backward=False).chunks == 0
+    assert tiling(128, 32, 128 * 128, 2, backward=False).chunks > 1
+
+
+@pytest.mark.parametrize("channels,groups", [(128, 32), (256, 32), (384, 32), (512, 32), (96, 32), (320, 32)])
+def test_programs_own_whole_groups_and_fill_cache_lines(channels, groups):
+    cut = tiling(channels, groups, 4096, 2, backward=False)
+    assert cut.span % (channels // groups) == 0 and channels % cut.span == 0
+    assert cut.span * 2 >= 128
+
+
+@pytest.mark.parametrize(
+    "change,argument",
+    [
+        ({"groups": 5}, "groups"),
+        ({"groups": 0}, "groups"),
+        ({"weight_C": torch.ones(7)}, "weight_C"),
+        ({"bias_C": torch.ones(64, 1)}, "bias_C"),
+        ({"scale_NC": torch.ones(2, 63)}, "scale_NC"),
+        ({"shift_NC": torch.ones(1, 64)}, "shift_NC"),
+        ({"add_NC": torch.ones(2, 64, 1, 1)}, "add_NC"),
+        ({"x_NCHW": torch.ones(2, 64, 8)}, "x_NCHW"),
+        ({"x_NCHW": torch.ones(2, 64, 8, 8, dtype=torch.int32)}, "x_NCHW"),
+    ],
+)
+def test_refuses_what_cannot_fit(change, argument, device):
+    given = {"x_NCHW": torch.ones(2, 64, 8, 8), "weight_C": torch.ones(64), "bias_C": torch.ones(64), "groups": 8}
+    given = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in (given | change).items()}
+    with pytest.raises(ValueError, match=f"^{argument} must be"):
+        group_norm_silu(**given)
+
+
+def test_what_no_kernel_covers_is_counted_once_per_shape(device):
+    x_NCHW = torch.randn(1, 8, 4, 4, dtype=torch.float64, device=device)
+    weight_C = torch.ones(8, device=device)
+    for _ in range(3):
+        y_NCHW = group_norm_silu(x_NCHW, weight_C, weight_C, 2)
+    assert y_NCHW.dtype == torch.float64
+    rows = [row for row in dispatch.fallbacks() if row["shape"] == [1, 8, 4, 4]]
+    assert rows == [{"kernel": NAME, "reason": "torch.float64 images", "shape": [1, 8, 4, 4]}]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CHECKED, ids=lambda case: case.name)
+def test_campaign(case, dtype, layout, device, agree, launching):
+    for silu, dy_layout in product([False, True], LAYOUTS):
+        inputs = draw(case, device, dtype, offset=0.5)
+        inputs["x_NCHW"] = LAYOUTS[layout](inputs["x_NCHW"])
+        dy_NCHW = LAYOUTS[dy_layout](torch.randn(case.shape, device=device).to(dtype))
+        compare(case, inputs, dy_NCHW, agree, launching, silu)
