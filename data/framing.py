@@ -13,7 +13,7 @@ Crop = Literal["random", "center"]
 
 
 def boxes(sides_N2: np.ndarray, orientations_N: np.ndarray, crops_N2: np.ndarray | None, resize: Resize) -> np.ndarray:
-    """Boxes int64 (N, 4) in images of heights and widths sides_N2; crops_N2 in [0, 1) split the room, None halves it."""
+    """Boxes int64 (N, 4) in images of heights and widths sides_N2; crops_N2 in [0, 1) split the room, None: halves."""
     if resize != "crop":
         return np.concatenate([np.zeros_like(sides_N2), sides_N2], axis=1)
     square_N1 = sides_N2.min(axis=1, keepdims=True)

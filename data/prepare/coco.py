@@ -1,0 +1,68 @@
+"""COCO captions (annotations JSON and a folder of images) -> shards; every caption of an image is kept."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from duotone.data.prepare.picture_files import Picture, PictureOptions, check_folder, read_text_file
+from duotone.data.refusal import Refused
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareCoco(PictureOptions):
+    """Images with captions in COCO's format, such as captions_train2017.json and train2017/."""
+
+    images: Path
+    """Folder of the image files."""
+    annotations: Path
+    """The captions, a JSON file with `images` and `annotations`."""
+
+    def run(self) -> dict:
+        """Writes the shards and returns a summary; raises Refused naming the file or the image id."""
+        check_folder(self.images, "images")
+        pictures = self._pictures(_read(self.annotations))
+        return self.write(pictures, len(pictures), about={"made_by": "prepare coco", "size": self.size})
+
+    def _pictures(self, content: dict) -> list[Picture]:
+        captions = _captions_by_image(self.annotations, content["annotations"])
+        pictures = [self._picture(entry, captions) for entry in content["images"]]
+        bare = next((picture for picture in pictures if not picture.captions), None)
+        if bare is not None and self.on_bad == "refuse":
+            remedy = "add one, or pass --on-bad skip to leave such images out"
+            raise Refused(f"{self.annotations}: {bare.source} has no caption; {remedy}")
+        return sorted((picture for picture in pictures if picture.captions), key=lambda picture: picture.source)
+
+    def _picture(self, entry: dict, captions: dict[int, list[str]]) -> Picture:
+        try:
+            number, name = int(entry["id"]), PurePosixPath(str(entry["file_name"]))
+        except (KeyError, TypeError, ValueError):
+            raise Refused(f"{self.annotations}: an image without id or file_name; check the file") from None
+        if name.is_absolute() or ".." in name.parts:
+            raise Refused(f"{self.annotations}: file_name {str(name)!r} leaves the image folder; correct it")
+        return Picture(
+            path=self.images / name, key=f"{number:012d}", captions=captions.get(number, []), source=str(name)
+        )
+
+
+def _read(path: Path) -> dict:
+    try:
+        content = json.loads(read_text_file(path, "annotations"))
+        if isinstance(content["images"], list) and isinstance(content["annotations"], list):
+            return content
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise Refused(
+        f"{path}: it is not a COCO captions file (JSON with lists `images` and `annotations`); check the path"
+    )
+
+
+def _captions_by_image(path: Path, annotations: list) -> dict[int, list[str]]:
+    captions: dict[int, list[str]] = {}
+    for annotation in annotations:
+        try:
+            number, caption = int(annotation["image_id"]), " ".join(annotation["caption"].split())
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise Refused(f"{path}: an annotation without image_id or caption; use the captions file") from None
+        if caption:
+            captions.setdefault(number, []).append(caption)
+    return captions

@@ -1,0 +1,93 @@
+"""A folder of pictures -> shards: a class for each sub-folder, captions from .txt files or from the class."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from duotone.data.prepare.picture_files import (
+    SUFFIXES,
+    Picture,
+    PictureOptions,
+    check_folder,
+    class_caption,
+    read_text_file,
+)
+from duotone.data.refusal import Refused
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareFolder(PictureOptions):
+    """Your own pictures: JPEG, PNG and WebP files, in sub-folders or not."""
+
+    images: Path
+    """The folder; sub-folders may be nested."""
+    classes: Literal["folders", "none"] = "folders"
+    """folders: each sub-folder that holds pictures is a class; none: sub-folders mean nothing."""
+    caption: str = "a photo of a {}"
+    """For a picture without a .txt beside it: {} is its class. Empty: no caption from the class."""
+
+    def run(self) -> dict:
+        """Writes the shards and returns a summary; raises Refused naming the file."""
+        check_folder(self.images, "images")
+        paths, others = _pictures_below(self.images)
+        if not paths:
+            raise Refused(f"{self.images}: it holds no .jpg, .jpeg, .png or .webp files; check the path")
+        folders = sorted({path.parent for path in paths}, key=_natural) if self.classes == "folders" else []
+        names = self._class_names(paths, folders)
+        pictures = [self._picture(path, names) for path in paths]
+        self._check_captions(pictures)
+        summary = self.write(pictures, len(pictures), classes=names, about={"made_by": "prepare folder"})
+        return summary | {"other_files": others}
+
+    def _class_names(self, paths: list[Path], folders: list[Path]) -> list[str] | None:
+        if not folders or folders == [self.images]:
+            return None
+        if self.images in folders:
+            stray = next(path for path in paths if path.parent == self.images)
+            raise Refused(f"{stray}: it lies beside the class folders; move it into one, or pass --classes none")
+        return [folder.relative_to(self.images).as_posix() for folder in folders]
+
+    def _picture(self, path: Path, names: list[str] | None) -> Picture:
+        within = path.relative_to(self.images)
+        name = within.parent.as_posix()
+        return Picture(
+            path=path,
+            captions=self._captions(path, name if names else None),
+            label=names.index(name) if names else None,
+            source=within.as_posix(),
+        )
+
+    def _captions(self, path: Path, name: str | None) -> list[str]:
+        beside = path.with_suffix(".txt")
+        lines = read_text_file(beside, "caption").splitlines() if beside.is_file() else []
+        captions = [line.strip() for line in lines if line.strip()]
+        return captions or ([class_caption(self.caption, name)] if name and self.caption else [])
+
+    def _check_captions(self, pictures: list[Picture]) -> None:
+        captioned = sum(bool(picture.captions) for picture in pictures)
+        if 0 < captioned < len(pictures):
+            bare = next(picture for picture in pictures if not picture.captions)
+            raise Refused(f"{bare.path}: it has no .txt beside it but other pictures do; add one, or remove the others")
+
+
+def _pictures_below(folder: Path) -> tuple[list[Path], int]:
+    """Picture files in natural order, and how many other files there are, hidden ones and .txt not counted."""
+    paths, others = [], 0
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(root, name) for name in files if not name.startswith(".")):
+            if path.suffix.lower() in SUFFIXES:
+                paths.append(path)
+            elif path.suffix.lower() != ".txt":
+                others += 1
+    return sorted(paths, key=_natural), others
+
+
+def _natural(path: Path) -> list:
+    """Sorts "9" before "10": digits compare as numbers, folders before the names in them."""
+    return [
+        [(0, int(part), "") if part.isdecimal() else (1, 0, part.lower()) for part in re.split(r"(\d+)", name) if part]
+        for name in path.parts
+    ] + [str(path)]

@@ -1,0 +1,189 @@
+"""Picture files -> samples: guarded, shrunk on a few threads, in order; what every `prepare` of files has in common."""
+
+import io
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from duotone.data.image_header import MAX_BYTES, Unreadable, read_header
+from duotone.data.pillow import FORMATS
+from duotone.data.refusal import Refused
+from duotone.data.write_shards import ImageFormat, Sample, write_shards
+
+EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+REMEDY = "mend or remove it, or pass --on-bad skip to leave such pictures out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A file and what is said about it."""
+
+    path: Path
+    key: str | None = None
+    captions: list[str] = field(default_factory=list)
+    label: int | None = None
+    attributes: list[int] | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureOptions:
+    """How picture files become shards."""
+
+    out: Path
+    """Folder to write; it must not exist."""
+    size: int | None = None
+    """Shrink until the short side has this many pixels; without it the files are stored as they are."""
+    image_format: ImageFormat = "jpg"
+    """Of shrunk pictures: jpg, png, or npy (decoded: larger, and read many times faster)."""
+    quality: int = 95
+    """JPEG quality of shrunk pictures, 1 to 100."""
+    per_shard: int = 4096
+    """Samples in a shard."""
+    limit: int | None = None
+    """Take only the first so many pictures."""
+    on_bad: Literal["refuse", "skip"] = "refuse"
+    """A picture that cannot be read: stop and name it, or leave it out and count it."""
+    threads: int = 2
+    """Pictures read at the same time."""
+
+    def __post_init__(self):
+        for name in ("size", "per_shard", "limit", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise Refused(f"{name} is {value}: use 1 or more")
+        if not 1 <= self.quality <= 100:
+            raise Refused(f"quality is {self.quality}: use 1 to 100")
+
+    def write(self, pictures: Iterable[Picture], total: int, **named) -> dict:
+        """Writes the pictures as shards and returns a summary: images, skipped, shards, out."""
+        total = min(total, self.limit or total)
+        skipped: list[str] = []
+        samples = self._samples(islice(pictures, self.limit), skipped)
+        progress = tqdm(samples, total=total, desc=f"writing {self.out}", unit="image", disable=None)
+        content = write_shards(
+            progress,
+            self.out,
+            per_shard=self.per_shard,
+            image_format=self.image_format,
+            quality=self.quality,
+            **named,
+        )
+        summary = {"out": str(self.out), "images": content["count"], "shards": len(content["shards"])}
+        return summary | {"classes": content["classes"], "attributes": content["attributes"], "skipped": skipped}
+
+    def _samples(self, pictures: Iterable[Picture], skipped: list[str]) -> Iterator[Sample]:
+        for picture, read in in_order(lambda picture: read_picture(picture.path, self.size), pictures, self.threads):
+            try:
+                image, extension = read.result()
+            except Unreadable as reason:
+                if self.on_bad == "refuse":
+                    raise Refused(f"{picture.path}: {reason}; {REMEDY}") from None
+                skipped.append(f"{picture.path}: {reason}")
+                continue
+            yield Sample(
+                image=image,
+                extension=extension,
+                key=picture.key,
+                captions=picture.captions,
+                label=picture.label,
+                attributes=picture.attributes,
+                source=picture.source,
+            )
+
+
+def in_order(work: Callable, items: Iterable, threads: int) -> Iterator[tuple[object, Future]]:
+    """Each item with its finished work, in the order of the items, a few of them worked on at a time."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque = deque()
+        try:
+            for item in items:
+                waiting.append((item, pool.submit(work, item)))
+                if len(waiting) > 4 * threads:
+                    yield waiting.popleft()
+            while waiting:
+                yield waiting.popleft()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def read_picture(path: Path, size: int | None) -> tuple[np.ndarray | bytes, str | None]:
+    """The picture shrunk to uint8 (H, W, C), or its bytes and extension where it is kept; raises Unreadable."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise Unreadable(f"its {path.stat().st_size} bytes exceed {MAX_BYTES}")
+        encoded = path.read_bytes()
+    except OSError as error:
+        raise Unreadable(f"it cannot be read ({error.strerror})") from None
+    header = read_header(encoded)
+    if header.kind not in EXTENSIONS:
+        raise Unreadable("it is neither JPEG, PNG nor WebP")
+    try:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            return _kept(image, encoded, header.kind) if size is None else (_shrunk(image, size), None)
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, OverflowError) as error:
+        raise Unreadable(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+
+
+def _kept(image: Image.Image, encoded: bytes, kind: str) -> tuple[bytes, str]:
+    image.draft("RGB", (1, 1))  # an eighth of the pixels is enough to see whether all bytes decode
+    image.load()
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        stream = io.BytesIO()
+        _opaque(ImageOps.exif_transpose(image)).save(stream, "PNG")
+        return stream.getvalue(), "png"
+    return encoded, EXTENSIONS[kind]
+
+
+def _shrunk(image: Image.Image, size: int) -> np.ndarray:
+    # JPEG can decode at a half, a quarter or an eighth; two pixels a wanted one leave the filter enough to work with.
+    image.draft("RGB", (2 * size, 2 * size))
+    image = _opaque(ImageOps.exif_transpose(image))
+    shrink = min(image.size) / size
+    if shrink > 1:
+        sides = [max(size, round(side / shrink)) for side in image.size]
+        image = image.resize(sides, Image.Resampling.LANCZOS)
+    image_HWC = np.asarray(image)
+    return image_HWC[:, :, None] if image_HWC.ndim == 2 else image_HWC
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """Gray stays gray, everything else becomes RGB; what is transparent turns white."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        coloured = image.convert("RGBA")
+        white = Image.new("RGBA", coloured.size, "white")
+        return Image.alpha_composite(white, coloured).convert("RGB")
+    return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")
+
+
+def class_caption(template: str, name: str) -> str:
+    """The template with a class in place of {}: its last folder, underscores as blanks, "an" before a vowel."""
+    words = name.rpartition("/")[2].replace("_", " ")
+    if words[:1].lower() in list("aeiou"):
+        template = template.replace(" a {}", " an {}")
+    return template.replace("{}", words)
+
+
+def check_folder(folder: Path, flag: str) -> None:
+    """Raises Refused where a folder that was named is not there."""
+    if not folder.is_dir():
+        raise Refused(f"{flag} {folder}: there is no such folder; check the path")
+
+
+def read_text_file(path: Path, flag: str) -> str:
+    """A text file's content; raises Refused where it is missing or not UTF-8."""
+    try:
+        return path.read_text("utf-8-sig")
+    except OSError as error:
+        raise Refused(f"{flag} {path}: it cannot be read ({error.strerror}); check the path") from None
+    except UnicodeDecodeError:
+        raise Refused(f"{flag} {path}: it is not UTF-8 text; check that it is the right file") from None
