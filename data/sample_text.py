@@ -4,6 +4,7 @@ Captions come from the JSON's list `captions`, else the .txt (one caption a line
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 MAX_BYTES = 1 << 20  # of one text member
@@ -18,23 +19,25 @@ class SampleText:
     attributes: list[int] | None = None  # each 1 present, 0 absent, -1 unknown
 
 
-def read_text(txt: bytes | None, raw_json: bytes | None) -> SampleText:
-    """The text of a sample from the bytes of its members; raises ValueError with the reason."""
-    lines = _captions(_decoded(txt, "txt").splitlines()) if txt else []
-    if not raw_json:
-        return SampleText(captions=lines)
-    fields = _object(raw_json)
-    listed, single = fields.get("captions"), fields.get("caption")
+def read_text(member: Callable[[str], bytes | None]) -> SampleText:
+    """The text of a sample, given what returns the bytes of its "txt" and "json"; raises ValueError with the reason."""
+    raw_json = member("json")
+    fields = _object(raw_json) if raw_json else {}
+    listed = fields.get("captions")
     captions = _captions(listed) if isinstance(listed, list) else []
-    captions = captions or lines or _captions([single])
+    captions = captions or _lines(member("txt")) or _captions([fields.get("caption")])
     return SampleText(captions, _label(fields.get("label")), _attributes(fields.get("attributes")))
+
+
+def _lines(txt: bytes | None) -> list[str]:
+    return _captions(_decoded(txt, "txt").splitlines()) if txt else []
 
 
 def _decoded(raw: bytes, extension: str) -> str:
     if len(raw) > MAX_BYTES:
         raise ValueError(f"its .{extension} of {len(raw)} bytes exceeds {MAX_BYTES}")
     try:
-        return raw.decode("utf-8-sig")
+        return raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError:
         raise ValueError(f"its .{extension} is not UTF-8") from None
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from duotone.data.dataset import REMEDY, STORED, Dataset
+from duotone.data.dataset import REMEDY, Dataset
 from duotone.data.framing import Crop, Resize
 from duotone.data.manifest import NAME, read_manifest
 from duotone.data.pillow import PillowDecoder
@@ -61,7 +61,7 @@ class Shards:
         manifest.check(paths, indexes)
         dataset = Dataset(self, torch.device(device), paths, indexes, manifest)
         _check(dataset, require_captions)
-        if (dataset.columns["kind"] != STORED).any():
+        if not dataset.all_stored:
             dataset.decode_with(*_decoder(self, dataset.device))
         return dataset
 

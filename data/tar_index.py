@@ -242,7 +242,7 @@ class _Table:
 
     def _text(self, number: int, raw: dict[str, bytes]) -> list[int]:
         try:
-            text = read_text(raw.get("txt"), raw.get("json"))
+            text = read_text(raw.get)
         except ValueError as reason:
             self.bad.setdefault(number, str(reason))
             return [0, -1, 0]
