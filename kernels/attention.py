@@ -4,10 +4,27 @@ N images, L query tokens, M key and value tokens, H heads, D channels per head. 
 a free view, so nothing is transposed or copied around the call. Vaswani et al. 2017, equation 1.
 """
 
+from dataclasses import dataclass
+from functools import cache
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.library import triton_op
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from duotone.kernels.dispatch import require, require_same_device
+from duotone.kernels.dispatch import (
+    INTERPRETED,
+    count_fallback,
+    launch,
+    require,
+    require_same_device,
+    runs_kernel,
+    tl,
+    triton,
+)
+
+NAME = "attention"
 
 # ---------------------------------------------------------------------------------------------------- definition
 
@@ -25,7 +42,250 @@ def attention_reference(q_NLHD, k_NMHD, v_NMHD, *, mask_NM=None, scale=None):
     return torch.einsum("nhlm,nmhd->nlhd", weight_NHLM, v_NMHD.to(wide)).to(q_NLHD.dtype)
 
 
-# ------------------------------------------------------------------------------------------ PyTorch's own kernels
+# --------------------------------------------------------------------------------------------------------- cases
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape worth testing and timing, and why."""
+
+    name: str
+    images: int
+    queries: int
+    keys: int
+    heads: int
+    width: int
+    why: str
+    masked: bool = False
+    timed: bool = False
+
+
+CASES = [
+    Case("words", 2, 64, 77, 2, 32, "CLIP's 77 tokens: no multiple of anything"),
+    Case(
+        "padded_words", 3, 70, 77, 2, 64, "padding mask, ragged queries, one row that attends to nothing", masked=True
+    ),
+    Case("one_key", 2, 16, 1, 2, 8, "a class token alone: softmax over one value; the narrowest head", masked=True),
+    Case("odd_map", 2, 49, 49, 3, 40, "7x7 self-attention, 40 channels a head"),
+    Case("ninety_six", 1, 64, 64, 2, 96, "96 channels a head: no power of two"),
+    Case("widest", 1, 40, 128, 1, 128, "the largest tile: 128 keys, 128 channels"),
+    Case("few_programs", 1, 300, 20, 1, 16, "one image and head: queries are split over programs, sums are merged"),
+    Case("level_32_words", 64, 1024, 77, 4, 64, "the network's cross-attention", masked=True, timed=True),
+    Case("level_16_words", 64, 256, 77, 4, 96, "the network's cross-attention", masked=True, timed=True),
+    Case("level_8_words", 64, 64, 77, 4, 96, "the network's cross-attention", masked=True, timed=True),
+    Case("level_8_self", 64, 64, 64, 4, 96, "the network's smallest self-attention", timed=True),
+    Case("narrow_words", 64, 1024, 77, 4, 32, "32 channels a head", timed=True),
+    Case("wide_words", 64, 256, 77, 4, 128, "128 channels a head", timed=True),
+    Case("level_64_self", 64, 4096, 4096, 4, 32, "self-attention that PyTorch's kernels serve", timed=True),
+    Case("level_32_self", 64, 1024, 1024, 4, 64, "self-attention that PyTorch's kernels serve", timed=True),
+    Case("level_16_self", 64, 256, 256, 4, 96, "self-attention that PyTorch's kernels serve", timed=True),
+]
+
+# --------------------------------------------------------------------------------------------------- device code
+# All keys of a head fit in one tile, so a row's softmax is complete in one step: nothing is rescaled, nothing but q, k
+# and v is saved, and the backward pass recomputes the weights and finds sum(dout * out) as sum(weights * dweights).
+# L queries of a tile, M keys, D channels; rows are padded to tiles. Signatures are grouped by subject.
+# fmt: off
+
+# The interpreter multiplies the bit patterns of bf16 operands; fp32 copies of them have the same exact products.
+_WIDEN = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def _tile(row_R, channel_D, stride_row, stride_d):
+    return row_R[:, None] * stride_row + channel_D[None, :] * stride_d
+
+
+@triton.jit
+def _product(a, b, PRECISION: tl.constexpr):
+    """Matrix product accumulated in fp32."""
+    if _WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def _weights(
+    q_LD, k_MD, mask, image, key_M, real_M, keys, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Softmax over the admitted keys; a row without any is 0."""
+    score_LM = _product(q_LD, tl.trans(k_MD), PRECISION) * scale
+    admitted_M = real_M
+    if MASKED:
+        admitted_M = real_M & (tl.load(mask + image * keys + key_M, mask=real_M, other=0) != 0)
+    score_LM = tl.where(admitted_M[None, :], score_LM, float("-inf"))
+    highest_L = tl.max(score_LM, axis=1)
+    highest_L = tl.where(highest_L == float("-inf"), 0.0, highest_L)
+    weight_LM = tl.exp(score_LM - highest_L[:, None])
+    total_L = tl.sum(weight_LM, axis=1)
+    return weight_LM / tl.where(total_L == 0.0, 1.0, total_L)[:, None]
+
+
+@triton.jit
+def _forward_kernel(
+    q, k, v, mask, out,
+    queries, keys, width, scale,
+    q_n, q_l, q_h, q_d, k_n, k_m, k_h, k_d, v_n, v_m, v_h, v_d, out_n, out_l, out_h,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    image = tl.program_id(2).to(tl.int64)
+    head = tl.program_id(1)
+    query_L = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    key_M = tl.arange(0, BLOCK_M)
+    channel_D = tl.arange(0, BLOCK_D)
+    real_D = channel_D < width
+    real_LD = (query_L < queries)[:, None] & real_D[None, :]
+    real_MD = (key_M < keys)[:, None] & real_D[None, :]
+    q_LD = tl.load(q + image * q_n + head * q_h + _tile(query_L, channel_D, q_l, q_d), mask=real_LD, other=0.0)
+    k_MD = tl.load(k + image * k_n + head * k_h + _tile(key_M, channel_D, k_m, k_d), mask=real_MD, other=0.0)
+    v_MD = tl.load(v + image * v_n + head * v_h + _tile(key_M, channel_D, v_m, v_d), mask=real_MD, other=0.0)
+    weight_LM = _weights(q_LD, k_MD, mask, image, key_M, key_M < keys, keys, scale, MASKED, PRECISION)
+    out_LD = _product(weight_LM.to(v_MD.dtype), v_MD, PRECISION)
+    to_LD = out + image * out_n + head * out_h + _tile(query_L, channel_D, out_l, 1)
+    tl.store(to_LD, out_LD.to(out.dtype.element_ty), mask=real_LD)
+
+
+@triton.jit
+def _backward_kernel(
+    q, k, v, mask, dout, dq, dk, dv,
+    queries, keys, width, scale, share,
+    q_n, q_l, q_h, q_d, k_n, k_m, k_h, k_d, v_n, v_m, v_h, v_d, dout_n, dout_l, dout_h, dout_d,
+    dq_n, dq_l, dq_h, dk_n, dk_s, dk_m, dk_h,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    """One program owns a head's keys and a share of its queries: dk and dv stay on chip, dq is written once."""
+    image = tl.program_id(2).to(tl.int64)
+    head = tl.program_id(1)
+    key_M = tl.arange(0, BLOCK_M)
+    channel_D = tl.arange(0, BLOCK_D)
+    real_D = channel_D < width
+    real_MD = (key_M < keys)[:, None] & real_D[None, :]
+    k_MD = tl.load(k + image * k_n + head * k_h + _tile(key_M, channel_D, k_m, k_d), mask=real_MD, other=0.0)
+    v_MD = tl.load(v + image * v_n + head * v_h + _tile(key_M, channel_D, v_m, v_d), mask=real_MD, other=0.0)
+    dk_MD = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dv_MD = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    last = tl.minimum(tl.program_id(0) * share + share, queries)
+    for first in range(tl.program_id(0) * share, last, BLOCK_L):
+        query_L = first + tl.arange(0, BLOCK_L)
+        real_LD = (query_L < last)[:, None] & real_D[None, :]
+        q_LD = tl.load(q + image * q_n + head * q_h + _tile(query_L, channel_D, q_l, q_d), mask=real_LD, other=0.0)
+        from_LD = dout + image * dout_n + head * dout_h + _tile(query_L, channel_D, dout_l, dout_d)
+        dout_LD = tl.load(from_LD, mask=real_LD, other=0.0)
+        weight_LM = _weights(q_LD, k_MD, mask, image, key_M, key_M < keys, keys, scale, MASKED, PRECISION)
+        dv_MD += _product(tl.trans(weight_LM.to(dout_LD.dtype)), dout_LD, PRECISION)
+        dweight_LM = _product(dout_LD, tl.trans(v_MD), PRECISION)
+        flow_LM = weight_LM * dweight_LM
+        dscore_LM = ((flow_LM - weight_LM * tl.sum(flow_LM, axis=1)[:, None]) * scale).to(q_LD.dtype)
+        dk_MD += _product(tl.trans(dscore_LM), q_LD, PRECISION)
+        dq_LD = _product(dscore_LM, k_MD, PRECISION)
+        to_LD = dq + image * dq_n + head * dq_h + _tile(query_L, channel_D, dq_l, 1)
+        tl.store(to_LD, dq_LD.to(dq.dtype.element_ty), mask=real_LD)
+    to_MD = image * dk_n + tl.program_id(0) * dk_s + head * dk_h + _tile(key_M, channel_D, dk_m, 1)
+    tl.store(dk + to_MD, dk_MD.to(dk.dtype.element_ty), mask=real_MD)
+    tl.store(dv + to_MD, dv_MD.to(dv.dtype.element_ty), mask=real_MD)
+
+
+# fmt: on
+
+# ----------------------------------------------------------------------------------------------------- operators
+
+MOST_KEYS = 128
+MOST_WIDTH = 128
+_ENOUGH_PROGRAMS = 128
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How one call is cut into programs."""
+
+    block_l: int
+    block_m: int
+    block_d: int
+    share: int  # queries of one backward program
+    shares: int
+    warps: int
+
+
+def tiling(images: int, queries: int, keys: int, heads: int, width: int, itemsize: int) -> Tiling:
+    """Cut a call into programs by its shape alone, so that the same call is always summed in the same order."""
+    block_m, block_d = max(16, _power_of_2(keys)), max(16, _power_of_2(width))
+    block_l = 64 if block_m * block_d * itemsize <= 16384 else 32
+    shares = min(-(-_ENOUGH_PROGRAMS // (images * heads)), -(-queries // (2 * block_l)))
+    share = -(-queries // (shares * block_l)) * block_l
+    return Tiling(block_l, block_m, block_d, share, -(-queries // share), 8 if block_m * block_d > 4096 else 4)
+
+
+def _power_of_2(number):
+    return 1 << (number - 1).bit_length()
+
+
+def _strides(name, tensor, axes):
+    return {f"{name}_{axis}": stride for axis, stride in zip(axes, tensor.stride())}
+
+
+def _shared(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale, cut):
+    _, queries, _, width = q_NLHD.shape
+    tensors = {"q": q_NLHD, "k": k_NMHD, "v": v_NMHD, "mask": q_NLHD if mask_NM is None else mask_NM.contiguous()}
+    strides = _strides("q", q_NLHD, "nlhd") | _strides("k", k_NMHD, "nmhd") | _strides("v", v_NMHD, "nmhd")
+    sizes = {"queries": queries, "keys": k_NMHD.shape[1], "width": width, "scale": scale}
+    # fp32 means fp32: TF32 is for those who ask PyTorch for it.
+    exact = q_NLHD.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    switches = {"MASKED": mask_NM is not None, "PRECISION": "ieee" if exact else "tf32"}
+    blocks = {"BLOCK_L": cut.block_l, "BLOCK_M": cut.block_m, "BLOCK_D": cut.block_d, "num_warps": cut.warps}
+    return tensors | strides | sizes | switches | blocks
+
+
+def _cut(q_NLHD, k_NMHD):
+    images, queries, heads, width = q_NLHD.shape
+    return tiling(images, queries, k_NMHD.shape[1], heads, width, q_NLHD.element_size())
+
+
+@triton_op("duotone::attention", mutates_args={})
+def _forward(q_NLHD: Tensor, k_NMHD: Tensor, v_NMHD: Tensor, mask_NM: Tensor | None, scale: float) -> Tensor:
+    images, queries, heads, _ = q_NLHD.shape
+    cut = _cut(q_NLHD, k_NMHD)
+    out_NLHD = torch.empty(q_NLHD.shape, dtype=q_NLHD.dtype, device=q_NLHD.device)
+    arguments = _shared(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale, cut) | {"out": out_NLHD}
+    grid = (-(-queries // cut.block_l), heads, images)
+    launch(NAME, _forward_kernel, grid, arguments | _strides("out", out_NLHD, "nlh"))
+    return out_NLHD
+
+
+@triton_op("duotone::attention_backward", mutates_args={})
+def _backward(
+    dout_NLHD: Tensor, q_NLHD: Tensor, k_NMHD: Tensor, v_NMHD: Tensor, mask_NM: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    images, _, heads, width = q_NLHD.shape
+    keys = k_NMHD.shape[1]
+    cut = _cut(q_NLHD, k_NMHD)
+    dq_NLHD = torch.empty(q_NLHD.shape, dtype=q_NLHD.dtype, device=q_NLHD.device)
+    kept = k_NMHD.dtype if cut.shares == 1 else torch.float32
+    dk_SNMHD, dv_SNMHD = (
+        torch.empty(cut.shares, images, keys, heads, width, dtype=kept, device=q_NLHD.device) for _ in range(2)
+    )
+    arguments = _shared(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale, cut) | {"dout": dout_NLHD, "share": cut.share}
+    arguments |= {"dq": dq_NLHD, "dk": dk_SNMHD, "dv": dv_SNMHD} | _strides("dout", dout_NLHD, "nlhd")
+    arguments |= _strides("dq", dq_NLHD, "nlh") | _strides("dk", dk_SNMHD, "snmh")
+    launch(NAME, _backward_kernel, (cut.shares, heads, images), arguments)
+    if cut.shares == 1:
+        return dq_NLHD, dk_SNMHD.view(k_NMHD.shape), dv_SNMHD.view(k_NMHD.shape)
+    return dq_NLHD, dk_SNMHD.sum(dim=0).to(k_NMHD.dtype), dv_SNMHD.sum(dim=0).to(v_NMHD.dtype)
+
+
+def _save(ctx, inputs, output):
+    q_NLHD, k_NMHD, v_NMHD, mask_NM, ctx.scale = inputs
+    ctx.save_for_backward(q_NLHD, k_NMHD, v_NMHD, mask_NM)
+
+
+def _differentiate(ctx, dout_NLHD):
+    return *_backward(dout_NLHD, *ctx.saved_tensors, ctx.scale), None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+# ------------------------------------------------------------------------------- other people's kernels, by measurement
 
 
 def _scaled_dot_product(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale):
@@ -39,16 +299,133 @@ def _scaled_dot_product(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale):
     return out_NHLD.transpose(1, 2) * attends_N[:, None, None, None].to(out_NHLD.dtype)
 
 
+def _restricted(backend):
+    def run(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale):
+        with sdpa_kernel(backend):
+            return _scaled_dot_product(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale)
+
+    return run
+
+
+def _xformers(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale):
+    module, reason = xformers()
+    if module is None or mask_NM is not None:
+        raise RuntimeError(reason or "a padding mask needs an aligned bias of every query and key")
+    return module.memory_efficient_attention(q_NLHD, k_NMHD, v_NMHD, scale=scale)
+
+
+@cache
+def xformers():
+    """xformers' attention module, or None and the reason why it cannot run here; never imported without CUDA."""
+    if not torch.cuda.is_available():
+        return None, "xformers needs a CUDA device"
+    try:
+        import xformers.ops
+
+        probe = torch.zeros(1, 16, 1, 16, dtype=torch.float16, device="cuda")
+        xformers.ops.memory_efficient_attention(probe, probe, probe)
+        return xformers.ops, ""
+    except Exception as error:
+        return None, f"xformers: {type(error).__name__}: {error}".splitlines()[0]
+
+
+BACKENDS = {
+    "default": _scaled_dot_product,
+    "flash": _restricted(SDPBackend.FLASH_ATTENTION),
+    "efficient": _restricted(SDPBackend.EFFICIENT_ATTENTION),
+    "cudnn": _restricted(SDPBackend.CUDNN_ATTENTION),
+    "xformers": _xformers,
+}
+_choices: dict[tuple, dict] = {}
+
+
+def choices() -> list[dict]:
+    """What was measured for every shape so far: the chosen backend, milliseconds of each, why others cannot run."""
+    return [dict(zip(_KEY, key)) | choice for key, choice in _choices.items()]
+
+
+def choose(backend: str, **shape) -> None:
+    """Fix the backend of one shape: images, queries, keys, heads, width, dtype, masked."""
+    require(backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}", backend)
+    _choices[tuple(shape[name] for name in _KEY)] = {"backend": backend, "milliseconds": {}, "refused": {}}
+
+
+_KEY = ("images", "queries", "keys", "heads", "width", "dtype", "masked")
+
+
+@torch.compiler.assume_constant_result
+def _backend(*key):
+    if key not in _choices:
+        if torch.cuda.is_current_stream_capturing():
+            return "default"
+        _choices[key] = _measure(*key)
+    return _choices[key]["backend"]
+
+
+def _measure(images, queries, keys, heads, width, dtype, masked):
+    """Forward and backward of every backend on random tensors of this shape; the fastest is chosen."""
+    milliseconds, refused = {}, {}
+    for name, run in BACKENDS.items():
+        try:
+            milliseconds[name] = _time(run, images, queries, keys, heads, width, dtype, masked)
+        except RuntimeError as error:
+            refused[name] = str(error).splitlines()[0]
+    backend = min(milliseconds, key=milliseconds.get, default="default")
+    return {"backend": backend, "milliseconds": milliseconds, "refused": refused}
+
+
+@torch.enable_grad()
+def _time(run, images, queries, keys, heads, width, dtype, masked, rounds=10):
+    def draw(length):
+        return torch.randn(images, length, heads, width, dtype=dtype, device="cuda", requires_grad=True)
+
+    q_NLHD, k_NMHD, v_NMHD = draw(queries), draw(keys), draw(keys)
+    mask_NM = torch.ones(images, keys, dtype=torch.bool, device="cuda") if masked else None
+    for round in range(rounds + 3):
+        if round == 3:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+        out_NLHD = run(q_NLHD, k_NMHD, v_NMHD, mask_NM, None)
+        torch.autograd.grad(out_NLHD, (q_NLHD, k_NMHD, v_NMHD), out_NLHD.detach())
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / rounds
+
+
 # -------------------------------------------------------------------------------------------------------- public
 
 
 def attention(q_NLHD, k_NMHD, v_NMHD, *, mask_NM=None, scale=None):
     """Attend from every query token to the keys that the mask admits; scale defaults to D ** -0.5.
 
+    Up to 128 keys run here; more run on whichever of PyTorch's and xformers' kernels was measured fastest for the shape.
     Raises ValueError on shapes, types or devices that do not fit.
     """
     _validate(q_NLHD, k_NMHD, v_NMHD, mask_NM)
-    return _scaled_dot_product(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale)
+    images, queries, heads, width = q_NLHD.shape
+    keys = k_NMHD.shape[1]
+    if keys <= MOST_KEYS and runs_kernel(NAME, q_NLHD):
+        reason = _unsupported(q_NLHD)
+        if reason is None:
+            return _forward(q_NLHD, k_NMHD, v_NMHD, mask_NM, width**-0.5 if scale is None else float(scale))
+        count_fallback(NAME, reason, *q_NLHD.shape, keys)
+        return attention_reference(q_NLHD, k_NMHD, v_NMHD, mask_NM=mask_NM, scale=scale)
+    if not q_NLHD.is_cuda:
+        return _scaled_dot_product(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale)
+    backend = _backend(images, queries, keys, heads, width, q_NLHD.dtype, mask_NM is not None)
+    return BACKENDS[backend](q_NLHD, k_NMHD, v_NMHD, mask_NM, scale)
+
+
+def _unsupported(q_NLHD):
+    """Why a call with few keys cannot run as a kernel, or None."""
+    images, _, heads, width = q_NLHD.shape
+    if q_NLHD.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"{q_NLHD.dtype} queries"
+    if q_NLHD.numel() == 0:
+        return "no queries"
+    if width > MOST_WIDTH:
+        return f"more than {MOST_WIDTH} channels per head"
+    return "more images or heads than a grid addresses" if max(images, heads) > 65535 else None
 
 
 def _validate(q_NLHD, k_NMHD, v_NMHD, mask_NM):
