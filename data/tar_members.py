@@ -11,8 +11,8 @@ import numpy as np
 
 BLOCK = 512
 MAX_EXTENSION = 1 << 20  # bytes of a PAX or GNU long-name record
-FILE_TYPES = b"0\07"
-PATH_TYPES, LINK_NAME, PAX_TYPES, PAX_GLOBAL, FOLDER = b"L", b"K", b"xX", b"g", b"5"
+FILE_TYPES = {b"0", b"\0", b"7"}
+PATH, LINK_NAME, PAX_TYPES, PAX_GLOBAL, FOLDER = b"L", b"K", {b"x", b"X"}, b"g", b"5"
 REFUSED_TYPES = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a pipe"}
 REFUSED_TYPES |= {b"S": "a sparse file", b"M": "a part of another archive"}
 
@@ -45,7 +45,7 @@ def members(data_B: np.ndarray) -> Iterator[Member]:
         if body + own_size > len(data):
             raise Damaged(f"it is truncated: {own_name!r} runs past the end of the file")
         at = body + -(-own_size // BLOCK) * BLOCK
-        if kind in PATH_TYPES:
+        if kind == PATH:
             name = _text(_extension(data, body, own_size).rstrip(b"\0"))
         elif kind in PAX_TYPES:
             pax = _pax(_extension(data, body, own_size))
@@ -56,7 +56,7 @@ def members(data_B: np.ndarray) -> Iterator[Member]:
             name, size = None, None
         elif kind == FOLDER:
             name, size = None, None
-        elif kind not in LINK_NAME + PAX_GLOBAL:
+        elif kind not in (LINK_NAME, PAX_GLOBAL):
             raise Damaged(f"{name or own_name!r} is {REFUSED_TYPES.get(kind, f'of unknown type {kind!r}')}, not a file")
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tyro.conf import Positional
+
 from duotone.data.prepare.picture_files import (
     SUFFIXES,
     Picture,
@@ -21,7 +23,7 @@ from duotone.data.refusal import Refused
 class PrepareFolder(PictureOptions):
     """Your own pictures: JPEG, PNG and WebP files, in sub-folders or not."""
 
-    images: Path
+    images: Positional[Path]
     """The folder; sub-folders may be nested."""
     classes: Literal["folders", "none"] = "folders"
     """folders: each sub-folder that holds pictures is a class; none: sub-folders mean nothing."""
