@@ -87,7 +87,7 @@ def render(drawing: Drawing, size: int, draws_K: np.ndarray) -> np.ndarray:
     """One drawing, uint8 (size, size, 3); draws_K in [0, 1) place, turn, scale and tint it."""
     draws = iter(draws_K.tolist())
     radius = 0.26 + 0.12 * next(draws)  # of the circle around the shape's body, as a share of the side
-    reach = radius * 1.2
+    reach = 1.2 * radius + 0.03
     centre_x, centre_y = (reach + (1 - 2 * reach) * next(draws) for _ in "xy")
     angle = np.deg2rad(30 * next(draws) - 15)
     y_H1, x_1W = (np.mgrid[0:size, 0:size] + 0.5) / size - np.array([centre_y, centre_x])[:, None, None]
