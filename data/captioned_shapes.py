@@ -86,8 +86,8 @@ def write(out: Path, count: int = 12_000, size: int = 32, seed: int = 0) -> dict
 def render(drawing: Drawing, size: int, draws_K: np.ndarray) -> np.ndarray:
     """One drawing, uint8 (size, size, 3); draws_K in [0, 1) place, turn, scale and tint it."""
     draws = iter(draws_K.tolist())
-    radius = 0.26 + 0.12 * next(draws)  # of the circle around the shape's body, as a share of the side
-    reach = 1.2 * radius + 0.03
+    radius = 0.26 + 0.11 * next(draws)  # of the circle around the shape's body, as a share of the side
+    reach = 1.2 * radius + 0.05  # corners stand out from that circle, and their soft edge a little more
     centre_x, centre_y = (reach + (1 - 2 * reach) * next(draws) for _ in "xy")
     angle = np.deg2rad(30 * next(draws) - 15)
     y_H1, x_1W = (np.mgrid[0:size, 0:size] + 0.5) / size - np.array([centre_y, centre_x])[:, None, None]
