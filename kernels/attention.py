@@ -97,19 +97,19 @@ def _tile(row_R, channel_D, stride_row, stride_d):
 
 
 @triton.jit
-def _product(a, b, PRECISION: tl.constexpr):
+def _product(a, b):
     """Matrix product accumulated in fp32."""
     if _WIDEN:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
+    return tl.dot(a, b)
 
 
 @triton.jit
 def _weights(
-    q_LD, k_MD, mask, image, key_M, real_M, keys, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    q_LD, k_MD, mask, image, key_M, real_M, keys, scale, MASKED: tl.constexpr,
 ):
     """Softmax over the admitted keys; a row without any is 0."""
-    score_LM = _product(q_LD, tl.trans(k_MD), PRECISION) * scale
+    score_LM = _product(q_LD, tl.trans(k_MD)) * scale
     admitted_M = real_M
     if MASKED:
         admitted_M = real_M & (tl.load(mask + image * keys + key_M, mask=real_M, other=0) != 0)
@@ -126,7 +126,7 @@ def _forward_kernel(
     q, k, v, mask, out,
     queries, keys, width, scale,
     q_n, q_l, q_h, q_d, k_n, k_m, k_h, k_d, v_n, v_m, v_h, v_d, out_n, out_l, out_h,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     image = tl.program_id(2).to(tl.int64)
@@ -140,8 +140,8 @@ def _forward_kernel(
     q_LD = tl.load(q + image * q_n + head * q_h + _tile(query_L, channel_D, q_l, q_d), mask=real_LD, other=0.0)
     k_MD = tl.load(k + image * k_n + head * k_h + _tile(key_M, channel_D, k_m, k_d), mask=real_MD, other=0.0)
     v_MD = tl.load(v + image * v_n + head * v_h + _tile(key_M, channel_D, v_m, v_d), mask=real_MD, other=0.0)
-    weight_LM = _weights(q_LD, k_MD, mask, image, key_M, key_M < keys, keys, scale, MASKED, PRECISION)
-    out_LD = _product(weight_LM.to(v_MD.dtype), v_MD, PRECISION)
+    weight_LM = _weights(q_LD, k_MD, mask, image, key_M, key_M < keys, keys, scale, MASKED)
+    out_LD = _product(weight_LM.to(v_MD.dtype), v_MD)
     to_LD = out + image * out_n + head * out_h + _tile(query_L, channel_D, out_l, 1)
     tl.store(to_LD, out_LD.to(out.dtype.element_ty), mask=real_LD)
 
@@ -152,7 +152,7 @@ def _backward_kernel(
     queries, keys, width, scale, share,
     q_n, q_l, q_h, q_d, k_n, k_m, k_h, k_d, v_n, v_m, v_h, v_d, dout_n, dout_l, dout_h, dout_d,
     dq_n, dq_l, dq_h, dk_n, dk_s, dk_m, dk_h,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """One program owns a head's keys and a share of its queries: dk and dv stay on chip, dq is written once."""
@@ -173,13 +173,13 @@ def _backward_kernel(
         q_LD = tl.load(q + image * q_n + head * q_h + _tile(query_L, channel_D, q_l, q_d), mask=real_LD, other=0.0)
         from_LD = dout + image * dout_n + head * dout_h + _tile(query_L, channel_D, dout_l, dout_d)
         dout_LD = tl.load(from_LD, mask=real_LD, other=0.0)
-        weight_LM = _weights(q_LD, k_MD, mask, image, key_M, key_M < keys, keys, scale, MASKED, PRECISION)
-        dv_MD += _product(tl.trans(weight_LM.to(dout_LD.dtype)), dout_LD, PRECISION)
-        dweight_LM = _product(dout_LD, tl.trans(v_MD), PRECISION)
+        weight_LM = _weights(q_LD, k_MD, mask, image, key_M, key_M < keys, keys, scale, MASKED)
+        dv_MD += _product(tl.trans(weight_LM.to(dout_LD.dtype)), dout_LD)
+        dweight_LM = _product(dout_LD, tl.trans(v_MD))
         flow_LM = weight_LM * dweight_LM
         dscore_LM = ((flow_LM - weight_LM * tl.sum(flow_LM, axis=1)[:, None]) * scale).to(q_LD.dtype)
-        dk_MD += _product(tl.trans(dscore_LM), q_LD, PRECISION)
-        dq_LD = _product(dscore_LM, k_MD, PRECISION)
+        dk_MD += _product(tl.trans(dscore_LM), q_LD)
+        dq_LD = _product(dscore_LM, k_MD)
         to_LD = dq + image * dq_n + head * dq_h + _tile(query_L, channel_D, dq_l, 1)
         tl.store(to_LD, dq_LD.to(dq.dtype.element_ty), mask=real_LD)
     to_MD = image * dk_n + tl.program_id(0) * dk_s + head * dk_h + _tile(key_M, channel_D, dk_m, 1)
@@ -203,18 +203,22 @@ class Tiling:
     block_l: int
     block_m: int
     block_d: int
-    share: int  # queries of one backward program
+    share: int  # queries of one program
     shares: int
     warps: int
 
 
-def tiling(images: int, queries: int, keys: int, heads: int, width: int, itemsize: int) -> Tiling:
+def tiling(images: int, queries: int, keys: int, heads: int, width: int, *, backward: bool) -> Tiling:
     """Cut a call into programs by its shape alone, so that the same call is always summed in the same order."""
     block_m, block_d = max(16, _power_of_2(keys)), max(16, _power_of_2(width))
-    block_l = 64 if block_m * block_d * itemsize <= 16384 else 32
+    if not backward:
+        return Tiling(64, block_m, block_d, 64, -(-queries // 64), 4)
+    # dk and dv stay in registers: the larger they are, the more warps and the fewer queries at a time, or they spill.
+    block_l = 64 if block_m * block_d <= 4096 else 32
+    warps = 4 if block_m * block_d <= 2048 else 8
     shares = min(-(-_ENOUGH_PROGRAMS // (images * heads)), -(-queries // (2 * block_l)))
     share = -(-queries // (shares * block_l)) * block_l
-    return Tiling(block_l, block_m, block_d, share, -(-queries // share), 8 if block_m * block_d > 4096 else 4)
+    return Tiling(block_l, block_m, block_d, share, -(-queries // share), warps)
 
 
 def _power_of_2(number):
@@ -230,26 +234,22 @@ def _shared(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale, cut):
     tensors = {"q": q_NLHD, "k": k_NMHD, "v": v_NMHD, "mask": q_NLHD if mask_NM is None else mask_NM.contiguous()}
     strides = _strides("q", q_NLHD, "nlhd") | _strides("k", k_NMHD, "nmhd") | _strides("v", v_NMHD, "nmhd")
     sizes = {"queries": queries, "keys": k_NMHD.shape[1], "width": width, "scale": scale}
-    # fp32 means fp32: TF32 is for those who ask PyTorch for it.
-    exact = q_NLHD.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    switches = {"MASKED": mask_NM is not None, "PRECISION": "ieee" if exact else "tf32"}
-    blocks = {"BLOCK_L": cut.block_l, "BLOCK_M": cut.block_m, "BLOCK_D": cut.block_d, "num_warps": cut.warps}
-    return tensors | strides | sizes | switches | blocks
+    blocks = {"BLOCK_L": cut.block_l, "BLOCK_M": cut.block_m, "BLOCK_D": cut.block_d}
+    return tensors | strides | sizes | blocks | {"MASKED": mask_NM is not None, "num_warps": cut.warps, "num_stages": 1}
 
 
-def _cut(q_NLHD, k_NMHD):
+def _cut(q_NLHD, k_NMHD, backward):
     images, queries, heads, width = q_NLHD.shape
-    return tiling(images, queries, k_NMHD.shape[1], heads, width, q_NLHD.element_size())
+    return tiling(images, queries, k_NMHD.shape[1], heads, width, backward=backward)
 
 
 @triton_op("duotone::attention", mutates_args={})
 def _forward(q_NLHD: Tensor, k_NMHD: Tensor, v_NMHD: Tensor, mask_NM: Tensor | None, scale: float) -> Tensor:
-    images, queries, heads, _ = q_NLHD.shape
-    cut = _cut(q_NLHD, k_NMHD)
+    images, _, heads, _ = q_NLHD.shape
+    cut = _cut(q_NLHD, k_NMHD, backward=False)
     out_NLHD = torch.empty(q_NLHD.shape, dtype=q_NLHD.dtype, device=q_NLHD.device)
     arguments = _shared(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale, cut) | {"out": out_NLHD}
-    grid = (-(-queries // cut.block_l), heads, images)
-    launch(NAME, _forward_kernel, grid, arguments | _strides("out", out_NLHD, "nlh"))
+    launch(NAME, _forward_kernel, (cut.shares, heads, images), arguments | _strides("out", out_NLHD, "nlh"))
     return out_NLHD
 
 
@@ -259,7 +259,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     images, _, heads, width = q_NLHD.shape
     keys = k_NMHD.shape[1]
-    cut = _cut(q_NLHD, k_NMHD)
+    cut = _cut(q_NLHD, k_NMHD, backward=True)
     dq_NLHD = torch.empty(q_NLHD.shape, dtype=q_NLHD.dtype, device=q_NLHD.device)
     kept = k_NMHD.dtype if cut.shares == 1 else torch.float32
     dk_SNMHD, dv_SNMHD = (
@@ -409,7 +409,6 @@ def attention(q_NLHD, k_NMHD, v_NMHD, *, mask_NM=None, scale=None):
         if reason is None:
             return _forward(q_NLHD, k_NMHD, v_NMHD, mask_NM, width**-0.5 if scale is None else float(scale))
         count_fallback(NAME, reason, *q_NLHD.shape, keys)
-        return attention_reference(q_NLHD, k_NMHD, v_NMHD, mask_NM=mask_NM, scale=scale)
     if not q_NLHD.is_cuda:
         return _scaled_dot_product(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale)
     backend = _backend(images, queries, keys, heads, width, q_NLHD.dtype, mask_NM is not None)
@@ -417,9 +416,10 @@ def attention(q_NLHD, k_NMHD, v_NMHD, *, mask_NM=None, scale=None):
 
 
 def _unsupported(q_NLHD):
-    """Why a call with few keys cannot run as a kernel, or None."""
+    """Why a call with few keys goes to PyTorch's kernels, or None."""
     images, _, heads, width = q_NLHD.shape
-    if q_NLHD.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    # Exact fp32 products leave the tensor cores, and then a tile of keys does not fit in registers.
+    if q_NLHD.dtype not in (torch.bfloat16, torch.float16, *([torch.float32] if INTERPRETED else [])):
         return f"{q_NLHD.dtype} queries"
     if q_NLHD.numel() == 0:
         return "no queries"

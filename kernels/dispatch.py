@@ -43,6 +43,12 @@ def launch(name: str, kernel, grid: tuple[int, ...], arguments: dict) -> None:
     wrap_triton(kernel)[grid](**arguments)
 
 
+def launch_exactly(name: str, kernel, grid: tuple[int, ...], arguments: dict) -> None:
+    """Launch with every product and sum rounded by itself, as a CPU does; not visible to torch.compile."""
+    launches[name] += 1
+    kernel[grid](**arguments, enable_fp_fusion=False)
+
+
 def runs_kernel(kernel: str, tensor: torch.Tensor) -> bool:
     """True where a Triton kernel can be launched on this tensor's device and its self-test has not disabled it."""
     if kernel in _disabled:

@@ -10,6 +10,7 @@ from duotone.kernels.attention import CASES, NAME, attention, attention_referenc
 CHECKED = [case for case in CASES if not case.timed]
 BY_NAME = {case.name: case for case in CASES}
 # Weights are rounded to the images' type between the two products, as in every fused kernel.
+# A GPU computes fp32 in PyTorch's kernels; the interpreter shows this kernel's own arithmetic in it.
 ARITHMETIC = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 3e-2}
 
 
@@ -81,8 +82,8 @@ def test_scale_and_large_scores(device, agree, launching):
 
 
 def test_queries_are_split_only_where_heads_are_few():
-    assert tiling(1, 300, 20, 1, 16, 4).shares > 1
-    assert tiling(64, 1024, 77, 4, 64, 2).shares == 1
+    assert tiling(1, 300, 20, 1, 16, backward=True).shares > 1
+    assert tiling(64, 1024, 77, 4, 64, backward=True).shares == 1
 
 
 def test_many_keys_go_to_pytorch(device):
