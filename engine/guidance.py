@@ -50,9 +50,7 @@ class GuidedDenoiser:
             output_NCHW = self.predict(scaled_NCHW, noise_N, self.half)
             return x_NCHW * skip_N[:, None, None, None] + output_NCHW.float() * out_N[:, None, None, None]
         output_2NCHW = self.predict(torch.cat([scaled_NCHW] * 2), noise_N.repeat(2), self.both)
-        return guided_step(
-            output_2NCHW, x_NCHW, skip_N, out_N, self.guidance.scale_N, rescale=self.guidance.rescale
-        )
+        return guided_step(output_2NCHW, x_NCHW, skip_N, out_N, self.guidance.scale_N, rescale=self.guidance.rescale)
 
     def predict(self, scaled_NCHW: Tensor, noise_N: Tensor, condition: Conditioning) -> Tensor:
         self.forwards += scaled_NCHW.shape[0]

@@ -113,7 +113,9 @@ class Bar:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.tqdm = tqdm(total=total, initial=start, unit="img", unit_scale=True, smoothing=0.05, dynamic_ncols=True)
+            self.tqdm = tqdm(
+                total=total, initial=start, unit="img", unit_scale=True, smoothing=0.05, dynamic_ncols=True
+            )
 
     def say(self, line: str) -> None:
         if self.tqdm is not None:

@@ -28,7 +28,9 @@ def estimate(network: nn.Module, recipe, micro: int, choice, ranks: int) -> Esti
     sharded = 4 * 4 * parameters // ranks
     gradients = parameters * 4 // (ranks if recipe.zero.stage > 1 else 1)
     weights = held // (ranks if recipe.zero.stage == 3 else 1)
-    return Estimate(weights + gradients + sharded, micro * saved_per_image(network.unet, recipe.data.size, choice.dtype))
+    return Estimate(
+        weights + gradients + sharded, micro * saved_per_image(network.unet, recipe.data.size, choice.dtype)
+    )
 
 
 def saved_per_image(unet: nn.Module, size: int, dtype: torch.dtype) -> int:

@@ -1,9 +1,7 @@
 """A recipe is a whole run as data: frozen dataclasses, overridden on the command line, stored as JSON beside the weights."""
 
-import contextlib
 import dataclasses
 import importlib
-import io
 import json
 import os
 import re
@@ -16,6 +14,7 @@ from pathlib import Path
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
 from duotone.engine.checkpoint import Checkpoints
+from duotone.engine.command_line import parse
 from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.text import ByteText, ClipText
 from duotone.engine.log import Log
@@ -77,7 +76,9 @@ class Recipe:
             at_least(name, value_at(self, name), 0)
         if self.images % self.batch_size:
             rounded = max(1, round(self.images / self.batch_size)) * self.batch_size
-            raise Refused(f"images = {self.images} is no multiple of batch_size = {self.batch_size}: {rounded} would be")
+            raise Refused(
+                f"images = {self.images} is no multiple of batch_size = {self.batch_size}: {rounded} would be"
+            )
         for name in ("checkpoint.every", "preview.every"):
             if value_at(self, name) % self.batch_size:
                 raise Refused(f"{name} = {value_at(self, name)} is no multiple of batch_size = {self.batch_size}")
@@ -109,7 +110,9 @@ class Recipe:
             )
         for condition in self.conditioning:
             if isinstance(condition, ByteText) and condition.width != self.model.context_width:
-                raise Refused(f"model.context_width = {self.model.context_width}, but the text's width is {condition.width}")
+                raise Refused(
+                    f"model.context_width = {self.model.context_width}, but the text's width is {condition.width}"
+                )
 
     def micro_batch(self, ranks: int) -> int:
         """Images per rank and forward pass."""
@@ -149,7 +152,7 @@ def main(recipe: Recipe, embedded: Recipe | None = None) -> None:
                 "recipe: duotone prepare --help, then --data.shards DIR"
             )
             recipe = embedded
-        recipe = parse(recipe, arguments)
+        recipe = parse(Recipe, arguments, default=recipe)
         recipe.check()
         from duotone.engine.train import train
 
@@ -163,47 +166,6 @@ def say(line: str, **to) -> None:
     """One line of output, from rank 0 only."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"duotone: {line}", flush=True, **to)
-
-
-def parse(default, arguments: list[str]):
-    """`default` with command-line overrides; a wrong name or value is refused in one line with the nearest valid key."""
-    import tyro
-
-    arguments = [whole_number(a) for a in arguments]
-    wants_help = any(a in ("-h", "--help") for a in arguments)
-    errors = io.StringIO()
-    try:
-        with contextlib.nullcontext() if wants_help else contextlib.redirect_stderr(errors):
-            return tyro.cli(
-                type(default), default=default, args=arguments, config=(tyro.conf.CascadeSubcommandArgs,)
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise Refused(one_line(errors.getvalue())) from None
-
-
-def whole_number(argument: str) -> str:
-    """1e6 as 1000000, so that counts may be written the short way."""
-    if re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d+", argument) and float(argument).is_integer():
-        return str(int(float(argument)))
-    return argument
-
-
-def one_line(box: str) -> str:
-    """The message in the command-line library's box, and the key that it thinks was meant."""
-    lines = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in box.splitlines()]
-    sections, current = [], []
-    for line, raw in zip(lines, box.splitlines()):
-        if "───" in raw and current:
-            sections.append(" ".join(current))
-            current = []
-        elif line and "───" not in raw:
-            current.append(re.sub(r"\s+", " ", line))
-    message = sections[0] if sections else " ".join(lines)
-    meant = re.search(r"Perhaps you meant:.*?(--[\w.-]+)", " ".join(sections + current))
-    hint = f"; the nearest key is {meant.group(1)}" if meant else ""
-    return f"{message}{hint} (see --help)"
 
 
 # --------------------------------------------------------------------------------------------------------- JSON
@@ -257,7 +219,18 @@ def flat(value, prefix: str = "") -> dict[str, object]:
     return {prefix[:-1]: value}
 
 
-FREE = ("out", "fresh", "log.", "checkpoint.", "preview.", "speed.", "zero.", "accumulation", "data.decoder", "data.threads")
+FREE = (
+    "out",
+    "fresh",
+    "log.",
+    "checkpoint.",
+    "preview.",
+    "speed.",
+    "zero.",
+    "accumulation",
+    "data.decoder",
+    "data.threads",
+)
 
 
 def differences(stored: dict, recipe: Recipe) -> list[str]:

@@ -67,7 +67,9 @@ def sample(
     return np.concatenate(parts)
 
 
-def run(model: Model, denoise, solver: Callable, sigmas: Tensor, seeds: list[tuple[int, int]], size, on_step) -> np.ndarray:
+def run(
+    model: Model, denoise, solver: Callable, sigmas: Tensor, seeds: list[tuple[int, int]], size, on_step
+) -> np.ndarray:
     """One chunk of images."""
     shape = (len(seeds), *image_shape(model, size))
     x_NCHW = noise(seeds, draws.Purpose.SAMPLE_START, 0, shape, model.device) * sigmas[0].item()
@@ -109,7 +111,9 @@ def guided_denoiser(model: Model, values, negatives, scales: list[float], interv
     for kind, conditioner in model.network.conditioners.items():
         rows = values.get(kind) or null_values(kind, images)
         below = negatives.get(kind) or rows
-        tensors[kind] = {k: v.to(model.device) for k, v in conditioner.of_values(rows + below if guided else rows).items()}
+        tensors[kind] = {
+            k: v.to(model.device) for k, v in conditioner.of_values(rows + below if guided else rows).items()
+        }
     keep = {kind: kept(kind, values, negatives, images, guided).to(model.device) for kind in tensors}
     with torch.inference_mode():
         both = model.network.condition(tensors, keep)

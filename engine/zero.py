@@ -54,7 +54,9 @@ def join(device: str) -> Ranks:
     local = int(os.environ["LOCAL_RANK"])
     if on_cuda:
         torch.cuda.set_device(local)
-    return Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cuda", local) if on_cuda else torch.device("cpu"))
+    return Ranks(
+        dist.get_rank(), dist.get_world_size(), torch.device("cuda", local) if on_cuda else torch.device("cpu")
+    )
 
 
 def refuse_without_compiler() -> None:
@@ -214,8 +216,16 @@ class Sharded:
         """The integers of the optimizer's state."""
         shard, _ = next(iter(self.shards()))
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)
-        scale = {k: getattr(scaler, k) for k in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis") if hasattr(scaler, k)}
-        return {"adam_steps": self.optimizer.state_of(shard)["step"], "skipped": self.engine.skipped_steps, "scaler": scale}
+        scale = {
+            k: getattr(scaler, k)
+            for k in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+            if hasattr(scaler, k)
+        }
+        return {
+            "adam_steps": self.optimizer.state_of(shard)["step"],
+            "skipped": self.engine.skipped_steps,
+            "scaler": scale,
+        }
 
     def restore_counters(self, counters: dict) -> None:
         for shard, _ in self.shards():

@@ -56,9 +56,9 @@ embedded = replace(
     conditioning=(ByteText(width=64, dropout=0.1),),
     objective=EDM(sigma_data=0.6),
     model=UNetConfig(
-        channels=(32, 64, 96),
-        attention=("none", "cross", "cross"),
-        heads=(4, 4, 4),
+        channels=(32, 64, 64),
+        attention=("none", "none", "cross"),
+        heads=(2, 2, 2),
         blocks=(1, 1, 1),
         depth=(1, 1, 1),
         context_width=64,
@@ -67,10 +67,10 @@ embedded = replace(
     ema=Ema(half_life=3_200),
     batch_size=32,
     accumulation=1,
-    images=12_800,
+    images=19_200,
     flip=False,
-    checkpoint=Checkpoints(every=3_200, keep=2),
-    preview=Previews(every=3_200, guidance=2.0, steps=12),
+    checkpoint=Checkpoints(every=6_400, keep=2),
+    preview=Previews(every=6_400, guidance=2.0, steps=12),
 )
 
 if __name__ == "__main__":

@@ -56,7 +56,9 @@ def combine(parts: list[Conditioning]) -> Conditioning:
     return Conditioning(
         vector_NE=torch.stack(vectors).sum(0) if len(vectors) > 1 else (vectors or [None])[0],
         tokens_NMD=torch.cat([p.tokens_NMD for p in spoken], dim=1) if spoken else None,
-        mask_NM=torch.cat([full_mask(p) for p in spoken], dim=1) if any(p.mask_NM is not None for p in spoken) else None,
+        mask_NM=torch.cat([full_mask(p) for p in spoken], dim=1)
+        if any(p.mask_NM is not None for p in spoken)
+        else None,
         channels_NKHW=torch.cat(channels, dim=1) if channels else None,
     )
 

@@ -4,7 +4,6 @@ N images, E embedding width, K classes.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -55,4 +54,6 @@ def class_index(value: int | str, classes: tuple[str, ...]) -> int:
         return classes.index(value)
     if str(value).isdigit() and int(value) < len(classes):
         return int(value)
-    raise Refused(f"label {value!r} is no class of this model: give a number below {len(classes)} or one of {', '.join(classes)}")
+    raise Refused(
+        f"label {value!r} is no class of this model: give a number below {len(classes)} or one of {', '.join(classes)}"
+    )

@@ -122,7 +122,9 @@ class TextConditioner(Conditioner):
         super().__init__()
         width = encoder.config.hidden_size
         if width != network.context_width:
-            raise Refused(f"model.context_width = {network.context_width}, but the text encoder's tokens are {width} wide")
+            raise Refused(
+                f"model.context_width = {network.context_width}, but the text encoder's tokens are {width} wide"
+            )
         self.tokens, self.dropout, self.frozen = tokens, dropout, frozen
         if frozen:
             # In a tuple, so that it is no part of the trained state: neither optimizer, checkpoint nor export holds it.

@@ -48,9 +48,7 @@ class GroupNormSiLU(nn.GroupNorm):
     """Group norm with, on request, an added vector, FiLM and SiLU, in one kernel."""
 
     def forward(self, x_NCHW: Tensor, *, silu: bool = True, **modulation: Tensor) -> Tensor:
-        return group_norm_silu(
-            x_NCHW, self.weight, self.bias, self.num_groups, self.eps, silu=silu, **modulation
-        )
+        return group_norm_silu(x_NCHW, self.weight, self.bias, self.num_groups, self.eps, silu=silu, **modulation)
 
 
 class ResBlock(nn.Module):

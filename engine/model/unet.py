@@ -144,7 +144,9 @@ class Middle(nn.Module):
     def __init__(self, config: UNetConfig):
         super().__init__()
         width = config.channels[-1]
-        self.resnets = nn.ModuleList([res_block(config, width, width) for _ in range(1 if config.middle == "single" else 2)])
+        self.resnets = nn.ModuleList(
+            [res_block(config, width, width) for _ in range(1 if config.middle == "single" else 2)]
+        )
         if config.middle in ("self", "cross"):
             self.attentions = nn.ModuleList([attention_block(config, config.middle, -1)])
 

@@ -51,9 +51,7 @@ class Objective(ABC):
         that cancels at small sigma.
         """
         c = self.scalings(sigma_N)
-        return torch.stack(
-            [c.in_N, c.in_N * sigma_N, (1 - c.skip_N) / c.out_N, -c.skip_N * sigma_N / c.out_N], dim=1
-        )
+        return torch.stack([c.in_N, c.in_N * sigma_N, (1 - c.skip_N) / c.out_N, -c.skip_N * sigma_N / c.out_N], dim=1)
 
     def penalty(self, output_NCHW: Tensor, target_NCHW: Tensor) -> Tensor:
         """The unweighted penalty of each image, (N,), in fp32."""

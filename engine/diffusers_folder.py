@@ -1,0 +1,322 @@
+"""diffusers' folder format: our UNet as UNet2DConditionModel or UNet2DModel and back, with scheduler configuration.
+
+What their classes cannot hold is refused with the reason; a feature of theirs that we do not have is named.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from duotone.data.refusal import Refused
+from duotone.engine.artifact import Model, umask
+from duotone.engine.conditioning.base import Facts
+from duotone.engine.model.unet import UNet, UNetConfig
+from duotone.engine.objectives.ddpm import DDPM
+from duotone.engine.objectives.edm import EDM
+
+CONDITIONED, PLAIN = "UNet2DConditionModel", "UNet2DModel"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+DOWN = {"none": "DownBlock2D", "self": "AttnDownBlock2D", "cross": "CrossAttnDownBlock2D"}
+UP = {"none": "UpBlock2D", "self": "AttnUpBlock2D", "cross": "CrossAttnUpBlock2D"}
+LABEL = "conditioners.label.embedding.weight"
+
+
+class Inexpressible(Refused):
+    """A network that diffusers' classes cannot hold."""
+
+    def __init__(self, reason: str):
+        super().__init__(f"diffusers cannot hold this network: {reason}; export --format safetensors instead")
+
+
+# ------------------------------------------------------------------------------------------------ ours to theirs
+
+
+def to_config(config: UNetConfig, size: int, classes: int | None = None) -> dict:
+    """Their config.json for our UNet, with `classes` class embeddings (the null class included)."""
+    reads_tokens = "cross" in (*config.attention, config.middle)
+    shared = {
+        "_class_name": CONDITIONED if reads_tokens else PLAIN,
+        "sample_size": size,
+        "in_channels": config.in_channels + config.extra_channels,
+        "out_channels": config.out_channels,
+        "block_out_channels": list(config.channels),
+        "down_block_types": [DOWN[kind] for kind in config.attention],
+        "up_block_types": [UP[kind] for kind in reversed(config.attention)],
+        "norm_num_groups": config.groups,
+        "norm_eps": config.eps,
+        "dropout": config.dropout,
+        "resnet_time_scale_shift": "scale_shift" if config.film else "default",
+        "flip_sin_to_cos": config.time_flip,
+        "freq_shift": config.time_shift,
+        "time_embedding_dim": config.time_width,
+        "num_class_embeds": classes,
+    }
+    return shared | (conditioned_part(config) if reads_tokens else plain_part(config))
+
+
+def conditioned_part(config: UNetConfig) -> dict:
+    middles = {"cross": "UNetMidBlock2DCrossAttn", "single": "UNetMidBlock2D", "absent": None}
+    if config.middle not in middles:
+        raise Inexpressible(f"model.middle = {config.middle} beside cross-attention")
+    # Their name is historical: it counts heads where there is cross-attention and is a head's width elsewhere.
+    head_numbers = [
+        width // heads if kind == "self" else heads
+        for width, heads, kind in zip(config.channels, config.heads, config.attention)
+    ]
+    if not mirrored(config.attention, head_numbers):
+        raise Inexpressible(
+            "on the way up their self-attention takes its head width from the opposite level of the list"
+        )
+    return {
+        "mid_block_type": middles[config.middle],
+        "layers_per_block": list(config.blocks),
+        "attention_head_dim": head_numbers,
+        "transformer_layers_per_block": list(config.depth),
+        "cross_attention_dim": config.context_width,
+        "use_linear_projection": config.linear_projection,
+    }
+
+
+def mirrored(attention: tuple, head_numbers: list) -> bool:
+    """Whether every self-attention level finds its own number at the opposite end of their list too."""
+    pairs = zip(attention, head_numbers, reversed(head_numbers))
+    return all(number == opposite for kind, number, opposite in pairs if kind == "self")
+
+
+def plain_part(config: UNetConfig) -> dict:
+    if config.middle == "single":
+        raise Inexpressible("model.middle = single without cross-attention")
+    if len(set(config.blocks)) > 1:
+        raise Inexpressible(f"model.blocks = {config.blocks} differ by level without cross-attention")
+    levels = [i for i, kind in enumerate(config.attention) if kind == "self"] + [-1] * (config.middle == "self")
+    head_widths = {config.channels[i] // config.heads[i] for i in levels}
+    if len(head_widths) > 1:
+        raise Inexpressible(f"heads of several widths, {sorted(head_widths)}, without cross-attention")
+    return {
+        "mid_block_type": None if config.middle == "absent" else "UNetMidBlock2D",
+        "layers_per_block": config.blocks[0],
+        "attention_head_dim": head_widths.pop() if head_widths else 8,
+        "add_attention": config.middle == "self",
+        # Without this, their scale_shift models have no norm before the middle's attention.
+        "attn_norm_num_groups": config.groups if config.film and config.middle_norm else None,
+    }
+
+
+def unet_weights(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under their names from a network's: the UNet's own, and the label embedding as class_embedding."""
+    weights = {name.removeprefix("unet."): v for name, v in named.items() if name.startswith("unet.")}
+    if LABEL in named:
+        weights["class_embedding.weight"] = named[LABEL]
+    return {name: value.float().contiguous().cpu() for name, value in weights.items()}
+
+
+def scheduler_config(objective) -> dict:
+    """Their scheduler for an objective."""
+    if isinstance(objective, EDM):
+        return {
+            "_class_name": "EDMEulerScheduler",
+            "sigma_min": objective.sigma_min,
+            "sigma_max": objective.sigma_max,
+            "sigma_data": objective.sigma_data,
+            "rho": objective.rho,
+        }
+    if isinstance(objective, DDPM):
+        ends = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "cosine": (1e-4, 0.02)}[objective.schedule]
+        return {
+            "_class_name": "DDPMScheduler",
+            "num_train_timesteps": objective.steps,
+            "beta_schedule": {"cosine": "squaredcos_cap_v2"}.get(objective.schedule, objective.schedule),
+            "beta_start": ends[0],
+            "beta_end": ends[1],
+            "prediction_type": {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}[objective.prediction],
+            "clip_sample": False,
+        }
+    raise Inexpressible(f"no scheduler of theirs samples the objective {type(objective).__name__}")
+
+
+def export(model: Model, out: Path) -> list[str]:
+    """Writes the folder whole or not at all; returns a line for each thing that diffusers will not know of the model."""
+    if out.exists():
+        raise Refused(f"{out} exists: give another --out, nothing was written")
+    conditioners = model.network.conditioners
+    classes = len(model.facts.classes) + 1 if "label" in conditioners else None
+    config = to_config(model.recipe.model, model.size, classes)
+    others = sorted(set(conditioners) - {"label", "text"})
+    if others:
+        raise Inexpressible(f"the condition {', '.join(others)}")
+    scheduler = scheduler_config(model.objective)
+    draft = out.with_name(f".{out.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        write_folder(draft, config, unet_weights(model.network.state_dict()), scheduler, list(conditioners))
+        notes = save_text_encoder(draft, model)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(draft, out)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return notes
+
+
+def write_folder(
+    folder: Path, config: dict, weights: dict[str, Tensor], scheduler: dict, conditions: list[str]
+) -> None:
+    for name in ("unet", "scheduler"):
+        (folder / name).mkdir(parents=True)
+    (folder / "unet" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(weights, folder / "unet" / WEIGHTS, {"format": "pt"})
+    os.chmod(folder / "unet" / WEIGHTS, 0o666 & ~umask())
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
+    if not conditions:
+        index = {
+            "_class_name": "DDPMPipeline",
+            "unet": ["diffusers", config["_class_name"]],
+            "scheduler": ["diffusers", scheduler["_class_name"]],
+        }
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_text_encoder(folder: Path, model: Model) -> list[str]:
+    """A text encoder that was trained with the network goes along, in transformers' own format."""
+    if "text" not in model.network.conditioners:
+        return []
+    text = model.network.conditioners["text"]
+    if text.frozen:
+        return ["text: the frozen encoder is not copied; load it by its own name"]
+    text.encoder.save_pretrained(folder / "text_encoder")
+    return [
+        "text: the encoder reads bytes (mark 1, byte + 3 each, mark 2, padded with 0): no tokenizer of theirs does that"
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ theirs to ours
+
+NEUTRAL = {
+    "center_input_sample": (False,),
+    "only_cross_attention": (False,),
+    "downsample_padding": (1,),
+    "downsample_type": ("conv",),
+    "upsample_type": ("conv",),
+    "mid_block_scale_factor": (1, 1.0),
+    "act_fn": ("silu", "swish"),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "num_attention_heads": (None,),
+    "dual_cross_attention": (False,),
+    "reverse_transformer_layers_per_block": (None,),
+    "class_embed_type": (None,),
+    "addition_embed_type": (None,),
+    "resnet_skip_time_act": (False,),
+    "resnet_out_scale_factor": (1, 1.0),
+    "time_embedding_type": ("positional",),
+    "time_embedding_act_fn": (None,),
+    "timestep_post_act": (None,),
+    "time_cond_proj_dim": (None,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "projection_class_embeddings_input_dim": (None,),
+    "attention_type": ("default",),
+    "class_embeddings_concat": (False,),
+    "mid_block_only_cross_attention": (None, False),
+    "cross_attention_norm": (None,),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+}
+
+
+def from_config(theirs: dict) -> UNetConfig:
+    """Our configuration of their UNet; a feature that we do not have is refused by name, never ignored."""
+    kind = theirs.get("_class_name")
+    if kind not in (CONDITIONED, PLAIN):
+        raise Refused(f"{kind} is not supported: only {CONDITIONED} and {PLAIN} are")
+    for name, supported in NEUTRAL.items():
+        if name in theirs and theirs[name] not in supported:
+            raise Refused(
+                f"{kind} with {name} = {theirs[name]!r} is not supported (only {', '.join(map(repr, supported))})"
+            )
+    channels = tuple(theirs["block_out_channels"])
+    levels = len(channels)
+    attention = tuple(level_kind(name, DOWN) for name in theirs["down_block_types"])
+    if tuple(level_kind(name, UP) for name in reversed(theirs["up_block_types"])) != attention:
+        raise Refused(f"{kind} whose up_block_types do not mirror its down_block_types is not supported")
+    film = theirs.get("resnet_time_scale_shift", "default") == "scale_shift"
+    return UNetConfig(
+        channels=channels,
+        attention=attention,
+        middle=middle_kind(theirs),
+        heads=head_counts(theirs, channels, attention),
+        blocks=per_level(theirs.get("layers_per_block", 2), levels),
+        depth=per_level(theirs.get("transformer_layers_per_block", 1), levels),
+        in_channels=theirs.get("in_channels", 4 if kind == CONDITIONED else 3),
+        out_channels=theirs.get("out_channels", 4 if kind == CONDITIONED else 3),
+        context_width=per_level(theirs.get("cross_attention_dim", 1280), levels)[0],
+        groups=theirs.get("norm_num_groups", 32),
+        eps=theirs.get("norm_eps", 1e-5),
+        film=film,
+        dropout=theirs.get("dropout", 0.0),
+        linear_projection=theirs.get("use_linear_projection", False),
+        middle_norm=kind == CONDITIONED or not film or theirs.get("attn_norm_num_groups") is not None,
+        time_width=theirs.get("time_embedding_dim"),
+        time_flip=theirs.get("flip_sin_to_cos", True),
+        time_shift=theirs.get("freq_shift", 0),
+    )
+
+
+def level_kind(name: str, table: dict[str, str]) -> str:
+    for kind, theirs in table.items():
+        if name == theirs:
+            return kind
+    raise Refused(f"block type {name} is not supported: only {', '.join(table.values())} are")
+
+
+def middle_kind(theirs: dict) -> str:
+    name = theirs.get(
+        "mid_block_type", "UNetMidBlock2DCrossAttn" if theirs["_class_name"] == CONDITIONED else "UNetMidBlock2D"
+    )
+    if name is None:
+        return "absent"
+    if theirs["_class_name"] == CONDITIONED:
+        kinds = {"UNetMidBlock2DCrossAttn": "cross", "UNetMidBlock2D": "single"}
+        if name not in kinds:
+            raise Refused(f"mid_block_type {name} is not supported: only {', '.join(kinds)} are")
+        return kinds[name]
+    return "self" if theirs.get("add_attention", True) else "none"
+
+
+def head_counts(theirs: dict, channels: tuple, attention: tuple) -> tuple[int, ...]:
+    given = theirs.get("attention_head_dim", 8)
+    if theirs["_class_name"] == PLAIN:
+        return tuple(1 if given is None else max(1, width // given) for width in channels)
+    numbers = per_level(given, len(channels))
+    if not mirrored(attention, list(numbers)):
+        raise Refused(
+            f"{CONDITIONED} whose self-attention has other heads on the way up than on the way down is not supported"
+        )
+    return tuple(w // n if kind == "self" else n for w, n, kind in zip(channels, numbers, attention))
+
+
+def per_level(value, levels: int) -> tuple:
+    return tuple(value) if isinstance(value, list | tuple) else (value,) * levels
+
+
+def load_unet(folder: Path) -> tuple[UNet, Tensor | None]:
+    """Their UNet folder as our UNet and, if it has one, its class embedding."""
+    try:
+        theirs = json.loads((folder / "config.json").read_text())
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, ValueError) as error:
+        raise Refused(f"{folder} is no diffusers UNet folder ({error}): it needs config.json and {WEIGHTS}") from None
+    classes = weights.pop("class_embedding.weight", None)
+    unet = from_config(theirs).build()
+    missing, extra = unet.load_state_dict(weights, strict=False)
+    if missing or extra:
+        raise Refused(f"{folder} does not fit its config.json: missing {missing[:3]}, left over {extra[:3]}")
+    return unet, classes
+
+
+def facts_of(classes: Tensor | None) -> Facts:
+    """Numbered class names for a class embedding, the last row being the null class."""
+    return Facts(classes=None if classes is None else tuple(str(i) for i in range(len(classes) - 1)))

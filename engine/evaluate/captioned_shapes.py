@@ -1,0 +1,47 @@
+"""How well a model trained on the captioned shapes does what captions say: read from its pixels, over every caption."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from duotone.data import captioned_shapes
+from duotone.engine.artifact import Model
+from duotone.engine.sample import sample
+
+PARTS = ("shape", "colour", "background")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Obedience:
+    """Shares of samples in which a part of the caption came out right."""
+
+    samples: int
+    shape: float
+    colour: float
+    background: float
+    colour_and_background: float
+    everything: float
+    checker: dict[str, float]
+    """The checker's own accuracy on held-out real renders."""
+
+
+def obedience(
+    model: Model, *, per_caption: int = 1, guidance: float = 2.0, steps: int = 18, seed: int = 1
+) -> Obedience:
+    """Samples every caption `per_caption` times with guidance and reads each picture back."""
+    captions = [caption for caption in captioned_shapes.captions() for _ in range(per_caption)]
+    images_NHWC = sample(model, prompts=captions, guidance=guidance, steps=steps, seed=seed)
+    right_NP = np.array([rightness(image, caption) for image, caption in zip(images_NHWC, captions)])
+    own = captioned_shapes.confusion(size=model.size)
+    return Obedience(
+        samples=len(captions),
+        **{part: float(right_NP[:, i].mean()) for i, part in enumerate(PARTS)},
+        colour_and_background=float(right_NP[:, 1:].all(1).mean()),
+        everything=float(right_NP.all(1).mean()),
+        checker={part: own.accuracy(part) for part in PARTS},
+    )
+
+
+def rightness(image_HWC: np.ndarray, caption: str) -> list[bool]:
+    seen, meant = captioned_shapes.read_back(image_HWC), captioned_shapes.drawing_of(caption)
+    return [getattr(seen, part) == getattr(meant, part) for part in PARTS]

@@ -1,0 +1,263 @@
+"""Our UNet against diffusers': same names, same outputs, same gradients, both ways, over random configurations."""
+
+import contextlib
+import copy
+import random
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+
+from duotone.data.refusal import Refused
+from duotone.engine import diffusers_folder
+from duotone.engine.model.unet import UNet, UNetConfig
+
+CLASSES = {"UNet2DConditionModel": UNet2DConditionModel, "UNet2DModel": UNet2DModel}
+
+
+def random_config(seed: int) -> UNetConfig:
+    """A small configuration that diffusers can hold."""
+    draw = random.Random(seed)
+    while True:
+        config = any_config(draw)
+        with contextlib.suppress(diffusers_folder.Inexpressible):
+            diffusers_folder.to_config(config, 16)
+            return config
+
+
+def any_config(draw: random.Random) -> UNetConfig:
+    levels = draw.choice([1, 2, 3])
+    cross = draw.random() < 0.5
+    kinds = ["none", "self", "cross"] if cross else ["none", "self"]
+    attention = [draw.choice(kinds) for _ in range(levels)]
+    if cross:
+        attention[draw.randrange(levels)] = "cross"
+    groups = draw.choice([4, 8, 16])
+    channels = tuple(groups * draw.choice([1, 2, 3]) for _ in range(levels))
+    heads = tuple(draw.choice([h for h in (1, 2, 4) if width % h == 0]) for width in channels)
+    if not cross:
+        heads = tuple(max(1, width // 4) for width in channels)
+    same = draw.choice([1, 2])
+    return UNetConfig(
+        channels=channels,
+        attention=tuple(attention),
+        middle=draw.choice(["cross", "single", "absent"] if cross else ["self", "none", "absent"]),
+        heads=heads,
+        blocks=tuple(draw.choice([1, 2]) for _ in range(levels)) if cross else (same,) * levels,
+        depth=tuple(draw.choice([1, 2]) for _ in range(levels)),
+        in_channels=draw.choice([1, 3, 4]),
+        out_channels=draw.choice([1, 3]),
+        context_width=draw.choice([8, 24]),
+        groups=groups,
+        film=draw.random() < 0.4,
+        middle_norm=True,
+        linear_projection=draw.random() < 0.5,
+        time_flip=draw.random() < 0.7,
+        time_shift=draw.choice([0, 1]),
+        time_width=draw.choice([None, 40]),
+        zero_init=False,
+    )
+
+
+def theirs_of(config: UNetConfig, size: int):
+    theirs = diffusers_folder.to_config(config, size)
+    cls = CLASSES[theirs.pop("_class_name")]
+    return cls(**{k: v for k, v in theirs.items()}).eval()
+
+
+def inputs_of(config: UNetConfig, size: int, seed: int) -> dict:
+    g = torch.Generator().manual_seed(seed)
+    inputs = {
+        "x": torch.randn(2, config.in_channels + config.extra_channels, size, size, generator=g),
+        "time": torch.rand(2, generator=g) * 999,
+        "tokens": torch.randn(2, 7, config.context_width, generator=g),
+        "mask": torch.rand(2, 7, generator=g) < 0.7,
+    }
+    inputs["mask"][:, 0] = True
+    return inputs
+
+
+def ours(unet: UNet, i: dict) -> torch.Tensor:
+    return unet(i["x"], i["time"], None, i["tokens"], i["mask"])
+
+
+def their(model, i: dict) -> torch.Tensor:
+    if isinstance(model, UNet2DConditionModel):
+        return model(i["x"], i["time"], i["tokens"], encoder_attention_mask=i["mask"]).sample
+    return model(i["x"], i["time"]).sample
+
+
+def gradients(model, forward, inputs: dict, dtype=torch.float32) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The output and every parameter's gradient under a fixed random cotangent."""
+    model = copy.deepcopy(model).to(dtype)
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    output = forward(model, inputs)
+    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    (output * cotangent).sum().backward()
+    return output.detach(), {name: p.grad.double() for name, p in model.named_parameters()}
+
+
+def assert_same(unet: UNet, model, i: dict) -> None:
+    """Outputs within 1e-5 of scale; gradients within 1e-4 of max(|g|, 1e-3 of the RMS norm over parameters).
+
+    Where the true gradient is zero (whatever precedes a norm with one channel per group) diffusers in fp32 misses that
+    bar against itself in float64; there ours must lie within 1e-6 of the RMS norm of the float64 gradient.
+    """
+    a, ours_g = gradients(unet, ours, i)
+    b, theirs_g = gradients(model, their, i)
+    assert (a - b).abs().max() <= 1e-5 * b.abs().max().clamp(min=1)
+    rms = torch.stack([g.norm() for g in theirs_g.values()]).square().mean().sqrt()
+    bar = {name: 1e-4 * torch.maximum(g.norm(), 1e-3 * rms) for name, g in theirs_g.items()}
+    missed = [name for name in bar if (ours_g[name] - theirs_g[name]).norm() > bar[name]]
+    if missed:
+        _, true_g = gradients(model, their, i, torch.float64)
+        for name in missed:
+            assert true_g[name].norm() <= 1e-3 * rms, name
+            assert (ours_g[name] - true_g[name]).norm() <= 1e-6 * rms, name
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_configuration_equals_diffusers(seed):
+    config = random_config(seed)
+    torch.manual_seed(seed)
+    unet, model = config.build().eval(), theirs_of(config, 16)
+    model.load_state_dict(unet.state_dict())  # strict: every name and shape
+    unet.load_state_dict(model.state_dict())
+    assert_same(unet, model, inputs_of(config, 16, seed))
+
+
+SEEDS = {
+    # text at 128 px: cross-attention with 4 heads of 32, 64 and 96; run at 32 px
+    "coco": (UNetConfig(zero_init=False), 32, 109_466_115),
+    # six levels, head width 8, 512 px; run at 64 px
+    "image_folder": (
+        UNetConfig(
+            channels=(128, 128, 256, 256, 512, 512),
+            attention=("none", "none", "none", "none", "self", "none"),
+            middle="self",
+            heads=(16, 16, 32, 32, 64, 64),
+            blocks=(2,) * 6,
+            depth=(1,) * 6,
+            zero_init=False,
+        ),
+        64,
+        None,
+    ),
+    # the class as 4 extra channels, 28 -> 14 -> 7, one channel per group at the top
+    "mnist": (
+        UNetConfig(
+            channels=(32, 64, 64),
+            attention=("none", "self", "self"),
+            middle="self",
+            heads=(4, 8, 8),
+            blocks=(2, 2, 2),
+            depth=(1, 1, 1),
+            in_channels=1,
+            extra_channels=4,
+            out_channels=1,
+            zero_init=False,
+        ),
+        28,
+        1_708_161,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_published_network_equals_diffusers(name):
+    config, size, parameters = SEEDS[name]
+    torch.manual_seed(0)
+    unet, model = config.build().eval(), theirs_of(config, size)
+    if parameters:
+        assert sum(p.numel() for p in unet.parameters()) == parameters
+    model.load_state_dict(unet.state_dict())
+    assert_same(unet, model, inputs_of(config, size, 0))
+
+
+STABLE_DIFFUSION = {
+    "1.5": ({"attention_head_dim": 8, "cross_attention_dim": 768}, 859_520_964),
+    "2.1": (
+        {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True},
+        865_910_724,
+    ),
+}
+
+
+@pytest.mark.parametrize("version", STABLE_DIFFUSION)
+def test_stable_diffusion_has_the_same_names_and_count(version):
+    theirs, count = STABLE_DIFFUSION[version]
+    with torch.device("meta"):
+        model = UNet2DConditionModel(sample_size=64, **theirs)
+        unet = diffusers_folder.from_config({**model.config, "_class_name": "UNet2DConditionModel"}).build()
+    shapes = {name: tuple(p.shape) for name, p in unet.named_parameters()}
+    assert shapes == {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert sum(p.numel() for p in unet.parameters()) == count
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_configuration_survives_the_round_trip(seed):
+    config = random_config(seed)
+    model = theirs_of(config, 16)
+    back = diffusers_folder.from_config({**model.config, "_class_name": type(model).__name__})
+    with torch.device("meta"):
+        a, b = config.build(), back.build()
+    assert {n: p.shape for n, p in a.named_parameters()} == {n: p.shape for n, p in b.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [
+        {"only_cross_attention": True},
+        {"class_embed_type": "timestep"},
+        {"addition_embed_type": "text"},
+        {"conv_in_kernel": 5},
+        {"down_block_types": ["SimpleCrossAttnDownBlock2D"] * 4},
+        {"_class_name": "UNet3DConditionModel"},
+    ],
+)
+def test_a_feature_that_is_not_supported_is_named(feature):
+    model = {"_class_name": "UNet2DConditionModel", "block_out_channels": [32] * 4}
+    model |= {"down_block_types": ["DownBlock2D"] * 4, "up_block_types": ["UpBlock2D"] * 4} | feature
+    key, value = next(iter(feature.items()))
+    with pytest.raises(
+        Refused, match=value[0] if isinstance(value, list) else (str(value) if key == "_class_name" else key)
+    ):
+        diffusers_folder.from_config(model)
+
+
+def test_odd_sizes_come_back_as_they_went_in():
+    config = UNetConfig(
+        channels=(16, 16, 16),
+        attention=("none",) * 3,
+        middle="none",
+        heads=(1,) * 3,
+        blocks=(1,) * 3,
+        depth=(1,) * 3,
+        groups=8,
+    )
+    assert config.build()(torch.randn(1, 3, 27, 35), torch.zeros(1)).shape == (1, 3, 27, 35)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    config = random_config(3)
+    torch.manual_seed(0)
+    unet = config.build()
+    i = inputs_of(config, 16, 0)
+    grads = []
+    for unet.checkpointing in (False, True):
+        unet.zero_grad()
+        ours(unet, i).square().sum().backward()
+        grads.append([p.grad.clone() for p in unet.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_activations_stay_channels_last():
+    config = random_config(1)
+    unet, seen = config.build(), []
+    for name, module in unet.named_modules():
+        if name.endswith(("conv1", "conv2", "conv", "conv_out", "norm1", "norm2")):
+            module.register_forward_hook(
+                lambda m, i, o: o.dim() == 4 and seen.append(o.is_contiguous(memory_format=torch.channels_last))
+            )
+    ours(unet, inputs_of(config, 16, 0))
+    assert seen and all(seen)
