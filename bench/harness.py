@@ -56,7 +56,7 @@ def recorded():
         def __getitem__(self, grid):
             return lambda **arguments: seen.append(Launch(self.kernel, grid, arguments))
 
-    with mock.patch.object(dispatch, "wrap_triton", Recorder):
+    with mock.patch.multiple(dispatch, wrap_triton=Recorder, direct=Recorder):
         yield seen
 
 

@@ -78,7 +78,8 @@ def _radius_reference(word):
     exponent = ((bits >> 23) - 127 + is_high).to(torch.float32)
     s = (mantissa - 1) / (mantissa + 1)
     logarithm = exponent * _LOG_2 + s * 2 * _polynomial_reference(s * s, _LOG)
-    return torch.sqrt(logarithm * -2)
+    # torch's fp32 root is not always rounded to nearest on a CPU; a double's, rounded again, is (Figueroa 1995).
+    return torch.sqrt((logarithm * -2).double()).float()
 
 
 def _direction_reference(word):

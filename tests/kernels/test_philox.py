@@ -57,9 +57,9 @@ def test_normals_are_normal():
 
 
 def test_normals_are_box_and_muller_to_fp32():
-    words_NB4 = words_reference(5, torch.arange(50), 2, 200).double()
-    u = (words_NB4 + 0.5) / 2**32
-    radius, angle = (-2 * u[..., 0::2].log()).sqrt(), 2 * torch.pi * u[..., 1::2]
+    words_NB4 = words_reference(5, torch.arange(50), 2, 200)
+    u = ((words_NB4.float() + 0.5) / 2**32).double()
+    radius, angle = (-2 * u[..., 0::2].log()).sqrt(), 2 * torch.pi * (words_NB4[..., 1::2].double() + 0.5) / 2**32
     exact = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).flatten(1)
     torch.testing.assert_close(normal_reference(5, torch.arange(50), 2, 800).double(), exact, rtol=0, atol=1.5e-6)
 
