@@ -4,9 +4,23 @@ Bytes per parameter with fp32 gradients and no EMA: read 16, written 12; each EM
 Loshchilov and Hutter 2019, algorithm 2; the arithmetic is torch.optim.AdamW's. P parameters.
 """
 
-import torch
+import math
+from dataclasses import dataclass
 
-from duotone.kernels.dispatch import require, require_same_device
+import torch
+from torch import Tensor
+
+from duotone.kernels.dispatch import (
+    count_fallback,
+    launch,
+    require,
+    require_same_device,
+    runs_kernel,
+    tl,
+    triton,
+)
+
+NAME = "adamw_ema"
 
 # ---------------------------------------------------------------------------------------------------- definition
 
@@ -43,6 +57,127 @@ def adamw_ema_reference_(
         weights_out.copy_(master_P)
 
 
+# --------------------------------------------------------------------------------------------------------- cases
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shard worth testing and timing, and why."""
+
+    name: str
+    parameters: int
+    why: str
+    tracks: int = 1
+    weights: torch.dtype | None = torch.bfloat16
+    grad: torch.dtype = torch.float32
+    timed: bool = False
+
+
+CASES = [
+    Case("odd", 4099, "a prime: the last program is not full", tracks=2),
+    Case("plain", 1024, "AdamW alone", tracks=0, weights=None),
+    Case("half_gradients", 3000, "bf16 gradients, as they leave the backward pass", grad=torch.bfloat16),
+    Case("one", 1, "a shard of one parameter", tracks=1, weights=torch.float16),
+    Case("network", 109_466_115, "the reference network on one device", grad=torch.bfloat16, timed=True),
+    Case("two_tracks", 109_466_115, "with a second EMA track", tracks=2, grad=torch.bfloat16, timed=True),
+    Case("shard_of_8", 13_683_265, "an eighth of it: ZeRO stage 1 on 8 devices", grad=torch.bfloat16, timed=True),
+]
+
+# --------------------------------------------------------------------------------------------------- device code
+# fmt: off
+
+
+@triton.jit
+def _number(value, ON_DEVICE: tl.constexpr):
+    """A number given by the host, or read where a captured graph finds the current one."""
+    if ON_DEVICE:
+        return tl.load(value).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _debias(log_beta, step):
+    """1 - beta ** step without cancelling: by its series while small."""
+    y = log_beta * step
+    series = -y * (1.0 + y / 2.0 * (1.0 + y / 3.0 * (1.0 + y / 4.0 * (1.0 + y / 5.0 * (1.0 + y / 6.0)))))
+    return tl.where(y > -0.25, series, 1.0 - tl.exp(y))
+
+
+@triton.jit
+def _towards(track, target, share, at_P, real_P):
+    ema_P = tl.load(track + at_P, mask=real_P, other=0.0)
+    tl.store(track + at_P, ema_P + share * (target - ema_P), mask=real_P)
+
+
+@triton.jit
+def _kernel(
+    master, grad, exp_avg, exp_avg_sq, first, second, weights,
+    lr, step, grad_scale, first_share, second_share,
+    parameters, log_beta1, log_beta2, share1, share2, eps, weight_decay,
+    LR: tl.constexpr, STEP: tl.constexpr, GRAD_SCALE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+    TRACKS: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Upper-case switches say which numbers live on the device; shares are 1 - decay (1 - beta) where the host knows."""
+    at_P = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    real_P = at_P < parameters
+    rate = _number(lr, LR)
+    count = _number(step, STEP)
+    grad_P = tl.load(grad + at_P, mask=real_P, other=0.0).to(tl.float32) * _number(grad_scale, GRAD_SCALE)
+    average_P = tl.load(exp_avg + at_P, mask=real_P, other=0.0)
+    average_P += share1 * (grad_P - average_P)
+    square_P = tl.load(exp_avg_sq + at_P, mask=real_P, other=0.0)
+    square_P += share2 * (grad_P * grad_P - square_P)
+    tl.store(exp_avg + at_P, average_P, mask=real_P)
+    tl.store(exp_avg_sq + at_P, square_P, mask=real_P)
+
+    master_P = tl.load(master + at_P, mask=real_P, other=0.0) * (1.0 - rate * weight_decay)
+    denominator_P = tl.sqrt(square_P) / tl.sqrt(_debias(log_beta2, count)) + eps
+    master_P -= rate / _debias(log_beta1, count) * (average_P / denominator_P)
+    tl.store(master + at_P, master_P, mask=real_P)
+    if TRACKS > 0:
+        _towards(first, master_P, 1.0 - _number(first_share, FIRST) if FIRST else first_share, at_P, real_P)
+    if TRACKS > 1:
+        _towards(second, master_P, 1.0 - _number(second_share, SECOND) if SECOND else second_share, at_P, real_P)
+    if WEIGHTS:
+        tl.store(weights + at_P, master_P.to(weights.dtype.element_ty), mask=real_P)
+
+
+# fmt: on
+
+# ----------------------------------------------------------------------------------------------------- operators
+
+_BLOCK = 1024
+
+
+def _numbers(**values):
+    """Each number beside the switch that says whether it is a tensor on the device."""
+    switches = {name.removesuffix("_share").upper(): isinstance(value, Tensor) for name, value in values.items()}
+    return {name: v if isinstance(v, Tensor) else float(v) for name, v in values.items()} | switches
+
+
+def _share(decays, index):
+    """1 - decay where the host knows it, in double precision; the decay itself where the device does."""
+    if index >= len(decays):
+        return 0.0
+    return decays[index] if isinstance(decays[index], Tensor) else 1.0 - decays[index]
+
+
+def _launch(master_P, grad_P, exp_avg_P, exp_avg_sq_P, emas, weights_out, numbers, betas, eps, weight_decay):
+    tracks = [*emas, master_P, master_P][:2]
+    tensors = {"master": master_P, "grad": grad_P, "exp_avg": exp_avg_P, "exp_avg_sq": exp_avg_sq_P}
+    tensors |= {"first": tracks[0], "second": tracks[1], "weights": master_P if weights_out is None else weights_out}
+    constants = {"log_beta1": _logarithm(betas[0]), "log_beta2": _logarithm(betas[1]), "eps": eps}
+    constants |= {"share1": 1 - betas[0], "share2": 1 - betas[1], "weight_decay": weight_decay}
+    switches = {"TRACKS": len(emas), "WEIGHTS": weights_out is not None, "BLOCK": _BLOCK, "num_warps": 4}
+    parameters = master_P.numel()
+    arguments = tensors | numbers | constants | switches | {"parameters": parameters}
+    launch(NAME, _kernel, (-(-parameters // _BLOCK),), arguments)
+
+
+def _logarithm(beta):
+    return math.log(beta) if beta > 0 else -1e30
+
+
 # -------------------------------------------------------------------------------------------------------- public
 
 
@@ -68,21 +203,38 @@ def adamw_ema_(
     that a captured graph can be replayed with new values. Raises ValueError on what does not fit.
     """
     _validate(master_P, grad_P, {"exp_avg_P": exp_avg_P, "exp_avg_sq_P": exp_avg_sq_P}, emas, ema_decays, weights_out)
-    adamw_ema_reference_(
-        master_P,
-        grad_P,
-        exp_avg_P,
-        exp_avg_sq_P,
-        emas,
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        step=step,
-        grad_scale=grad_scale,
-        ema_decays=ema_decays,
-        weights_out=weights_out,
-    )
+    reason = _unsupported(grad_P, weights_out) if runs_kernel(NAME, master_P) else ""
+    if reason is None:
+        numbers = _numbers(lr=lr, step=step, grad_scale=grad_scale)
+        numbers |= _numbers(first_share=_share(ema_decays, 0), second_share=_share(ema_decays, 1))
+        _launch(
+            master_P,
+            grad_P,
+            exp_avg_P,
+            exp_avg_sq_P,
+            emas,
+            weights_out,
+            numbers,
+            betas,
+            float(eps),
+            float(weight_decay),
+        )
+        return
+    if reason:
+        count_fallback(NAME, reason, *master_P.shape)
+    options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": step}
+    options |= {"grad_scale": grad_scale, "ema_decays": ema_decays, "weights_out": weights_out}
+    adamw_ema_reference_(master_P, grad_P, exp_avg_P, exp_avg_sq_P, emas, **options)
+
+
+def _unsupported(grad_P, weights_out):
+    """Why a call cannot run as a kernel, or None."""
+    if grad_P.numel() == 0:
+        return "an empty shard"
+    for name, value in {"gradients": grad_P, "weights": weights_out}.items():
+        if value is not None and value.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return f"{value.dtype} {name}"
+    return None
 
 
 def _validate(master_P, grad_P, state, emas, ema_decays, weights_out):
@@ -99,4 +251,5 @@ def _validate(master_P, grad_P, state, emas, ema_decays, weights_out):
 
 def _require_like(name, value_P, master_P):
     require(value_P.shape == master_P.shape, name, f"of shape {tuple(master_P.shape)}", tuple(value_P.shape))
+    require(value_P.numel() < 2 or value_P.stride(0) == 1, name, "contiguous", f"stride {value_P.stride()}")
     require_same_device(name, value_P, master_P)

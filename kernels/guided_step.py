@@ -5,9 +5,23 @@ Ho and Salimans 2022, equation 6; Karras et al. 2022, equation 7; rescale by Lin
 N images, C channels, H x W pixels.
 """
 
-import torch
+from dataclasses import dataclass
 
-from duotone.kernels.dispatch import require, require_same_device
+import torch
+from torch import Tensor
+from torch.library import triton_op
+
+from duotone.kernels.dispatch import (
+    count_fallback,
+    launch,
+    require,
+    require_same_device,
+    runs_kernel,
+    tl,
+    triton,
+)
+
+NAME = "guided_step"
 
 # ---------------------------------------------------------------------------------------------------- definition
 
@@ -31,6 +45,125 @@ def _deviation(image_NCHW):
     return image_NCHW.std(dim=(1, 2, 3), keepdim=True, correction=0)
 
 
+# --------------------------------------------------------------------------------------------------------- cases
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape worth testing and timing, and why."""
+
+    name: str
+    shape: tuple[int, int, int, int]
+    why: str
+    rescale: float = 0.0
+    timed: bool = False
+
+
+CASES = [
+    Case("colour", (3, 3, 16, 16), "one program an image"),
+    Case("odd", (2, 5, 7, 9), "315 values: no multiple of anything"),
+    Case("rescaled", (2, 3, 24, 24), "two launches: deviations of one chunk, then the image", rescale=0.7),
+    Case("rescaled_chunks", (2, 3, 40, 45), "deviations merged from two chunks, the last one ragged", rescale=1.0),
+    Case("batch_128", (64, 3, 128, 128), "the reference network's batch", timed=True),
+    Case("batch_128_rescaled", (64, 3, 128, 128), "the same with rescale", rescale=0.7, timed=True),
+    Case("single_128", (1, 3, 128, 128), "one image: the launch is all it costs", timed=True),
+]
+
+# --------------------------------------------------------------------------------------------------- device code
+# V values of one image, flat in memory order; K chunks of an image.
+# fmt: off
+
+
+@triton.jit
+def _denoised(prediction, x, c_skip, c_out, scale, image, images, value_V, real_V, values):
+    """The conditional and the guided denoised values."""
+    conditional_V = tl.load(prediction + image * values + value_V, mask=real_V, other=0.0).to(tl.float32)
+    unconditional_V = tl.load(prediction + (images + image) * values + value_V, mask=real_V, other=0.0).to(tl.float32)
+    skip_V = tl.load(c_skip + image).to(tl.float32) * tl.load(x + image * values + value_V, mask=real_V, other=0.0)
+    out = tl.load(c_out + image).to(tl.float32)
+    mixed_V = unconditional_V + tl.load(scale + image).to(tl.float32) * (conditional_V - unconditional_V)
+    return skip_V + out * conditional_V, skip_V + out * mixed_V
+
+
+@triton.jit
+def _spread_of(value_V, real_V, count):
+    mean = tl.sum(tl.where(real_V, value_V, 0.0)) / count
+    apart_V = tl.where(real_V, value_V - mean, 0.0)
+    return mean, tl.sum(apart_V * apart_V)
+
+
+@triton.jit
+def _deviation_kernel(prediction, x, c_skip, c_out, scale, partial, images, values, chunks, BLOCK: tl.constexpr):
+    """Mean and centred squares of one chunk of both images."""
+    image = tl.program_id(1).to(tl.int64)
+    value_V = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    real_V = value_V < values
+    denoised_V, guided_V = _denoised(prediction, x, c_skip, c_out, scale, image, images, value_V, real_V, values)
+    count = tl.minimum(values - tl.program_id(0) * BLOCK, BLOCK).to(tl.float32)
+    mean, square = _spread_of(denoised_V, real_V, count)
+    guided_mean, guided_square = _spread_of(guided_V, real_V, count)
+    slot = partial + (image * chunks + tl.program_id(0)) * 4
+    tl.store(slot, mean)
+    tl.store(slot + 1, square)
+    tl.store(slot + 2, guided_mean)
+    tl.store(slot + 3, guided_square)
+
+
+@triton.jit
+def _total_square(slot_K, real_K, count_K, values):
+    """Centred squares of a whole image from its chunks (Chan, Golub and LeVeque 1979)."""
+    mean_K = tl.load(slot_K, mask=real_K, other=0.0)
+    mean = tl.sum(mean_K * count_K) / values
+    apart_K = mean_K - mean
+    return tl.sum(tl.load(slot_K + 1, mask=real_K, other=0.0) + apart_K * apart_K * count_K)
+
+
+@triton.jit
+def _kernel(
+    prediction, x, c_skip, c_out, scale, partial, guided, images, values, chunks, rescale,
+    RESCALE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    image = tl.program_id(1).to(tl.int64)
+    value_V = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    real_V = value_V < values
+    _, guided_V = _denoised(prediction, x, c_skip, c_out, scale, image, images, value_V, real_V, values)
+    if RESCALE:
+        chunk_K = tl.arange(0, BLOCK_K)
+        real_K = chunk_K < chunks
+        count_K = tl.maximum(tl.minimum(values - chunk_K * BLOCK, BLOCK), 0).to(tl.float32)
+        slot_K = partial + (image * chunks + chunk_K) * 4
+        square = _total_square(slot_K, real_K, count_K, values)
+        guided_square = _total_square(slot_K + 2, real_K, count_K, values)
+        guided_V *= rescale * tl.sqrt(square / guided_square) + (1.0 - rescale)
+    tl.store(guided + image * values + value_V, guided_V.to(guided.dtype.element_ty), mask=real_V)
+
+
+# fmt: on
+
+# ----------------------------------------------------------------------------------------------------- operators
+
+_BLOCK = 4096
+
+
+@triton_op("duotone::guided_step", mutates_args={})
+def _forward(
+    prediction_2NCHW: Tensor, x_NCHW: Tensor, c_skip_N: Tensor, c_out_N: Tensor, scale_N: Tensor, rescale: float
+) -> Tensor:
+    guided_NCHW = torch.empty_like(x_NCHW)
+    images, values = x_NCHW.shape[0], x_NCHW[0].numel()
+    chunks = -(-values // _BLOCK)
+    partial = torch.empty(images, chunks, 4, dtype=torch.float32, device=x_NCHW.device) if rescale else c_skip_N
+    arguments = {"prediction": prediction_2NCHW, "x": x_NCHW, "c_skip": c_skip_N, "c_out": c_out_N, "scale": scale_N}
+    arguments |= {"partial": partial, "images": images, "values": values, "chunks": chunks}
+    arguments |= {"BLOCK": _BLOCK, "num_warps": 8}
+    if rescale:
+        launch(NAME, _deviation_kernel, (chunks, images), arguments)
+    arguments |= {"guided": guided_NCHW, "rescale": rescale, "RESCALE": rescale > 0}
+    arguments |= {"BLOCK_K": 1 << (chunks - 1).bit_length()}
+    launch(NAME, _kernel, (chunks, images), arguments)
+    return guided_NCHW
+
+
 # -------------------------------------------------------------------------------------------------------- public
 
 
@@ -41,7 +174,38 @@ def guided_step(prediction_2NCHW, x_NCHW, c_skip_N, c_out_N, scale_N, *, rescale
     deviation back to the conditional one's. Raises ValueError on shapes, types or devices that do not fit.
     """
     _validate(prediction_2NCHW, x_NCHW, {"c_skip_N": c_skip_N, "c_out_N": c_out_N, "scale_N": scale_N}, rescale)
+    if runs_kernel(NAME, x_NCHW):
+        reason = _unsupported(prediction_2NCHW, x_NCHW, c_skip_N, c_out_N, scale_N)
+        if reason is None:
+            return _forward(prediction_2NCHW, x_NCHW, c_skip_N, c_out_N, scale_N, float(rescale))
+        count_fallback(NAME, reason, *x_NCHW.shape)
     return guided_step_reference(prediction_2NCHW, x_NCHW, c_skip_N, c_out_N, scale_N, rescale=rescale)
+
+
+def _unsupported(prediction_2NCHW, x_NCHW, *per_image):
+    """Why a call cannot run as a kernel, or None."""
+    tensors = (prediction_2NCHW, x_NCHW, *per_image)
+    if any(t.dtype not in (torch.bfloat16, torch.float16, torch.float32) for t in tensors):
+        return "a type other than bf16, fp16 and fp32"
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return "a gradient is asked for"
+    if x_NCHW.numel() == 0:
+        return "an empty batch"
+    if not _is_dense(x_NCHW) or not _is_dense(prediction_2NCHW) or _order(x_NCHW) != _order(prediction_2NCHW):
+        return "x and the prediction differ in layout, or have gaps"
+    if any(value.numel() > 1 and value.stride(0) != 1 for value in per_image):
+        return "per-image values with gaps"
+    return "more images or values than a grid addresses" if x_NCHW[0].numel() >= 2**31 else None
+
+
+def _is_dense(image_NCHW):
+    """One image after another without gaps, channels first or last."""
+    return image_NCHW.is_contiguous() or image_NCHW.is_contiguous(memory_format=torch.channels_last)
+
+
+def _order(image_NCHW):
+    """Strides within one image, of the axes that are longer than 1."""
+    return [stride for size, stride in list(zip(image_NCHW.shape, image_NCHW.stride()))[1:] if size > 1]
 
 
 def _validate(prediction_2NCHW, x_NCHW, per_image, rescale):
