@@ -90,9 +90,9 @@ def render(drawing: Drawing, size: int, draws_K: np.ndarray) -> np.ndarray:
     reach = 1.2 * radius + 0.05  # corners stand out from that circle, and their soft edge a little more
     centre_x, centre_y = (reach + (1 - 2 * reach) * next(draws) for _ in "xy")
     angle = np.deg2rad(30 * next(draws) - 15)
-    y_H1, x_1W = (np.mgrid[0:size, 0:size] + 0.5) / size - np.array([centre_y, centre_x])[:, None, None]
-    u_HW = np.cos(angle) * x_1W + np.sin(angle) * y_H1
-    v_HW = np.cos(angle) * y_H1 - np.sin(angle) * x_1W
+    y_HW, x_HW = (np.mgrid[0:size, 0:size] + 0.5) / size - np.array([centre_y, centre_x])[:, None, None]
+    u_HW = np.cos(angle) * x_HW + np.sin(angle) * y_HW
+    v_HW = np.cos(angle) * y_HW - np.sin(angle) * x_HW
     inside_HW1 = np.clip(0.5 - size * _distance(drawing.shape, u_HW, v_HW, radius), 0, 1)[:, :, None]
     front_3, back_3 = (_tinted(colour, draws) for colour in (drawing.colour, drawing.background))
     return np.rint(255 * (inside_HW1 * front_3 + (1 - inside_HW1) * back_3)).astype(np.uint8)

@@ -1,12 +1,16 @@
 """Reads an image's dimensions before any decoder sees it: JPEG, PNG, WebP, and .npy (uint8, HWC)."""
 
-import ast
+import re
 import struct
 from dataclasses import dataclass
 
 MAX_BYTES = 1 << 26  # of one encoded image: 64 MiB
 MAX_PIXELS = 1 << 26  # height x width: 8192 x 8192
 PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}
+NPY_MAX_HEADER = 512
+NPY_HEADER = re.compile(
+    rb"\{'descr': '\|u1', 'fortran_order': False, 'shape': \((\d{1,8}), (\d{1,8})(?:, (\d{1,8}))?\), \}\s*"
+)
 JPEG_FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive
 JPEG_OTHER_FRAMES = set(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
@@ -137,20 +141,14 @@ def _webp(data: bytes) -> ImageHeader:
 def _npy(data: bytes) -> ImageHeader:
     """Height, width and channels of a .npy array; its pixels are the last height * width * channels bytes."""
     (length,) = struct.unpack_from("<H", data, 8)
-    if data[6:8] != b"\x01\x00" or not 10 <= length <= 512 or len(data) < 10 + length:
+    if data[6:8] != b"\x01\x00" or length > NPY_MAX_HEADER:
         raise Unreadable("its .npy header is damaged or not of version 1.0")
-    try:
-        header = ast.literal_eval(data[10 : 10 + length].decode("latin1").strip())
-        descr, fortran, shape = header["descr"], header["fortran_order"], header["shape"]
-    except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError):
-        raise Unreadable("its .npy header is damaged") from None
-    if descr not in ("|u1", "uint8", "u1") or fortran is not False:
-        raise Unreadable("a .npy image must be uint8 in C order")
-    if not (isinstance(shape, tuple) and len(shape) in (2, 3) and all(type(side) is int for side in shape)):
-        raise Unreadable("a .npy image must have shape (height, width, channels)")
-    height, width, channels = (*shape, 1)[:3]
-    if channels not in (1, 3) or min(height, width) < 1:
-        raise Unreadable("a .npy image must have 1 or 3 channels and at least one pixel")
+    match = NPY_HEADER.fullmatch(data[10 : 10 + length])
+    if match is None:
+        raise Unreadable("a .npy image must be uint8 in C order, of shape (height, width, channels)")
+    height, width, channels = (int(side or 1) for side in match.groups())
+    if channels not in (1, 3):
+        raise Unreadable("a .npy image must have 1 or 3 channels")
     if len(data) != 10 + length + height * width * channels:
         raise Unreadable("it is truncated: fewer bytes than its .npy header says")
     return ImageHeader("npy", height, width, channels)

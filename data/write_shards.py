@@ -111,10 +111,9 @@ def _write_shard(shard: Path, samples: Iterator[Sample], first: int, image_forma
     from webdataset import TarWriter  # here, because it costs a second to import and readers do not need it
 
     with shard.open("wb") as stream:
-        tar = TarWriter(stream, encoder=False, mtime=0, format="PAX_FORMAT")
-        for number, sample in enumerate(samples, start=first):
-            tar.write(_members(sample, number, image_format, quality))
-        tar.close()
+        with TarWriter(stream, encoder=False, mtime=0, format="PAX_FORMAT") as tar:
+            for number, sample in enumerate(samples, start=first):
+                tar.write(_members(sample, number, image_format, quality))
         stream.flush()
         os.fsync(stream.fileno())
 

@@ -58,7 +58,7 @@ def read_attributes(path: Path) -> tuple[list[str], dict[str, list[int]]]:
         lines = lines[1:]
     if len(lines) < 2:
         raise Refused(f"{path}: it is not an attribute list (names, then a line for each image); check the path")
-    names = lines[0][1:] if len(lines[0]) == len(lines[1]) else lines[0]  # the CSV form names its first column too
+    names = lines[0][1:] if path.suffix == ".csv" else lines[0]  # the CSV form names its first column too
     rows = {}
     for number, line in enumerate(lines[1:], start=2):
         if not line:

@@ -87,9 +87,10 @@ def _pictures_below(folder: Path) -> tuple[list[Path], int]:
     return sorted(paths, key=_natural), others
 
 
-def _natural(path: Path) -> list:
+def _natural(path: Path) -> tuple:
     """Sorts "9" before "10": digits compare as numbers, folders before the names in them."""
-    return [
-        [(0, int(part), "") if part.isdecimal() else (1, 0, part.lower()) for part in re.split(r"(\d+)", name) if part]
-        for name in path.parts
-    ] + [str(path)]
+    return [[_place(part) for part in re.split(r"(\d+)", name) if part] for name in path.parts], str(path)
+
+
+def _place(part: str) -> tuple[int, int, str]:
+    return (0, int(part), "") if part.isdecimal() else (1, 0, part.lower())

@@ -122,8 +122,8 @@ def read_picture(path: Path, size: int | None) -> tuple[np.ndarray | bytes, str 
         if path.stat().st_size > MAX_BYTES:
             raise Unreadable(f"its {path.stat().st_size} bytes exceed {MAX_BYTES}")
         encoded = path.read_bytes()
-    except OSError as error:
-        raise Unreadable(f"it cannot be read ({error.strerror})") from None
+    except (OSError, ValueError) as error:
+        raise Unreadable(f"it cannot be read ({getattr(error, 'strerror', error)})") from None
     header = read_header(encoded)
     if header.kind not in EXTENSIONS:
         raise Unreadable("it is neither JPEG, PNG nor WebP")

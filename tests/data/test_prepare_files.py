@@ -1,0 +1,239 @@
+"""prepare coco, folder and celeba: picture files of all sorts become shards, and every fault has its line."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from duotone.data.prepare.celeba import PrepareCeleba
+from duotone.data.prepare.coco import PrepareCoco
+from duotone.data.prepare.image_folder import PrepareFolder
+from duotone.data.prepare.picture_files import class_caption
+from duotone.data.refusal import Refused
+from duotone.data.shards import Shards
+
+
+def refusal(config):
+    with pytest.raises(Refused) as refused:
+        config.run()
+    assert "\n" not in str(refused.value) and not config.out.exists()
+    assert not [path for path in config.out.parent.iterdir() if ".partial" in path.name]
+    return str(refused.value)
+
+
+def images_of(folder, cpu, plan_for, count, **options):
+    dataset = Shards(shards=folder, size=64, **options).open(cpu)
+    return dataset, dataset.read(plan_for(range(count), captions=[0.99] * count))
+
+
+@pytest.fixture
+def coco(tmp_path, photos):
+    """The two photographs in COCO's format, the first with two captions."""
+    (tmp_path / "images").mkdir()
+    for number, photo in enumerate(photos):
+        Image.fromarray(photo).save(tmp_path / "images" / f"{number:012d}.jpg", quality=92)
+    content = {
+        "images": [{"id": 40 + number, "file_name": f"{number:012d}.jpg"} for number in (1, 0)],
+        "annotations": [
+            {"id": 1, "image_id": 40, "caption": "A  pagoda by\na lake."},
+            {"id": 2, "image_id": 41, "caption": "A flower."},
+            {"id": 3, "image_id": 40, "caption": "A temple."},
+        ],
+    }
+    (tmp_path / "captions.json").write_text(json.dumps(content))
+    return {"images": tmp_path / "images", "annotations": tmp_path / "captions.json", "out": tmp_path / "out"}
+
+
+def edit(coco, change):
+    content = json.loads(coco["annotations"].read_text())
+    change(content)
+    coco["annotations"].write_text(json.dumps(content))
+
+
+def test_coco_keeps_every_caption(coco, cpu, plan_for):
+    summary = PrepareCoco(**coco).run()
+    assert (summary["images"], summary["skipped"]) == (2, [])
+    dataset, batch = images_of(coco["out"], cpu, plan_for, 2)
+    assert dataset.captions_at(0) == ["A pagoda by a lake.", "A temple."] and batch.captions == [
+        "A temple.",
+        "A flower.",
+    ]
+    assert dataset.keys == ["000000000040", "000000000041"]
+    assert dataset.columns["height"].tolist() == [427, 427]  # stored as they came
+    assert dataset._bytes.image(0).tobytes() == (coco["images"] / "000000000000.jpg").read_bytes()
+
+
+@pytest.mark.parametrize("image_format", ["jpg", "png", "npy"])
+def test_coco_shrinks(coco, cpu, plan_for, photos, image_format):
+    PrepareCoco(**coco, size=96, image_format=image_format).run()
+    dataset, batch = images_of(coco["out"], cpu, plan_for, 2)
+    assert dataset.columns["height"].tolist() == [96, 96] and dataset.columns["width"].tolist() == [144, 144]
+    plain = [Image.fromarray(photo[:, 106:533]).resize((64, 64), Image.Resampling.LANCZOS) for photo in photos]
+    assert np.abs(batch.images_NHWC.numpy().astype(int) - np.stack(plain)).mean() < 6
+
+
+def test_coco_names_what_is_wrong(coco, photos):
+    broken = coco["images"] / "000000000001.jpg"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+    assert str(broken) in refusal(PrepareCoco(**coco))
+    broken.unlink()
+    assert f"{broken}: it cannot be read" in refusal(PrepareCoco(**coco))
+    broken.write_bytes(whole)
+    edit(coco, lambda content: content["annotations"].pop(1))
+    assert "000000000001.jpg has no caption" in refusal(PrepareCoco(**coco))
+    summary = PrepareCoco(**coco, on_bad="skip").run()
+    assert summary["images"] == 1
+    shutil.rmtree(coco["out"])
+    edit(coco, lambda content: content["images"][0].update(file_name="../../etc/passwd"))
+    assert "leaves the image folder" in refusal(PrepareCoco(**coco))
+    assert "no such folder" in refusal(PrepareCoco(**(coco | {"images": coco["images"] / "missing"})))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"images": []}', '{"images": 1, "annotations": 2}', "[" * 100_000])
+def test_coco_annotations_that_are_not(coco, text):
+    coco["annotations"].write_text(text)
+    assert "captions.json" in refusal(PrepareCoco(**coco))
+
+
+def test_coco_annotations_of_another_kind(coco):
+    edit(coco, lambda content: content["annotations"].append({"image_id": 40, "bbox": [1, 2, 3, 4]}))
+    assert "without image_id or caption" in refusal(PrepareCoco(**coco))
+
+
+def test_broken_pictures_can_be_left_out(coco):
+    (coco["images"] / "000000000000.jpg").write_bytes(b"not a picture at all")
+    summary = PrepareCoco(**coco, on_bad="skip").run()
+    assert summary["images"] == 1 and "000000000000.jpg" in summary["skipped"][0]
+
+
+@pytest.fixture
+def pictures(tmp_path, photos):
+    """save(name, ...): a picture below tmp_path/pictures."""
+
+    def save(name, photo=photos[0][:80, :100], mode="RGB", **options):
+        path = tmp_path / "pictures" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(photo)
+        image.convert(mode).save(path, **options)
+        return path
+
+    return save
+
+
+def test_folders_are_classes_in_natural_order(tmp_path, pictures, cpu, plan_for):
+    for name in ("class 10/a.jpg", "class 9/b10.png", "class 9/b9.webp", "animals/ape/c.JPG", ".hidden/x.jpg"):
+        pictures(name)
+    (tmp_path / "pictures" / "notes.pdf").touch()
+    summary = PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out").run()
+    assert summary["classes"] == ["animals/ape", "class 9", "class 10"] and summary["other_files"] == 1
+    dataset, batch = images_of(tmp_path / "out", cpu, plan_for, 4)
+    assert batch.labels_N.tolist() == [0, 1, 1, 2]
+    assert batch.captions == ["a photo of an ape", *["a photo of a class 9"] * 2, "a photo of a class 10"]
+    sources = [json.loads(dataset._bytes._text_member("json", sample))["source"] for sample in range(4)]
+    assert sources == ["animals/ape/c.JPG", "class 9/b9.webp", "class 9/b10.png", "class 10/a.jpg"]
+
+
+def test_a_flat_folder_has_no_classes(tmp_path, pictures, cpu, plan_for):
+    for name in ("b.jpg", "a.png"):
+        pictures(name)
+    PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out").run()
+    dataset, batch = images_of(tmp_path / "out", cpu, plan_for, 2)
+    assert dataset.classes is None and batch.labels_N is None and batch.captions is None
+
+
+def test_captions_beside_the_pictures(tmp_path, pictures, cpu, plan_for):
+    for name in ("x/b.jpg", "x/a.png"):
+        pictures(name).with_suffix(".txt").write_text("one\ntwo\n")
+    PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out", classes="none").run()
+    dataset, batch = images_of(tmp_path / "out", cpu, plan_for, 2)
+    assert batch.captions == ["two", "two"] and dataset.classes is None
+    pictures("x/c.jpg")
+    config = PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out2", classes="none")
+    assert "c.jpg: it has no .txt beside it" in refusal(config)
+
+
+def test_folders_that_cannot_be_used(tmp_path, pictures):
+    (tmp_path / "pictures").mkdir()
+    config = PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out")
+    assert "it holds no" in refusal(config)
+    pictures("x/a.jpg")
+    stray = pictures("b.jpg")
+    assert f"{stray}: it lies beside the class folders" in refusal(config)
+    stray.unlink()
+    (tmp_path / "pictures" / "x" / "z.jpg").write_bytes(b"")
+    assert "z.jpg: it is truncated" in refusal(config)
+
+
+@pytest.mark.parametrize("size", [None, 40])
+def test_transparent_becomes_white_and_orientation_is_kept(tmp_path, pictures, photos, cpu, plan_for, size):
+    clear = np.dstack([photos[0][:80, :80], np.zeros((80, 80), np.uint8)])
+    (tmp_path / "pictures").mkdir()
+    Image.fromarray(clear).save(tmp_path / "pictures" / "a.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pictures("b.jpg", photo=photos[0][:60, :120], exif=exif, quality=95)
+    PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out", size=size).run()
+    _, batch = images_of(tmp_path / "out", cpu, plan_for, 2, resize="squash")
+    assert (batch.images_NHWC[0].numpy() > 250).all()
+    turned = Image.fromarray(np.rot90(photos[0][:60, :120], -1)).resize((64, 64))
+    assert np.abs(batch.images_NHWC[1].numpy().astype(int) - np.asarray(turned)).mean() < 8
+
+
+def test_small_pictures_are_not_enlarged(tmp_path, pictures, cpu, plan_for):
+    pictures("a.jpg")
+    PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out", size=300).run()
+    dataset, _ = images_of(tmp_path / "out", cpu, plan_for, 1)
+    assert (dataset.columns["height"][0], dataset.columns["width"][0]) == (80, 100)
+
+
+def test_limit(tmp_path, pictures):
+    for number in range(5):
+        pictures(f"{number}.jpg")
+    assert PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out", limit=3).run()["images"] == 3
+
+
+@pytest.mark.parametrize("options", [{"size": 0}, {"quality": 0}, {"limit": -1}, {"threads": 0}, {"per_shard": 0}])
+def test_nonsense_options_are_refused(tmp_path, options):
+    with pytest.raises(Refused, match=next(iter(options))):
+        PrepareFolder(images=tmp_path, out=tmp_path / "out", **options)
+
+
+def test_class_captions():
+    assert class_caption("a photo of a {}", "ankle boot") == "a photo of an ankle boot"
+    assert class_caption("a photo of a {}", "animals/red_panda") == "a photo of a red panda"
+    assert class_caption("{}, studio light", "t-shirt") == "t-shirt, studio light"
+
+
+TEXT_FORM = "3\nSmiling Male\n0.jpg  1 -1\n1.jpg -1 -1\n2.jpg  1  1\n"
+CSV_FORM = "image_id,Smiling,Male\n0.jpg,1,-1\n1.jpg,-1,-1\n2.jpg,1,1\n"
+
+
+@pytest.mark.parametrize("name, text", [("list.txt", TEXT_FORM), ("list.csv", CSV_FORM)])
+def test_celeba(tmp_path, pictures, cpu, plan_for, name, text):
+    for number in range(3):
+        pictures(f"{number}.jpg")
+    (tmp_path / name).write_text(text)
+    config = {"images": tmp_path / "pictures", "attributes": tmp_path / name}
+    summary = PrepareCeleba(**config, out=tmp_path / "out", size=64).run()
+    assert summary["attributes"] == ["Smiling", "Male"]
+    _, batch = images_of(tmp_path / "out", cpu, plan_for, 3)
+    assert batch.attributes_NK.tolist() == [[1, 0], [0, 0], [1, 1]]
+    (tmp_path / "split.txt").write_text("0.jpg 0\n1.jpg 2\n2.jpg 0\n")
+    split = PrepareCeleba(**config, out=tmp_path / "train", partition=tmp_path / "split.txt", split="train")
+    assert split.run()["images"] == 2
+    assert "--partition" in refusal(PrepareCeleba(**config, out=tmp_path / "valid", split="valid"))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "3\n", "2\nA B\n0.jpg 1\n", "2\nA B\n0.jpg 1 7\n", "1\nA\n../0.jpg 1\n", "\x00\n\x00"]
+)
+def test_celeba_lists_that_are_not(tmp_path, pictures, text):
+    pictures("0.jpg")
+    (tmp_path / "list.txt").write_text(text)
+    message = refusal(
+        PrepareCeleba(images=tmp_path / "pictures", attributes=tmp_path / "list.txt", out=tmp_path / "out")
+    )
+    assert "list.txt" in message
