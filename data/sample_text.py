@@ -36,6 +36,8 @@ def _lines(txt: bytes | None) -> list[str]:
 def _decoded(raw: bytes, extension: str) -> str:
     if len(raw) > MAX_BYTES:
         raise ValueError(f"its .{extension} of {len(raw)} bytes exceeds {MAX_BYTES}")
+    if b"\0" in raw:
+        raise ValueError(f"its .{extension} holds zero bytes: it is damaged")
     try:
         return raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError:
