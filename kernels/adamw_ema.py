@@ -92,7 +92,8 @@ def _number(value, ON_DEVICE: tl.constexpr):
     """A number given by the host, or read where a captured graph finds the current one."""
     if ON_DEVICE:
         return tl.load(value).to(tl.float32)
-    return value
+    else:
+        return value
 
 
 @triton.jit
@@ -104,9 +105,48 @@ def _debias(log_beta, step):
 
 
 @triton.jit
-def _towards(track, target, share, at_P, real_P):
-    ema_P = tl.load(track + at_P, mask=real_P, other=0.0)
-    tl.store(track + at_P, ema_P + share * (target - ema_P), mask=real_P)
+def _read(array, at_P, parameters, FULL: tl.constexpr):
+    if FULL:
+        return tl.load(array + at_P).to(tl.float32)
+    else:
+        return tl.load(array + at_P, mask=at_P < parameters, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _write(array, value_P, at_P, parameters, FULL: tl.constexpr):
+    if FULL:
+        tl.store(array + at_P, value_P.to(array.dtype.element_ty))
+    else:
+        tl.store(array + at_P, value_P.to(array.dtype.element_ty), mask=at_P < parameters)
+
+
+@triton.jit
+def _update(
+    master, grad, exp_avg, exp_avg_sq, first, second, weights,
+    rate, scale, first_share, second_share, correction1, correction2,
+    at_P, parameters, share1, share2, eps, weight_decay,
+    TRACKS: tl.constexpr, WEIGHTS: tl.constexpr, FULL: tl.constexpr,
+):
+    grad_P = _read(grad, at_P, parameters, FULL) * scale
+    average_P = _read(exp_avg, at_P, parameters, FULL)
+    average_P += share1 * (grad_P - average_P)
+    square_P = _read(exp_avg_sq, at_P, parameters, FULL)
+    square_P += share2 * (grad_P * grad_P - square_P)
+    _write(exp_avg, average_P, at_P, parameters, FULL)
+    _write(exp_avg_sq, square_P, at_P, parameters, FULL)
+
+    master_P = _read(master, at_P, parameters, FULL) * (1.0 - rate * weight_decay)
+    denominator_P = tl.sqrt(square_P) / tl.sqrt(correction2) + eps
+    master_P -= rate / correction1 * (average_P / denominator_P)
+    _write(master, master_P, at_P, parameters, FULL)
+    if TRACKS > 0:
+        ema_P = _read(first, at_P, parameters, FULL)
+        _write(first, ema_P + first_share * (master_P - ema_P), at_P, parameters, FULL)
+    if TRACKS > 1:
+        ema_P = _read(second, at_P, parameters, FULL)
+        _write(second, ema_P + second_share * (master_P - ema_P), at_P, parameters, FULL)
+    if WEIGHTS:
+        _write(weights, master_P, at_P, parameters, FULL)
 
 
 @triton.jit
@@ -118,28 +158,25 @@ def _kernel(
     TRACKS: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Upper-case switches say which numbers live on the device; shares are 1 - decay (1 - beta) where the host knows."""
-    at_P = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    real_P = at_P < parameters
-    rate = _number(lr, LR)
-    count = _number(step, STEP)
-    grad_P = tl.load(grad + at_P, mask=real_P, other=0.0).to(tl.float32) * _number(grad_scale, GRAD_SCALE)
-    average_P = tl.load(exp_avg + at_P, mask=real_P, other=0.0)
-    average_P += share1 * (grad_P - average_P)
-    square_P = tl.load(exp_avg_sq + at_P, mask=real_P, other=0.0)
-    square_P += share2 * (grad_P * grad_P - square_P)
-    tl.store(exp_avg + at_P, average_P, mask=real_P)
-    tl.store(exp_avg_sq + at_P, square_P, mask=real_P)
-
-    master_P = tl.load(master + at_P, mask=real_P, other=0.0) * (1.0 - rate * weight_decay)
-    denominator_P = tl.sqrt(square_P) / tl.sqrt(_debias(log_beta2, count)) + eps
-    master_P -= rate / _debias(log_beta1, count) * (average_P / denominator_P)
-    tl.store(master + at_P, master_P, mask=real_P)
-    if TRACKS > 0:
-        _towards(first, master_P, 1.0 - _number(first_share, FIRST) if FIRST else first_share, at_P, real_P)
-    if TRACKS > 1:
-        _towards(second, master_P, 1.0 - _number(second_share, SECOND) if SECOND else second_share, at_P, real_P)
-    if WEIGHTS:
-        tl.store(weights + at_P, master_P.to(weights.dtype.element_ty), mask=real_P)
+    first_of_block = tl.program_id(0).to(tl.int64) * BLOCK
+    at_P = first_of_block + tl.arange(0, BLOCK)
+    rate, scale, count = _number(lr, LR), _number(grad_scale, GRAD_SCALE), _number(step, STEP)
+    correction1, correction2 = _debias(log_beta1, count), _debias(log_beta2, count)
+    towards_first = 1.0 - _number(first_share, FIRST) if FIRST else first_share
+    towards_second = 1.0 - _number(second_share, SECOND) if SECOND else second_share
+    # A mask that ends anywhere would narrow every access to one value: only the last program has one.
+    if first_of_block + BLOCK <= parameters:
+        _update(
+            master, grad, exp_avg, exp_avg_sq, first, second, weights,
+            rate, scale, towards_first, towards_second, correction1, correction2,
+            at_P, parameters, share1, share2, eps, weight_decay, TRACKS, WEIGHTS, True,
+        )
+    else:
+        _update(
+            master, grad, exp_avg, exp_avg_sq, first, second, weights,
+            rate, scale, towards_first, towards_second, correction1, correction2,
+            at_P, parameters, share1, share2, eps, weight_decay, TRACKS, WEIGHTS, False,
+        )
 
 
 # fmt: on

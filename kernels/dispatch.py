@@ -61,9 +61,16 @@ def runs_kernel(kernel: str, tensor: torch.Tensor) -> bool:
     return INTERPRETED if tensor.device.type == "cpu" else HAS_TRITON and tensor.device.type == "cuda"
 
 
-@torch.compiler.assume_constant_result
 def count_fallback(kernel: str, reason: str, *shape: int) -> None:
-    """Note that `kernel` went to its reference for this reason, once per shape."""
+    """Note that `kernel` went to its reference for this reason, once per shape (in a compiled graph, once)."""
+    if torch.compiler.is_compiling():
+        _note(kernel, reason)
+    else:
+        _note(kernel, reason, *shape)
+
+
+@torch.compiler.assume_constant_result
+def _note(kernel, reason, *shape):
     _fallbacks.setdefault(kernel, {})[(reason, *shape)] = reason
 
 

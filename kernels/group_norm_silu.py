@@ -96,8 +96,9 @@ def _fold(value_C, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.c
     """Sum over the channels of each group."""
     if PER_GROUP * BLOCK_G == BLOCK_C:
         return tl.sum(tl.reshape(value_C, (BLOCK_G, PER_GROUP)), axis=1)
-    member_CG = tl.arange(0, BLOCK_C)[:, None] // PER_GROUP == tl.arange(0, BLOCK_G)[None, :]
-    return tl.sum(tl.where(member_CG, value_C[:, None], 0.0), axis=0)
+    else:
+        member_CG = tl.arange(0, BLOCK_C)[:, None] // PER_GROUP == tl.arange(0, BLOCK_G)[None, :]
+        return tl.sum(tl.where(member_CG, value_C[:, None], 0.0), axis=0)
 
 
 @triton.jit
@@ -105,22 +106,26 @@ def _spread(value_G, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl
     """Give every channel its group's value."""
     if PER_GROUP * BLOCK_G == BLOCK_C:
         return tl.reshape(tl.broadcast_to(value_G[:, None], (BLOCK_G, PER_GROUP)), (BLOCK_C,))
-    member_CG = tl.arange(0, BLOCK_C)[:, None] // PER_GROUP == tl.arange(0, BLOCK_G)[None, :]
-    return tl.sum(tl.where(member_CG, value_G[None, :], 0.0), axis=1)
+    else:
+        member_CG = tl.arange(0, BLOCK_C)[:, None] // PER_GROUP == tl.arange(0, BLOCK_G)[None, :]
+        return tl.sum(tl.where(member_CG, value_G[None, :], 0.0), axis=1)
 
 
 @triton.jit
 def _offsets(row_R, channel_C, width, stride_h, stride_w, stride_c, FLAT: tl.constexpr):
     if FLAT:
-        return row_R[:, None] * stride_w + channel_C[None, :] * stride_c
-    return (row_R // width)[:, None] * stride_h + (row_R % width)[:, None] * stride_w + channel_C[None, :] * stride_c
+        pixel_R = row_R * stride_w
+    else:
+        pixel_R = (row_R // width) * stride_h + (row_R % width) * stride_w
+    return pixel_R[:, None] + channel_C[None, :] * stride_c
 
 
 @triton.jit
 def _per_image(pointer, image, stride, channel_C, real_C, PRESENT: tl.constexpr):
     if PRESENT:
         return tl.load(pointer + image * stride + channel_C, mask=real_C, other=0.0).to(tl.float32)
-    return tl.zeros(channel_C.shape, tl.float32)
+    else:
+        return tl.zeros(channel_C.shape, tl.float32)
 
 
 @triton.jit
@@ -296,7 +301,8 @@ def _through_silu(dy_RC, normal_RC, gain_C, offset_C, SILU: tl.constexpr):
         value_RC = normal_RC * gain_C[None, :] + offset_C[None, :]
         gate_RC = tl.sigmoid(value_RC)
         return dy_RC * gate_RC * (1.0 + value_RC * (1.0 - gate_RC))
-    return dy_RC
+    else:
+        return dy_RC
 
 
 @triton.jit
