@@ -1,13 +1,18 @@
-"""What every measurement here shares: launches as they would happen, what the compiler makes of them, and clocks.
+"""What every measurement here shares: launches as they would happen, what the compiler makes of them, bytes, clocks.
 
 Nothing in this file knows a kernel by name. A launch is recorded by letting the operator run on tensors without storage
 and noting what it would have launched; the same arguments are then compiled for real chips without one being present.
 """
 
+import contextlib
+import datetime
+import json
+import platform
 import re
+import statistics
 import subprocess
+import sys
 import tempfile
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -19,16 +24,9 @@ from triton.compiler import ASTSource
 
 from duotone.kernels import dispatch
 
-CHIPS = {80: "A100", 89: "L40S, RTX 4090", 90: "H100, H200", 100: "B200", 120: "RTX 5090"}
-_TYPES = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.uint8: "*u8",
-    torch.bool: "*i1",
-    torch.int64: "*i64",
-}
-_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+RESULTS = Path(__file__).parent / "results"
+
+# ------------------------------------------------------------------------------------------------------ recording
 
 
 @dataclass(frozen=True)
@@ -41,12 +39,12 @@ class Launch:
 
     @property
     def name(self) -> str:
-        return self.kernel.fn.__name__.strip("_")
+        return self.kernel.__name__.strip("_")
 
 
-@contextmanager
+@contextlib.contextmanager
 def recorded():
-    """Collect launches instead of making them."""
+    """Collect the launches that calls on meta tensors would make."""
     seen: list[Launch] = []
 
     class Recorder:
@@ -56,60 +54,100 @@ def recorded():
         def __getitem__(self, grid):
             return lambda **arguments: seen.append(Launch(self.kernel, grid, arguments))
 
-    with mock.patch.multiple(dispatch, wrap_triton=Recorder, direct=Recorder):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.multiple(dispatch, wrap_triton=Recorder, direct=Recorder))
+        for name, module in list(sys.modules.items()):
+            if name.startswith("duotone.kernels.") and hasattr(module, "runs_kernel"):
+                stack.enter_context(mock.patch.object(module, "runs_kernel", lambda *_: True))
         yield seen
+
+
+# ------------------------------------------------------------------------------------------------------ compiling
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What one multiprocessor holds, and what the memory moves at best, from the vendor's data sheets."""
+
+    name: str
+    shared_bytes: int
+    warps: int
+    gigabytes_per_second: float
+
+
+CHIPS = {
+    80: Chip("A100 80 GB", 164 * 1024, 64, 2039),
+    89: Chip("L40S", 100 * 1024, 48, 864),
+    90: Chip("H100 SXM", 228 * 1024, 64, 3350),
+    100: Chip("B200", 228 * 1024, 64, 8000),
+    120: Chip("RTX 5090", 100 * 1024, 48, 1792),
+}
+_REGISTERS = 65536
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+    torch.int64: "*i64",
+}
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a program occupies on a chip."""
+    """What a program occupies on a chip, as the assembler reports it."""
 
     registers: int  # per thread
-    spilled_bytes: int  # stack and local memory per thread
+    spilled_bytes: int  # stack and local memory, per thread
     shared_bytes: int  # per program
     warps: int
-    widest_load_bits: int
-    widest_store_bits: int
-
-    def resident_programs(self, registers=65536, shared_bytes=227 * 1024, warps=64) -> int:
-        """Programs that one multiprocessor holds at once; the defaults are those of H100."""
-        by_registers = registers // max(1, self.registers * 32 * self.warps)
-        by_shared = shared_bytes // max(1, self.shared_bytes + 1024)
-        return min(by_registers, by_shared, warps // self.warps, 32)
+    load_bits: int  # widest global load
+    store_bits: int  # widest global store
+    occupancy: float  # bound on resident warps over those the chip can hold; 0 = it cannot be launched
 
 
-def resources(launch: Launch, chip: int) -> Resources:
-    """Compile one recorded launch for compute capability `chip` / 10 and read what the assembler reports."""
+def resources(launch: Launch, capability: int) -> Resources:
+    """Compile one recorded launch for compute capability `capability` / 10."""
     source, options = _source(launch)
-    compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = _tool("cuobjdump", "-res-usage", cubin.name)
         sass = _tool("nvdisasm", "-c", cubin.name)
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    shared, warps = max(found["SHARED"], compiled.metadata.shared), compiled.metadata.num_warps
     return Resources(
         registers=found["REG"],
         spilled_bytes=found["STACK"] + found["LOCAL"],
-        shared_bytes=max(found["SHARED"], compiled.metadata.shared),
-        warps=compiled.metadata.num_warps,
-        widest_load_bits=_widest(r"LDG\.E(\S*)", sass),
-        widest_store_bits=_widest(r"STG\.E(\S*)", sass),
+        shared_bytes=shared,
+        warps=warps,
+        load_bits=_widest(r"LDG\.E(\S*)", sass),
+        store_bits=_widest(r"STG\.E(\S*)", sass),
+        occupancy=_occupancy(CHIPS[capability], found["REG"], shared, warps),
     )
 
 
+def compile_key(launch: Launch) -> tuple:
+    """What distinguishes two launches for the compiler."""
+    source, options = _source(launch)
+    return launch.name, str(source.signature), str(source.constants), str(source.attrs), str(options)
+
+
 def _source(launch):
-    names = launch.kernel.arg_names
     constants = {p.name for p in launch.kernel.params if p.is_constexpr}
+    generic = {p.name for p in launch.kernel.params if p.do_not_specialize}
     signature, constexprs, attributes = {}, {}, {}
-    for index, name in enumerate(names):
+    for index, name in enumerate(launch.kernel.arg_names):
         value = launch.arguments[name]
-        if name in constants or value is None or (type(value) is int and value == 1):
+        is_special = type(value) is int and name not in generic
+        if name in constants or (is_special and value == 1):
             signature[name], constexprs[(index,)] = "constexpr", value
-        else:
-            signature[name] = _type(value)
-            if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0):
-                attributes[(index,)] = [["tt.divisibility", 16]]
+            continue
+        signature[name] = _type(value)
+        if isinstance(value, torch.Tensor) or (is_special and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
     options = {name: launch.arguments[name] for name in _OPTIONS if name in launch.arguments}
     return ASTSource(launch.kernel, signature, constexprs, attributes), options
 
@@ -122,6 +160,13 @@ def _type(value):
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
+def _occupancy(chip, registers, shared_bytes, warps):
+    programs = min(_REGISTERS // (registers * 32 * warps), chip.warps // warps, 32)
+    # A program can take all but 1 KiB, which the system keeps for each.
+    programs = min(programs, chip.shared_bytes // (shared_bytes + 1024))
+    return programs * warps / chip.warps
+
+
 def _tool(name, *arguments):
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
@@ -130,3 +175,178 @@ def _tool(name, *arguments):
 def _widest(pattern, sass):
     widths = [re.search(r"\.(64|128)\b", suffix) for suffix in re.findall(pattern, sass)]
     return max((int(width.group(1)) if width else 32 for width in widths), default=0)
+
+
+# --------------------------------------------------------------------------------------------------- counting bytes
+
+
+@dataclass
+class Traffic:
+    """Bytes that one launch asked for, and how many different ones there were: what memory must move at least."""
+
+    kernel: str
+    loaded: int = 0
+    stored: int = 0
+    distinct: int = 0
+
+
+@contextlib.contextmanager
+def counted():
+    """Collect the traffic of every interpreted launch from its own loads and stores."""
+    from triton.runtime import interpreter
+
+    launches: list[Traffic] = []
+    touched: dict[str, list] = {"load": [], "store": []}
+    builder = interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+    real_wrap, real_direct = dispatch.wrap_triton, dispatch.direct
+
+    def note(kind, pointers, mask):
+        size = max(8, pointers.get_element_ty().primitive_bitwidth) // 8
+        touched[kind].append((size, pointers.data[mask.data]))
+
+    def counting_load(self, pointers, mask, *rest):
+        note("load", pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def counting_store(self, pointers, value, mask, *rest):
+        note("store", pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    class Counter:
+        def __init__(self, kernel, launcher):
+            self.kernel, self.launcher = kernel, launcher
+
+        def __getitem__(self, grid):
+            def run(**arguments):
+                touched["load"], touched["store"] = [], []
+                self.launcher(self.kernel)[grid](**arguments)
+                launches.append(_traffic(self.kernel.__name__.strip("_"), touched))
+
+            return run
+
+    with (
+        mock.patch.multiple(builder, create_masked_load=counting_load, create_masked_store=counting_store),
+        mock.patch.object(dispatch, "wrap_triton", lambda kernel: Counter(kernel, real_wrap)),
+        mock.patch.object(dispatch, "direct", lambda kernel: Counter(kernel, real_direct)),
+    ):
+        yield launches
+
+
+def _traffic(name, touched):
+    import numpy
+
+    totals = {kind: sum(size * addresses.size for size, addresses in seen) for kind, seen in touched.items()}
+    distinct = 0
+    for seen in touched.values():
+        for size in {size for size, _ in seen}:
+            distinct += size * numpy.unique(numpy.concatenate([a.ravel() for s, a in seen if s == size])).size
+    return Traffic(name, totals["load"], totals["store"], distinct)
+
+
+# ---------------------------------------------------------------------------------------------------------- clocks
+
+
+def time_interleaved(contenders: dict, rounds: int = 30) -> dict[str, list[float]]:
+    """Milliseconds of each contender, one after another in every round, the level-2 cache emptied before each."""
+    flush = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
+    runs = {name: _captured(call) for name, call in contenders.items()}
+    milliseconds = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            flush.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            milliseconds[name].append(begin.elapsed_time(end))
+    return milliseconds
+
+
+def _captured(call):
+    """The call as a graph replay, so that launch latency on the host is in nobody's time."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def copy_bandwidth() -> float:
+    """Gigabytes per second, read plus written, of the device's own copy: the ceiling of this process."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    milliseconds = time_interleaved({"copy": lambda: target.copy_(source)})["copy"]
+    return 2 * source.numel() / statistics.median(milliseconds) / 1e6
+
+
+def time_on_cpu(call, rounds: int = 5) -> float:
+    """Milliseconds of the fastest of a few calls."""
+    import time
+
+    call()
+    times = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - begin) * 1e3)
+    return min(times)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, median, high = statistics.quantiles(values, n=4)
+    return {"median": median, "low": low, "high": high}
+
+
+# ---------------------------------------------------------------------------------------------------------- record
+
+
+def machine() -> dict:
+    """What a reader must know to repeat a figure."""
+    record = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
+    record |= {"commit": _git("rev-parse", "HEAD"), "date": datetime.date.today().isoformat()}
+    if not torch.cuda.is_available():
+        return record | {"device": "cpu", "cores": torch.get_num_threads()}
+    properties = torch.cuda.get_device_properties(0)
+    record |= {"device": properties.name, "capability": f"{properties.major}.{properties.minor}"}
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
+    with contextlib.suppress(OSError):
+        record["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    return record
+
+
+def _git(*arguments):
+    result = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return result.stdout.strip()
+
+
+def write_json(path: Path, value) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def table(rows: list[dict]) -> str:
+    """Rows as aligned columns, in the order of the first row's keys."""
+    if not rows:
+        return ""
+    columns = list(rows[0])
+    cells = [columns, *([_cell(row.get(column, "")) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells)
+
+
+def _cell(value):
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and abs(value) < 1000
+        else f"{value:.0f}"
+        if isinstance(value, float)
+        else str(value)
+    )

@@ -100,7 +100,6 @@ def _kernel(
 # A custom_op, not a triton_op: only a direct launch can ask for unfused arithmetic. There is nothing to differentiate.
 
 
-@torch.library.custom_op("duotone::diffuse", mutates_args=())
 def _forward(
     images_NHWC: Tensor,
     flip_N: Tensor,
@@ -123,7 +122,10 @@ def _forward(
     return noisy_NHWC.permute(0, 3, 1, 2), target_NHWC.permute(0, 3, 1, 2)
 
 
-@_forward.register_fake
+_opaque = torch.library.custom_op("duotone::diffuse", _forward, mutates_args=())
+
+
+@_opaque.register_fake
 def _(images_NHWC, flip_N, coefficients_N4, seed, positions_N, purpose, dtype):
     noisy_NHWC = torch.empty(images_NHWC.shape, dtype=dtype, device=images_NHWC.device)
     return noisy_NHWC.permute(0, 3, 1, 2), torch.empty_like(noisy_NHWC, dtype=torch.float32).permute(0, 3, 1, 2)
@@ -143,7 +145,8 @@ def diffuse(images_NHWC, flip_N, coefficients_N4, seed, positions_N, purpose, *,
         reason = _unsupported(images_NHWC, dtype)
         if reason is None:
             signed = (seed + 2**63) % 2**64 - 2**63
-            return _forward(images_NHWC, flip_N, coefficients_N4, signed, positions_N, purpose, dtype)
+            run = _opaque if torch.compiler.is_compiling() else _forward
+            return run(images_NHWC, flip_N, coefficients_N4, signed, positions_N, purpose, dtype)
         count_fallback(NAME, reason, *images_NHWC.shape)
     return diffuse_reference(images_NHWC, flip_N, coefficients_N4, seed, positions_N, purpose, dtype=dtype)
 

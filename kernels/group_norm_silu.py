@@ -485,8 +485,8 @@ def _backward_apply(
 # ----------------------------------------------------------------------------------------------------- operators
 
 _LINE_BYTES = 128
-_WHOLE_FORWARD_BYTES = 64 * 1024
-_WHOLE_BACKWARD_BYTES = 32 * 1024
+_HALF_LINE_BYTES = 64
+_WHOLE_ELEMENTS = 16384
 _TILE = 4096
 _MOST_CHUNKS = 64
 _LEAST_ROWS = 256
@@ -505,29 +505,35 @@ class Tiling:
     warps: int
 
 
-def tiling(channels: int, groups: int, pixels: int, itemsize: int, *, backward: bool) -> Tiling:
+def tiling(channels: int, groups: int, pixels: int, itemsize: int) -> Tiling:
     """Cut a call into programs by its shape alone, so that the same call is always summed in the same order."""
-    span = _channel_span(channels, groups, itemsize)
+    # Half lines are worth it only where they spare a second read of everything.
+    for line_bytes in (_LINE_BYTES, _HALF_LINE_BYTES):
+        span = _channel_span(channels, groups, line_bytes // itemsize)
+        whole_r, block_c = _power_of_2(pixels), _power_of_2(span)
+        if whole_r * block_c <= _WHOLE_ELEMENTS:
+            block_g = _block_g(span, channels // groups)
+            return Tiling(span, block_c, block_g, whole_r, pixels, 0, _warps(whole_r * block_c))
+    span = _channel_span(channels, groups, _LINE_BYTES // itemsize)
     block_c = _power_of_2(span)
-    per_group = channels // groups
-    is_even = per_group & (per_group - 1) == 0
-    block_g = block_c // per_group if is_even else _power_of_2(span // per_group)
-    whole_r = _power_of_2(pixels)
-    room = _WHOLE_BACKWARD_BYTES if backward else _WHOLE_FORWARD_BYTES
-    if whole_r * block_c * itemsize <= room:
-        return Tiling(span, block_c, block_g, whole_r, pixels, 0, _warps(whole_r * block_c))
     block_r = max(1, _TILE // block_c)
     rows = max(_LEAST_ROWS, math.ceil(pixels / _MOST_CHUNKS))
     rows = math.ceil(rows / block_r) * block_r
+    block_g = _block_g(span, channels // groups)
     return Tiling(span, block_c, block_g, block_r, rows, math.ceil(pixels / rows), _warps(2 * _TILE))
 
 
-def _channel_span(channels, groups, itemsize):
-    """Whole groups that fill a cache line with the fewest idle lanes; equal shares of the channels."""
+def _channel_span(channels, groups, least):
+    """Whole groups of at least that many channels with the fewest idle lanes; equal shares of the channels."""
     per_group = channels // groups
     shares = [k * per_group for k in range(1, groups + 1) if groups % k == 0]
-    wide = [span for span in shares if span * itemsize >= _LINE_BYTES] or shares[-1:]
+    wide = [span for span in shares if span >= least] or shares[-1:]
     return min(wide, key=lambda span: (_power_of_2(span) / span, span))
+
+
+def _block_g(span, per_group):
+    is_even = per_group & (per_group - 1) == 0
+    return _power_of_2(span) // per_group if is_even else _power_of_2(span // per_group)
 
 
 def _power_of_2(number):
@@ -590,7 +596,7 @@ def _forward(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     images, channels, height, width = x_NCHW.shape
-    cut = tiling(channels, groups, height * width, x_NCHW.element_size(), backward=False)
+    cut = tiling(channels, groups, height * width, x_NCHW.element_size())
     y_NCHW = _dense_like(x_NCHW)
     mean_NG = torch.empty(images, groups, dtype=torch.float32, device=x_NCHW.device)
     rstd_NG = torch.empty_like(mean_NG)
@@ -627,7 +633,7 @@ def _backward(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     images, channels, height, width = x_NCHW.shape
-    cut = tiling(channels, groups, height * width, x_NCHW.element_size(), backward=True)
+    cut = tiling(channels, groups, height * width, x_NCHW.element_size())
     dx_NCHW = _dense_like(x_NCHW)
     per_image_N2C = torch.empty(images, 2, channels, dtype=torch.float32, device=x_NCHW.device)
     small = {f"d{name}": _gradient_like(value, x_NCHW) for name, value in _named(add_NC, scale_NC, shift_NC).items()}

@@ -170,14 +170,14 @@ def test_no_gradient_asked_for_none_computed(device, launching):
 
 
 def test_small_slabs_take_one_launch_large_ones_two():
-    assert tiling(384, 32, 64, 2, backward=True).chunks == 0
-    assert tiling(384, 32, 256, 2, backward=False).chunks == 0
-    assert tiling(128, 32, 128 * 128, 2, backward=False).chunks > 1
+    assert tiling(384, 32, 64, 2).chunks == 0
+    assert tiling(384, 32, 256, 2).chunks == 0
+    assert tiling(128, 32, 128 * 128, 2).chunks > 1
 
 
 @pytest.mark.parametrize("channels,groups", [(128, 32), (256, 32), (384, 32), (512, 32), (96, 32), (320, 32)])
 def test_programs_own_whole_groups_and_fill_cache_lines(channels, groups):
-    cut = tiling(channels, groups, 4096, 2, backward=False)
+    cut = tiling(channels, groups, 4096, 2)
     assert cut.span % (channels // groups) == 0 and channels % cut.span == 0
     assert cut.span * 2 >= 128
 
