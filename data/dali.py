@@ -46,8 +46,8 @@ class DaliDecoder:
         pipeline = self._pipeline_for(len(encoded))
         boxes_N4 = boxes_N4.astype(np.int32)
         pipeline.feed_input("encoded", encoded)
-        pipeline.feed_input("corner", list(boxes_N4[:, :2]))
-        pipeline.feed_input("extent", list(boxes_N4[:, 2:]))
+        pipeline.feed_input("corner", np.ascontiguousarray(boxes_N4[:, :2]))
+        pipeline.feed_input("extent", np.ascontiguousarray(boxes_N4[:, 2:]))
         (images,) = pipeline.run()
         return self._as_torch(images.as_tensor())
 

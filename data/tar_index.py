@@ -42,6 +42,7 @@ class TarIndex:
     bad: dict[int, str] = field(default_factory=dict)  # sample -> why its image or text cannot be used
     ignored: dict[str, int] = field(default_factory=dict)  # extension -> members that are none of ours
     fingerprint: str  # of every key, extension, size and checksum
+    stamp: tuple[int, int]  # size and modification time (ns) of the shard that was read
     note: str | None = None  # said once to the user: the index could not be kept
 
 
@@ -52,8 +53,7 @@ def index_path(shard: Path) -> Path:
 
 def open_index(shard: Path) -> TarIndex:
     """The shard's index, from the file beside it or built now; raises Refused for a shard that is not sound."""
-    stat = _stat(shard)
-    stored = _load(index_path(shard), stat)
+    stored = _load(index_path(shard), _stamp(shard))
     if stored is not None:
         return stored
     index = build_index(shard)
@@ -67,14 +67,13 @@ def open_index(shard: Path) -> TarIndex:
 
 def build_index(shard: Path) -> TarIndex:
     """Reads the whole shard once; raises Refused naming the shard, the key and the remedy."""
-    _stat(shard)
-    data_B = map_bytes(shard)
+    stamp, data_B = _stamp(shard), map_bytes(shard)
     try:
         found = list(members(data_B))
     except Damaged as damage:
         raise Refused(f"{shard}: {damage}; write or download this shard again") from None
     samples, ignored = _grouped(shard, found)
-    return _Table(shard, data_B).index(samples, ignored)
+    return _Table(shard, data_B).index(samples, ignored, stamp)
 
 
 def map_bytes(shard: Path) -> np.ndarray:
@@ -91,9 +90,7 @@ def map_bytes(shard: Path) -> np.ndarray:
 
 def save_index(shard: Path, index: TarIndex) -> None:
     """Writes the index beside its shard, whole or not at all."""
-    shard_bytes, shard_mtime_ns = _stamp(shard.stat())
-    content = {"version": VERSION, "shard_bytes": shard_bytes, "shard_mtime_ns": shard_mtime_ns}
-    content |= {"fingerprint": index.fingerprint, "ignored": index.ignored}
+    content = {"version": VERSION, "stamp": index.stamp, "fingerprint": index.fingerprint, "ignored": index.ignored}
     content |= {"bad": {str(sample): reason for sample, reason in index.bad.items()}, "keys": index.keys}
     content |= {name: column.tolist() for name, column in index.columns.items()}
     write_whole(index_path(shard), json.dumps(content, separators=(",", ":"), ensure_ascii=False))
@@ -113,26 +110,23 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
-def _stat(shard: Path) -> os.stat_result:
+def _stamp(shard: Path) -> tuple[int, int]:
     if not shard.is_file():
         raise Refused(f"{shard}: it is not a file; a shard is a .tar file")
-    return shard.stat()
+    stat = shard.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
-def _load(path: Path, stat: os.stat_result) -> TarIndex | None:
+def _load(path: Path, stamp: tuple[int, int]) -> TarIndex | None:
     """The stored index if it belongs to this very shard, else None: an index is a cache, so any doubt rebuilds it."""
     try:
         content = json.loads(path.read_text("utf-8"))
-        if (content["version"], content["shard_bytes"], content["shard_mtime_ns"]) != (VERSION, *_stamp(stat)):
+        if content["version"] != VERSION or content["stamp"] != list(stamp):
             return None
         index = _from_json(content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         return None
-    return index if _fits(index, stat.st_size) else None
-
-
-def _stamp(stat: os.stat_result) -> tuple[int, int]:
-    return stat.st_size, stat.st_mtime_ns
+    return index if _fits(index) else None
 
 
 def _from_json(content: dict) -> TarIndex:
@@ -142,11 +136,12 @@ def _from_json(content: dict) -> TarIndex:
         bad={int(sample): str(reason) for sample, reason in content["bad"].items()},
         ignored={str(extension): int(count) for extension, count in content["ignored"].items()},
         fingerprint=str(content["fingerprint"]),
+        stamp=tuple(content["stamp"]),
     )
 
 
-def _fits(index: TarIndex, shard_bytes: int) -> bool:
-    shape = (len(index.keys),)
+def _fits(index: TarIndex) -> bool:
+    shape, shard_bytes = (len(index.keys),), index.stamp[0]
     if any(column.shape != shape for column in index.columns.values()):
         return False
     ends = [(index.columns[f"{part}_offset"], index.columns[f"{part}_size"]) for part in ("image", "txt", "json")]
@@ -191,7 +186,7 @@ class _Table:
         self.digest = hashlib.sha256()
         self.bad: dict[int, str] = {}
 
-    def index(self, samples: dict[str, dict[str, Member]], ignored: Counter) -> TarIndex:
+    def index(self, samples: dict[str, dict[str, Member]], ignored: Counter, stamp: tuple[int, int]) -> TarIndex:
         rows = [self._row(number, key, parts, ignored) for number, (key, parts) in enumerate(samples.items())]
         table = np.array(rows, dtype=np.int64).reshape(len(rows), len(COLUMNS))
         return TarIndex(
@@ -200,6 +195,7 @@ class _Table:
             bad=self.bad,
             ignored=dict(ignored),
             fingerprint=self.digest.hexdigest(),
+            stamp=stamp,
         )
 
     def _row(self, number: int, key: str, parts: dict[str, Member], ignored: Counter) -> list[int]:
