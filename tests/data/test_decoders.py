@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps
 
 from duotone.data.framing import boxes, upright
@@ -114,3 +115,19 @@ def test_images_at_their_size_are_not_resampled(tmp_path, cpu, plan_for, photos,
     write_shards([Sample(image=photos[0][:64, :90])], tmp_path / "s", image_format="png")
     batch = read(tmp_path / "s", cpu, plan_for([0], crops=[[0, 0.5]]), decoder, crop="random")
     assert (batch.images_NHWC[0].numpy() == photos[0][:64, 13 : 13 + 64]).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [3, 1])
+def test_dali_on_the_gpu_agrees_with_pillow(folder, cpu, plan_for, channels):
+    """nvJPEG rounds and upsamples colour in its own way: within 3 levels on average."""
+    pytest.importorskip("nvidia.dali")
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    plan = plan_for(range(len(KINDS) + 8))
+    ours = read(folder, cpu, plan, "pillow", channels=channels, pad=3)
+    theirs = read(folder, torch.device("cuda"), plan, "dali", channels=channels, pad=3)
+    assert theirs.images_NHWC.is_cuda
+    difference_NHWC = np.abs(ours.images_NHWC.numpy().astype(int) - theirs.images_NHWC.cpu().numpy())
+    for caption, difference_HWC in zip(ours.captions, difference_NHWC):
+        assert difference_HWC.mean() < 3, caption
