@@ -82,8 +82,10 @@ def whole_folder(out: Path) -> Iterator[Path]:
     try:
         yield folder
         folder.rename(out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise Refused(f"{out}: writing failed ({error.strerror}); make room, or choose another --out") from None
         raise
 
 
@@ -113,21 +115,25 @@ def _write_shard(shard: Path, samples: Iterator[Sample], first: int, image_forma
     with shard.open("wb") as stream:
         with TarWriter(stream, encoder=False, mtime=0, format="PAX_FORMAT") as tar:
             for number, sample in enumerate(samples, start=first):
-                tar.write(_members(sample, number, image_format, quality))
+                tar.write(_members(sample, sample.key or f"{number:09d}", image_format, quality))
         stream.flush()
         os.fsync(stream.fileno())
 
 
-def _members(sample: Sample, number: int, image_format: ImageFormat, quality: int) -> dict:
-    members = {"__key__": sample.key or f"{number:09d}"}
+def _members(sample: Sample, key: str, image_format: ImageFormat, quality: int) -> dict:
+    members = {"__key__": key}
     if isinstance(sample.image, bytes):
         members[sample.extension] = sample.image
     else:
         members[image_format] = encode_image(sample.image, image_format, quality)
+    try:
+        return members | _texts(sample)
+    except UnicodeEncodeError:
+        raise Refused(f"{sample.source or key}: a caption holds half a surrogate pair; write it again") from None
+
+
+def _texts(sample: Sample) -> dict[str, bytes]:
     said = {"captions": sample.captions or None, "label": sample.label, "attributes": sample.attributes}
     said = {name: value for name, value in (said | {"source": sample.source}).items() if value is not None}
-    if sample.captions:
-        members["txt"] = sample.captions[0].encode()
-    if said:
-        members["json"] = json.dumps(said, ensure_ascii=False).encode()
-    return members
+    txt = {"txt": sample.captions[0].encode()} if sample.captions else {}
+    return txt | ({"json": json.dumps(said, ensure_ascii=False).encode()} if said else {})

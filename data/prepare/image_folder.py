@@ -49,16 +49,16 @@ class PrepareFolder(PictureOptions):
         if self.images in folders:
             stray = next(path for path in paths if path.parent == self.images)
             raise Refused(f"{stray}: it lies beside the class folders; move it into one, or pass --classes none")
-        return [folder.relative_to(self.images).as_posix() for folder in folders]
+        return [_printable(folder.relative_to(self.images)) for folder in folders]
 
     def _picture(self, path: Path, names: list[str] | None) -> Picture:
         within = path.relative_to(self.images)
-        name = within.parent.as_posix()
+        name = _printable(within.parent)
         return Picture(
             path=path,
             captions=self._captions(path, name if names else None),
             label=names.index(name) if names else None,
-            source=within.as_posix(),
+            source=_printable(within),
         )
 
     def _captions(self, path: Path, name: str | None) -> list[str]:
@@ -85,6 +85,11 @@ def _pictures_below(folder: Path) -> tuple[list[Path], int]:
             elif path.suffix.lower() != ".txt":
                 others += 1
     return sorted(paths, key=_natural), others
+
+
+def _printable(path: Path) -> str:
+    """A path as text that JSON can hold, whatever bytes the file system has for it."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "replace")
 
 
 def _natural(path: Path) -> tuple:

@@ -1,6 +1,7 @@
 """prepare coco, folder and celeba: picture files of all sorts become shards, and every fault has its line."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -187,6 +188,18 @@ def test_small_pictures_are_not_enlarged(tmp_path, pictures, cpu, plan_for):
     PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out", size=300).run()
     dataset, _ = images_of(tmp_path / "out", cpu, plan_for, 1)
     assert (dataset.columns["height"][0], dataset.columns["width"][0]) == (80, 100)
+
+
+def test_names_that_are_not_utf8(tmp_path, pictures, cpu, plan_for):
+    try:
+        (tmp_path / "pictures" / os.fsdecode(b"caf\xe9")).mkdir(parents=True)
+    except OSError:
+        pytest.skip("this file system holds UTF-8 names only")
+    pictures(os.fsdecode(b"caf\xe9/\xff.jpg"))
+    pictures("tea/a.jpg")
+    PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out").run()
+    _, batch = images_of(tmp_path / "out", cpu, plan_for, 2)
+    assert batch.captions == ["a photo of a caf\ufffd", "a photo of a tea"]
 
 
 def test_limit(tmp_path, pictures):

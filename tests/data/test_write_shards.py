@@ -80,6 +80,21 @@ def test_nothing_is_left_when_a_sample_fails(tmp_path, failure):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(shard):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("duotone.data.write_shards.build_index", full)
+    with pytest.raises(Refused, match="No space left on device"):
+        write_shards(samples(), tmp_path / "s")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_caption_that_no_file_can_hold_is_refused(tmp_path):
+    with pytest.raises(Refused, match="somewhere.jpg: a caption"):
+        write_shards([Sample(image=NOISE[0], captions=["\ud800"], source="somewhere.jpg")], tmp_path / "s")
+
+
 def test_no_samples_and_doubled_keys_are_refused(tmp_path):
     with pytest.raises(Refused, match="not one image"):
         write_shards([], tmp_path / "s")
