@@ -30,6 +30,7 @@ TEXT_COLUMNS = ["txt_offset", "txt_size", "txt_crc", "json_offset", "json_size",
 LABEL_COLUMNS = ["label", "attributes"]
 COLUMNS = IMAGE_COLUMNS + HEADER_COLUMNS + TEXT_COLUMNS + LABEL_COLUMNS
 WEBDATASET_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
+SEAL = ',"sha256":"'
 UNSAFE_KEY = re.compile(r"[\x00-\x1f\x7f\\]|^/|(?:^|/)\.\.(?:/|$)")
 
 
@@ -93,7 +94,7 @@ def save_index(shard: Path, index: TarIndex) -> None:
     content = {"version": VERSION, "stamp": index.stamp, "fingerprint": index.fingerprint, "ignored": index.ignored}
     content |= {"bad": {str(sample): reason for sample, reason in index.bad.items()}, "keys": index.keys}
     content |= {name: column.tolist() for name, column in index.columns.items()}
-    write_whole(index_path(shard), json.dumps(content, separators=(",", ":"), ensure_ascii=False))
+    write_whole(index_path(shard), _sealed(json.dumps(content, separators=(",", ":"), ensure_ascii=False)))
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -120,13 +121,25 @@ def _stamp(shard: Path) -> tuple[int, int]:
 def _load(path: Path, stamp: tuple[int, int]) -> TarIndex | None:
     """The stored index if it belongs to this very shard, else None: an index is a cache, so any doubt rebuilds it."""
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(_unsealed(path.read_text("utf-8")))
         if content["version"] != VERSION or content["stamp"] != list(stamp):
             return None
         index = _from_json(content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         return None
     return index if _fits(index) else None
+
+
+def _sealed(text: str) -> str:
+    """A JSON object with a last field, the hash of all before it."""
+    return f'{text[:-1]}{SEAL}{hashlib.sha256(text[:-1].encode()).hexdigest()}"}}'
+
+
+def _unsealed(text: str) -> str:
+    body, _, seal = text.rpartition(SEAL)
+    if seal != f'{hashlib.sha256(body.encode()).hexdigest()}"}}':
+        raise ValueError("the index is damaged")
+    return body + "}"
 
 
 def _from_json(content: dict) -> TarIndex:

@@ -2,13 +2,14 @@
 
 import json
 import os
+import random
 import zlib
 
 import numpy as np
 import pytest
 
 from duotone.data.refusal import Refused
-from duotone.data.tar_index import build_index, index_path, open_index, save_index
+from duotone.data.tar_index import _sealed, build_index, index_path, open_index, save_index
 
 
 @pytest.fixture
@@ -51,24 +52,41 @@ def test_is_rebuilt_after_a_change(shard, write_tar, members_of):
     assert open_index(shard).fingerprint != first.fingerprint
 
 
-@pytest.mark.parametrize(
-    "damage", ["", "{", "[]", "null", '{"version":1}', "deep", "lengths", "outside", "types", "old"]
-)
-def test_a_damaged_index_is_rebuilt(shard, damage):
+@pytest.mark.parametrize("damage", ["", "{", "[]", "null", '{"version":1}', "[" * 100_000])
+def test_what_is_no_index_is_rebuilt(shard, damage):
+    built = open_index(shard)
+    whole = index_path(shard).read_text()
+    for text in (damage, _sealed(damage)):
+        index_path(shard).write_text(text)
+        assert same(open_index(shard), built) and index_path(shard).read_text() == whole
+
+
+@pytest.mark.parametrize("damage", ["lengths", "outside", "types", "old"])
+def test_an_index_that_makes_no_sense_is_rebuilt(shard, damage):
     built = open_index(shard)
     content = json.loads(index_path(shard).read_text())
+    del content["sha256"]
     if damage == "lengths":
         content["label"] = content["label"][:-1]
     elif damage == "outside":
         content["image_offset"][2] = 10**9
     elif damage == "types":
         content["image_offset"][2] = "here"
-    elif damage == "old":
+    else:
         content["version"] = 0
-    known = damage in ("lengths", "outside", "types", "old")
-    index_path(shard).write_text(json.dumps(content) if known else "[" * 100_000 if damage == "deep" else damage)
+    index_path(shard).write_text(_sealed(json.dumps(content)))
     assert same(open_index(shard), built)
     assert json.loads(index_path(shard).read_text())["keys"] == built.keys
+
+
+def test_any_flipped_bit_in_the_index_is_seen(shard):
+    built, rng = open_index(shard), random.Random(0)
+    whole = index_path(shard).read_bytes()
+    for _ in range(200):
+        flipped = bytearray(whole)
+        flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        index_path(shard).write_bytes(flipped)
+        assert same(open_index(shard), built) and index_path(shard).read_bytes() == whole
 
 
 def test_a_folder_that_cannot_be_written_is_noted(shard, monkeypatch):
