@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from duotone.data.prepare.cifar10 import CLASSES, PrepareCifar10
+from duotone.data.prepare.cifar10 import CLASSES, PrepareCifar10, read_pickled_arrays
 from duotone.data.prepare.idx import GARMENTS, PrepareIdx, read_idx
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
@@ -108,7 +108,8 @@ def cifar(folder, version, count=6):
             (folder / f"{name}.bin").write_bytes(records)
         else:  # keys as Python 2 wrote them
             content = {b"data": PIXELS, b"labels": labels, b"batch_label": b"x", b"filenames": [b"a.png"] * count}
-            (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+            raw = pickle.dumps(content, protocol=2)
+            (folder / name).write_bytes(raw.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))  # as then
     return folder
 
 
@@ -121,6 +122,21 @@ def test_cifar10_pixel_for_pixel(tmp_path, cpu, plan_for, version):
     expected = np.concatenate([PIXELS.reshape(6, 3, 32, 32).transpose(0, 2, 3, 1)] * 5)
     assert (batch.images_NHWC.numpy() == expected).all() and dataset.classes == CLASSES
     assert batch.labels_N.tolist() == [0, 1, 2, 3, 4, 5] * 5 and batch.captions[0] == "a photo of an airplane"
+
+
+def test_a_batch_as_python_2_wrote_it():
+    """Byte strings as keys and type names, written out opcode by opcode: no Python 3 pickles like this."""
+
+    def short(text):
+        return b"U" + bytes([len(text)]) + text
+
+    pixels = PIXELS[:2].tobytes()
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85" + short(b"b") + b"tR"
+    array += b"(K\x01K\x02M\x00\x0c\x86cnumpy\ndtype\n(" + short(b"u1") + b"K\x00K\x01tR(K\x03" + short(b"|")
+    array += b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T" + struct.pack("<i", len(pixels)) + pixels + b"tb"
+    raw = b"\x80\x02}(" + short(b"data") + array + short(b"labels") + b"]K\x01aK\x02au."
+    content = read_pickled_arrays(Path("data_batch_1"), raw)
+    assert (content[b"data"] == PIXELS[:2]).all() and content[b"labels"] == [1, 2]
 
 
 class Payload:
