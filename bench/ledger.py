@@ -1,0 +1,167 @@
+"""Every kernel and case as counters, without a GPU: launches, bytes against the floor, registers, spills, occupancy.
+
+    python bench/ledger.py                 # table and bench/results/ledger.json
+    python bench/ledger.py --check         # the same for sm_90 alone; exit code 1 where a gate fails
+    python bench/ledger.py --chips 80 90   # compile for these
+
+Bytes come from the interpreter's own loads and stores on one image (maps of at most 48 x 48); the floor of the path taken is every argument of every
+launch once (twice where it is updated in place). A predicted time is floor bytes at nine tenths of the data sheet's
+bandwidth plus two microseconds a launch: a number to be wrong about later, not a measurement.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from harness import CHIPS, RESULTS, compile_key, counted, machine, resources, table, write_json
+from throughput import NOT_MEASURED, SUBJECTS, forward_backward, launches_of
+
+from duotone.kernels import attention
+
+# Bytes are counted on one image, which must be cut into programs as the whole batch is.
+attention._ENOUGH_PROGRAMS = 1
+
+DTYPE = torch.bfloat16
+COUNTED = torch.float16  # as wide, and many times faster to interpret
+GATED_CHIP = 90
+RECORD = RESULTS / "ledger.json"
+_IN_PLACE = {"adamw_ema": {"master", "exp_avg", "exp_avg_sq", "first", "second"}}
+_SLACK = 1.02
+_SHARE_OF_BANDWIDTH = 0.9
+_LAUNCH_MICROSECONDS = 2.0
+
+
+def timed():
+    """Kernels and cases that run here, in the order of the files."""
+    for subject in SUBJECTS.values():
+        for case in subject.module.CASES:
+            if case.timed and launches_of(subject, case, DTYPE):
+                yield subject, case
+
+
+def path_floor(subject, case) -> int:
+    """Bytes of every argument of every launch, each once, in-place ones twice."""
+    total = 0
+    for launch in launches_of(subject, case, DTYPE):
+        tensors = {id(v): (name, v) for name, v in launch.arguments.items() if isinstance(v, torch.Tensor)}
+        for name, tensor in tensors.values():
+            total += tensor.nbytes * (2 if name in _IN_PLACE.get(subject.name, ()) else 1)
+    return total
+
+
+# --------------------------------------------------------------------------------------------------------- traffic
+
+
+def count_traffic() -> list[dict]:
+    """Run every case for one image through the interpreter; called in a process of its own."""
+    rows = []
+    for subject, case in timed():
+        small = subject.shrink(case)
+        inputs = subject.draw(small, COUNTED, "cpu")
+        with counted() as launches:
+            forward_backward(subject.ours, subject, inputs)()
+        rows.append({"kernel": subject.name, "case": case.name, "launches": [asdict(launch) for launch in launches]})
+    return rows
+
+
+def traffic_of_all() -> dict[tuple[str, str], list[dict]]:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, __file__, "--count-traffic"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if result.returncode:
+        sys.exit(f"counting bytes failed:\n{result.stderr}")
+    return {(row["kernel"], row["case"]): row["launches"] for row in json.loads(result.stdout.splitlines()[-1])}
+
+
+# ---------------------------------------------------------------------------------------------------------- ledger
+
+
+def ledger(chips) -> list[dict]:
+    """One row per kernel and case."""
+    traffic, seen, rows = traffic_of_all(), {}, []
+    for subject, case in timed():
+        print(f"{subject.name} {case.name} ...", file=sys.stderr, flush=True)
+        small, moved = subject.shrink(case), traffic[subject.name, case.name]
+        floor, ideal = path_floor(subject, small), subject.floor(small, DTYPE)
+        row = {"kernel": subject.name, "case": case.name, "launches": len(moved)}
+        row |= {"bytes": sum(launch["distinct"] for launch in moved), "path_floor": floor, "ideal": ideal}
+        row |= {"requested": sum(launch["loaded"] + launch["stored"] for launch in moved)}
+        row["programs"] = {}
+        for launch in launches_of(subject, case, DTYPE):
+            for chip in chips:
+                key = (chip, *compile_key(launch))
+                if key not in seen:
+                    seen[key] = asdict(resources(launch, chip))
+                row["programs"][f"{launch.name} sm_{chip}"] = seen[key]
+        row["predicted_microseconds"] = {
+            CHIPS[chip].name: _predict(path_floor(subject, case), len(moved), CHIPS[chip]) for chip in chips
+        }
+        rows.append(row | {"measured_microseconds": NOT_MEASURED})
+    return rows
+
+
+def _predict(floor_bytes, launches, chip):
+    seconds = floor_bytes / (chip.gigabytes_per_second * 1e9 * _SHARE_OF_BANDWIDTH)
+    return round(seconds * 1e6 + launches * _LAUNCH_MICROSECONDS, 1)
+
+
+def violations(rows, before) -> list[str]:
+    """What fails a gate: spills on sm_90, bytes over the path's floor, more launches than the committed ledger."""
+    found = []
+    committed = {(row["kernel"], row["case"]): row["launches"] for row in before}
+    for row in rows:
+        name = f"{row['kernel']} {row['case']}"
+        if row["bytes"] > _SLACK * row["path_floor"]:
+            found.append(f"{name}: moves {row['bytes']} bytes, floor of its path is {row['path_floor']}")
+        if row["launches"] > committed.get((row["kernel"], row["case"]), row["launches"]):
+            found.append(f"{name}: {row['launches']} launches, the committed ledger has fewer")
+        for program, used in row["programs"].items():
+            if program.endswith(f"sm_{GATED_CHIP}") and (used["spilled_bytes"] or not used["occupancy"]):
+                found.append(f"{name}: {program} spills {used['spilled_bytes']} bytes, occupancy {used['occupancy']}")
+    return found
+
+
+def show(rows) -> str:
+    lines = []
+    for row in rows:
+        for program, used in row["programs"].items():
+            line = {"kernel": row["kernel"], "case": row["case"], "program": program}
+            line |= {
+                "bytes / floor": row["bytes"] / row["path_floor"],
+                "floor / ideal": row["path_floor"] / row["ideal"],
+            }
+            line |= {"asked / bytes": row["requested"] / row["bytes"], "registers": used["registers"]}
+            line |= {"spilled": used["spilled_bytes"], "shared": used["shared_bytes"], "warps": used["warps"]}
+            line |= {"load": used["load_bits"], "store": used["store_bits"], "occupancy": used["occupancy"]}
+            lines.append(line | {"measured": row["measured_microseconds"]})
+    return table(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="sm_90 alone; exit code 1 where a gate fails")
+    parser.add_argument("--chips", type=int, nargs="+", choices=CHIPS, default=list(CHIPS))
+    parser.add_argument("--json", type=Path, default=RECORD)
+    parser.add_argument("--count-traffic", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.count_traffic:
+        print(json.dumps(count_traffic()))
+        return
+    rows = ledger([GATED_CHIP] if options.check else options.chips)
+    print(show(rows))
+    before = json.loads(RECORD.read_text())["rows"] if RECORD.exists() else []
+    found = violations(rows, before)
+    print("\n".join(found) or "every gate holds: no spills on sm_90, bytes at the floor, launches as committed")
+    if not options.check:
+        write_json(options.json, {"machine": machine(), "rows": rows})
+        print(f"record: {options.json}")
+    sys.exit(1 if found else 0)
+
+
+if __name__ == "__main__":
+    main()
