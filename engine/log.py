@@ -47,7 +47,7 @@ class Logger:
             return
         keep_rows_up_to(folder / "metrics.jsonl", start)
         keep_rows_up_to(folder / "trace.jsonl", start)
-        self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)
+        self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - closed by close()
         self.bar = Bar(total, start)
         self.listeners = [listen for listen in (tensorboard(config, folder), wandb(config, folder, recipe)) if listen]
 

@@ -81,3 +81,12 @@ def substitutions(choice: Choice) -> list[str]:
     if choice.device == "cpu":
         return ["no CUDA device: the CPU runs the kernels' plain PyTorch definitions"]
     return []
+
+
+def compiled_graphs() -> int:
+    """Graphs compiled so far: growth after the second step means that something recompiles."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def graph_breaks() -> int:
+    return sum(torch._dynamo.utils.counters["graph_break"].values())

@@ -22,7 +22,7 @@ from duotone.engine.conditioning.base import Facts
 from duotone.engine.log import Logger
 from duotone.engine.memory import Estimate, estimate
 from duotone.engine.model.network import Network
-from duotone.engine.recipe import Recipe, differences, to_json
+from duotone.engine.recipe import Recipe, differences, say, to_json
 from duotone.kernels.diffuse import diffuse
 from duotone.kernels.dispatch import fallbacks
 
@@ -40,6 +40,7 @@ class Run:
     sharded: zero.Sharded
     images: int = 0
     log: Logger | None = None
+    graphs_at_step_2: int = 0
 
     @property
     def step(self) -> int:
@@ -97,6 +98,8 @@ def train_step(run: Run, batches: Iterator[Batch]) -> None:
     if recipe.log.trace:
         trace(run, traced, zero.mean(torch.stack(losses).mean()).item())
     run.log.step(run.step, run.images, recipe.batch_size, skipped, numbers)
+    if run.step == 2:
+        run.graphs_at_step_2 = speed.compiled_graphs()
 
 
 def micro_step(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -177,8 +180,6 @@ def set_up(recipe: Recipe) -> Run:
 def start_sharded(recipe: Recipe, network: Network, choice: speed.Choice, micro: int) -> zero.Sharded:
     if choice.compile:
         blocks = speed.compile_blocks(network, recipe.speed.backend)
-        from duotone.engine.recipe import say
-
         say(f"compiling {blocks} blocks on first use")
     return zero.Sharded(
         network,
@@ -240,7 +241,7 @@ def announce(run: Run, predicted: Estimate, resumed: str | None) -> None:
         f"accumulations x {run.ranks.count} ranks, ZeRO-{recipe.zero.stage}, about {predicted.gib:.1f} GiB per rank, "
         f"{run.data.count:,} samples decoded by {run.data.decoder}, {recipe.images:,} images = {recipe.images // recipe.batch_size:,} steps"
     )
-    for line in [run.data.decoder_note, resumed, *speed.substitutions(choice)]:
+    for line in [run.data.decoder_note, *run.data.notes, resumed, *speed.substitutions(choice)]:
         if line:
             run.log.say(line)
 
@@ -313,10 +314,24 @@ def finish(run: Run) -> None:
     if run.ranks.rank == 0:
         path = run.recipe.folder / "ema.safetensors"
         artifact.save(path, ema, run.recipe, run.facts, run.images)
-        run_folder.write_json(run.recipe.folder / "record.json", {"fallbacks": fallbacks(), "images": run.images})
+        run_folder.write_json(run.recipe.folder / "record.json", record(run))
         written = draw_with(run, ema)
         run.log.say(f"done: EMA weights in {path}, pictures in {written[0].parent}")
     zero.wait()
+
+
+def record(run: Run) -> dict:
+    """What a run says of how it ran: every substitution, and whether compilation held."""
+    return {
+        "images": run.images,
+        "device": run.choice.device,
+        "precision": run.choice.precision,
+        "ranks": run.ranks.count,
+        "decoder": run.data.decoder,
+        "fallbacks": fallbacks(),
+        "graph_breaks": speed.graph_breaks(),
+        "recompiles_after_step_2": speed.compiled_graphs() - run.graphs_at_step_2 if run.step > 2 else 0,
+    }
 
 
 def draw_preview(run: Run) -> None:

@@ -3,13 +3,16 @@
 The only file that imports deepspeed, and only inside functions: a configuration is refused before it is loaded.
 """
 
+import fcntl
 import logging
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -49,6 +52,8 @@ def join(device: str) -> Ranks:
     import deepspeed
 
     quiet()
+    if not on_cuda:
+        build_communication_operator()
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", verbose=False)
     local = int(os.environ["LOCAL_RANK"])
@@ -61,7 +66,9 @@ def join(device: str) -> Ranks:
 
 def refuse_without_compiler() -> None:
     """DeepSpeed builds its CPU communication operator on first use, with g++ and ninja."""
-    missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None and not shipped(tool)]
+    # This environment's own ninja comes first: two versions of ninja rebuild each other's work at every start.
+    os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
+    missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
     if missing:
         raise Refused(
             f"{' and '.join(missing)} not found: DeepSpeed compiles an operator on the CPU the first time; "
@@ -69,15 +76,20 @@ def refuse_without_compiler() -> None:
         )
 
 
-def shipped(tool: str) -> bool:
-    """ninja may live beside this interpreter without being on PATH; then it is put there."""
-    import sys
+def build_communication_operator() -> None:
+    """Builds DeepSpeed's CPU operator under a lock that dies with its holder.
 
-    folder = os.path.dirname(sys.executable)
-    if not os.access(os.path.join(folder, tool), os.X_OK):
-        return False
-    os.environ["PATH"] = folder + os.pathsep + os.environ.get("PATH", "")
-    return True
+    torch's own lock is a file that a killed process leaves behind, and the next one would wait for it for ever.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from torch.utils.cpp_extension import _get_build_directory
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    folder = Path(_get_build_directory(builder.name, verbose=False))
+    with open(folder.with_name(f"{folder.name}.duotone-lock"), "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        builder.load(verbose=False)
 
 
 def single_process_defaults() -> None:
@@ -271,13 +283,6 @@ def rank_0_first(ranks: Ranks):
     yield
     if not ranks.rank:
         dist.barrier()
-
-
-def agree(value: bool, ranks: Ranks) -> bool:
-    """True on every rank if true on any."""
-    flag = torch.tensor(int(value), device=ranks.device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag)
 
 
 def mean(value: Tensor) -> Tensor:

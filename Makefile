@@ -1,0 +1,41 @@
+# make demo   environment, embedded data, training, pictures, export: the main job on a fresh machine
+# make test   environment, then every test that needs no GPU
+# make gpu    the GPU tests
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN := runs/captioned_shapes
+
+.PHONY: env demo test gpu lint clean-demo
+.DEFAULT_GOAL := test
+
+env: $(VENV)/.ready
+
+# torch first: deepspeed looks for it while it is being built. A release of torch already on disk is taken as it is.
+$(VENV)/.ready: setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 13) else "duotone: needs Python 3.11 or 3.12; pass PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt setuptools wheel
+	$(BIN)/pip install -q -c constraints.txt torch numpy
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: env
+	$(BIN)/deepspeed recipes/coco_clip.py
+	$(BIN)/duotone export $(RUN) --format safetensors --out $(RUN)/exported-$$(date +%s).safetensors
+	$(BIN)/duotone sample $$(ls -t $(RUN)/exported-*.safetensors | head -n 1) --overwrite --out $(RUN)/sample.png --count 8 \
+		--prompt "a red circle on a blue background" "a yellow triangle on a black background" "a white square on a green background"
+	$(BIN)/duotone evaluate $(RUN) --json $(RUN)/evaluation.json
+	@echo "pictures: $(RUN)/previews and $(RUN)/sample.png    weights: $(RUN)/ema.safetensors"
+
+test: env
+	$(BIN)/ruff check .
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -m "not gpu and not long"
+	$(BIN)/python -m pytest tests --ignore tests/kernels -m "not gpu and not long"
+
+gpu: env
+	$(BIN)/python -m pytest tests -m gpu
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .

@@ -1,0 +1,262 @@
+"""Objectives against the papers' own forms in float64, and samplers against diffusers' schedulers."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+from duotone.engine.objectives.ddpm import DDPM
+from duotone.engine.objectives.edm import EDM
+from duotone.engine.samplers.ancestral import ancestral
+from duotone.engine.samplers.dpmpp_2m import dpmpp_2m
+from duotone.engine.samplers.euler import euler
+from duotone.engine.samplers.heun import heun
+from duotone.engine.samplers.stochastic_heun import stochastic_heun
+
+THEIRS = {
+    "linear": ("linear", 1e-4, 0.02),
+    "scaled_linear": ("scaled_linear", 0.00085, 0.012),
+    "cosine": ("squaredcos_cap_v2", 1e-4, 0.02),
+}
+PREDICTIONS = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
+
+
+def drawn(n: int = 6):
+    g = torch.Generator().manual_seed(0)
+    x0 = torch.rand(n, 1, 4, 4, generator=g, dtype=torch.float64) * 2 - 1
+    return x0, torch.randn(x0.shape, generator=g, dtype=torch.float64), torch.rand(n, generator=g, dtype=torch.float64)
+
+
+def mixed(objective, x0, noise, sigma):
+    a, b, p, q = (c[:, None, None, None] for c in objective.coefficients(sigma).unbind(1))
+    return a * x0 + b * noise, p * x0 + q * noise
+
+
+@pytest.mark.parametrize("schedule", THEIRS)
+def test_schedule_is_diffusers(schedule):
+    name, start, end = THEIRS[schedule]
+    theirs = DDPMScheduler(1000, beta_schedule=name, beta_start=start, beta_end=end).alphas_cumprod.double()
+    ours = 1 / (1 + DDPM(schedule=schedule).sigmas.square())
+    assert (ours - theirs).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_ddpm_input_target_and_time_are_the_papers(prediction):
+    """Ho et al. 2020, equation 4; Salimans and Ho 2022, appendix D: v = alpha noise - sigma x0."""
+    objective = DDPM(prediction=prediction)
+    x0, noise, u = drawn()
+    sigma = objective.draw_sigma(u)
+    t = (u * 1000).long()
+    bar = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).neg().add(1).cumprod(0)[t][:, None, None, None]
+    scaled, target = mixed(objective, x0, noise, sigma)
+    paper = {"epsilon": noise, "x0": x0, "v": bar.sqrt() * noise - (1 - bar).sqrt() * x0}[prediction]
+    torch.testing.assert_close(scaled, bar.sqrt() * x0 + (1 - bar).sqrt() * noise, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(target, paper, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(objective.scalings(sigma).noise_N, t.double(), rtol=0, atol=1e-6)
+
+
+def test_every_timestep_is_trained():
+    objective = DDPM(steps=50)
+    sigma = objective.draw_sigma((torch.arange(5000, dtype=torch.float64) + 0.5) / 5000)
+    assert objective.scalings(sigma).noise_N.round().long().bincount(minlength=50).tolist() == [100] * 50
+
+
+@pytest.mark.parametrize("weighting", ["simple", "snr", "min_snr", "soft_min_snr"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_ddpm_weights(prediction, weighting):
+    """The loss written as its paper does, from a fixed wrong output."""
+    objective = DDPM(prediction=prediction, weighting=weighting, schedule="cosine")
+    x0, noise, u = drawn()
+    sigma = objective.draw_sigma(u)
+    _, target = mixed(objective, x0, noise, sigma)
+    output = target + 0.3 * torch.randn(target.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    snr = 1 / sigma.square()
+    per_x0 = {  # Hang et al. 2023, section 3.4: weights of the x0 loss and what they become for noise and velocity
+        "epsilon": {
+            "simple": snr / snr,
+            "snr": torch.ones_like(snr),
+            "min_snr": snr.clamp(max=5) / snr,
+            "soft_min_snr": 5 / (snr + 5),
+        },
+        "x0": {"simple": snr / snr, "snr": snr, "min_snr": snr.clamp(max=5), "soft_min_snr": 5 * snr / (snr + 5)},
+        "v": {
+            "simple": snr / snr,
+            "snr": snr / (snr + 1),
+            "min_snr": snr.clamp(max=5) / (snr + 1),
+            "soft_min_snr": 5 * snr / (snr + 5) / (snr + 1),
+        },
+    }
+    paper = (per_x0[prediction][weighting] * (output - target).square().mean((1, 2, 3))).mean()
+    assert objective(output.float(), target.float(), sigma).item() == pytest.approx(paper.item(), rel=1e-5)
+
+
+def test_edm_loss_is_the_papers():
+    """Karras et al. 2022, equations 2 and 8 with table 1: weight (sigma^2 + sd^2) / (sigma sd)^2 on |D - x0|^2."""
+    objective, sd = EDM(sigma_data=0.6), 0.6
+    x0, noise, u = drawn()
+    sigma = objective.draw_sigma(u)
+    s = sigma[:, None, None, None]
+    network = lambda x: 0.7 * x - 0.1  # noqa: E731
+    x = x0 + s * noise
+    c_in = 1 / (s**2 + sd**2).sqrt()
+    d = sd**2 / (s**2 + sd**2) * x + s * sd / (s**2 + sd**2).sqrt() * network(c_in * x)
+    paper = ((s**2 + sd**2) / (s * sd) ** 2 * (d - x0).square()).mean()
+    scaled, target = mixed(objective, x0, noise, sigma)
+    assert objective(network(scaled).float(), target.float(), sigma).item() == pytest.approx(paper.item(), rel=1e-5)
+    torch.testing.assert_close(objective.scalings(sigma).noise_N, sigma.log() / 4)
+    assert sigma.log().mean().item() == pytest.approx(-1.2, abs=1.0)
+
+
+def test_edm_sigmas_follow_the_log_normal():
+    u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    logs = EDM(sigma_min=1e-9, sigma_max=1e9).draw_sigma(u).log()
+    assert logs.mean().item() == pytest.approx(-1.2, abs=1e-3)
+    assert logs.std().item() == pytest.approx(1.2, abs=1e-2)
+
+
+@pytest.mark.parametrize("objective", [EDM(), *(DDPM(prediction=p, schedule="cosine") for p in PREDICTIONS)], ids=str)
+def test_a_perfect_output_denoises_to_the_image(objective):
+    x0, noise, u = drawn()
+    sigma = objective.draw_sigma(u * 0.9)
+    _, target = mixed(objective, x0, noise, sigma)
+    c = [v[:, None, None, None] for v in objective.scalings(sigma)]
+    x = x0 + sigma[:, None, None, None] * noise
+    torch.testing.assert_close(c[0] * x + c[1] * target, x0, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["squared", "absolute", "huber"])
+def test_penalties(loss):
+    a, b = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4) * 2
+    theirs = {"squared": torch.nn.MSELoss, "absolute": torch.nn.L1Loss, "huber": torch.nn.HuberLoss}[loss]()
+    torch.testing.assert_close(EDM(loss=loss).penalty(a, b).mean(), theirs(a, b))
+
+
+# ---------------------------------------------------------------------------------------------------- samplers
+
+
+def bounded(x, sigma):
+    """A well-behaved denoiser that depends on x and sigma."""
+    return torch.tanh(x / math.sqrt(1 + sigma**2)) * 0.8
+
+
+def their_trajectory(scheduler, steps, prediction, noises):
+    """Their states in variance-preserving scale, for the same denoiser and noise."""
+    scheduler.set_timesteps(steps)
+    x, states = noises[0], []
+    bars = scheduler.alphas_cumprod.double()
+    for i, t in enumerate(scheduler.timesteps):
+        bar = bars[t]
+        sigma = ((1 - bar) / bar).sqrt().item()
+        d = bounded(x / bar.sqrt(), sigma)
+        model_output = {"epsilon": (x - bar.sqrt() * d) / (1 - bar).sqrt(), "x0": d}[prediction]
+        if isinstance(scheduler, DDPMScheduler):
+            step = noised_step(scheduler, model_output, t, x, noises[i + 1])
+        else:
+            step = scheduler.step(model_output, t, x).prev_sample
+        x = step
+        states.append(x)
+    return states
+
+
+def noised_step(scheduler, output, t, x, noise):
+    import diffusers.schedulers.scheduling_ddpm as module
+
+    original = module.randn_tensor
+    module.randn_tensor = lambda *a, **k: noise
+    try:
+        return scheduler.step(output, t, x).prev_sample
+    finally:
+        module.randn_tensor = original
+
+
+@pytest.mark.parametrize("schedule", THEIRS)
+@pytest.mark.parametrize(("spacing", "steps"), [("leading", 50), ("trailing", 50), ("trailing", 25), ("leading", 1000)])
+@pytest.mark.parametrize("kind", ["ddim", "ddpm"])
+def test_whole_trajectories_equal_diffusers(schedule, spacing, steps, kind):
+    """In variance-preserving scale within 1e-4; cosine with trailing spacing 5e-4, where their own fp32 loses that much."""
+    name, start, end = THEIRS[schedule]
+    settings = dict(beta_schedule=name, beta_start=start, beta_end=end, clip_sample=False, timestep_spacing=spacing)
+    cls = DDIMScheduler if kind == "ddim" else DDPMScheduler
+    scheduler = cls(1000, **settings, **({"set_alpha_to_one": True} if kind == "ddim" else {}))
+    g = torch.Generator().manual_seed(0)
+    noises = [torch.randn(2, 1, 4, 4, generator=g, dtype=torch.float64) for _ in range(steps + 1)]
+    theirs = their_trajectory(scheduler, steps, "epsilon", noises)
+    sigmas = DDPM(schedule=schedule).sampling_sigmas(steps, spacing)
+    ours = []
+    # Their start has variance 1 in their scale, ours has x0 + sigma noise: the same number in variance-preserving scale.
+    x = noises[0] * (1 + sigmas[0] ** 2).sqrt()
+    solver = euler if kind == "ddim" else ancestral
+    solver(bounded, x, sigmas, noise=lambda i: noises[i + 1], on_step=lambda i, x, d: ours.append(x))
+    tolerance = 5e-4 if (schedule, spacing) == ("cosine", "trailing") else 1e-4
+    for i, (a, b) in enumerate(zip(ours, theirs)):
+        a = a / (1 + sigmas[i + 1] ** 2).sqrt()
+        assert (a - b).abs().max() <= tolerance, i
+
+
+@pytest.mark.parametrize("steps", [10, 25])
+def test_dpmpp_2m_equals_diffusers(steps):
+    scheduler = DPMSolverMultistepScheduler(
+        1000,
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        timestep_spacing="trailing",
+        solver_order=2,
+        lower_order_final=False,
+        final_sigmas_type="zero",
+        euler_at_final=True,
+    )
+    scheduler.set_timesteps(steps)
+    g = torch.Generator().manual_seed(0)
+    start = torch.randn(2, 1, 4, 4, generator=g, dtype=torch.float64)
+    x, theirs = start, []
+    for i, t in enumerate(scheduler.timesteps):
+        sigma = scheduler.sigmas[i].double()
+        alpha = 1 / (1 + sigma**2).sqrt()
+        d = bounded(x / alpha, sigma.item())
+        x = scheduler.step((x - alpha * d) / (sigma * alpha), t, x).prev_sample
+        theirs.append(x)
+    sigmas, ours = scheduler.sigmas.double(), []
+    dpmpp_2m(bounded, start * (1 + sigmas[0] ** 2).sqrt(), sigmas, on_step=lambda i, x, d: ours.append(x))
+    for i, (a, b) in enumerate(zip(ours, theirs)):
+        assert (a / (1 + sigmas[i + 1] ** 2).sqrt() - b).abs().max() <= 1e-4, i
+
+
+MEANS, WEIGHTS, SPREAD = (
+    torch.tensor([-0.7, 0.1, 0.8], dtype=torch.float64),
+    torch.tensor([0.3, 0.2, 0.5], dtype=torch.float64),
+    0.15,
+)
+
+
+def mixture(x, sigma):
+    """The exact denoiser of a Gaussian mixture."""
+    variance = SPREAD**2 + sigma**2
+    log_w = WEIGHTS.log() - (x[..., None] - MEANS) ** 2 / (2 * variance)
+    each = MEANS + SPREAD**2 / variance * (x[..., None] - MEANS)
+    return (log_w.softmax(-1) * each).sum(-1)
+
+
+@pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2), (dpmpp_2m, 2)])
+def test_order_of_convergence_on_a_gaussian_mixture(solver, order):
+    x = torch.linspace(-2, 2, 41, dtype=torch.float64) * 10
+    ends = {}
+    for steps in (64, 128, 4096):
+        sigmas = torch.logspace(1, -2, steps + 1, dtype=torch.float64)
+        ends[steps] = solver(mixture, x, sigmas)
+    error = [(ends[n] - ends[4096]).abs().mean().item() for n in (64, 128)]
+    assert math.log2(error[0] / error[1]) == pytest.approx(order, abs=0.35)
+
+
+def test_stochastic_heun_without_churn_is_heun_and_with_it_keeps_the_distribution():
+    sigmas = EDM().sampling_sigmas(32)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(20_000, generator=g, dtype=torch.float64) * sigmas[0]
+    fresh = lambda i: torch.randn(x.shape, generator=g, dtype=torch.float64)  # noqa: E731
+    assert torch.equal(stochastic_heun(mixture, x, sigmas, noise=fresh, churn=0.0), heun(mixture, x, sigmas))
+    churned = stochastic_heun(mixture, x, sigmas, noise=fresh)
+    mean = (WEIGHTS * MEANS).sum()
+    variance = (WEIGHTS * (MEANS**2 + SPREAD**2)).sum() - mean**2
+    assert churned.mean().item() == pytest.approx(mean.item(), abs=0.03)
+    assert churned.var().item() == pytest.approx(variance.item(), rel=0.05)

@@ -1,0 +1,191 @@
+"""Whole runs as users start them: the real launcher, real shards, real DeepSpeed; killed, resumed, on one rank and two."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from duotone.data import captioned_shapes
+from duotone.engine import checkpoint
+
+RECIPE = Path(__file__).with_name("tiny_recipe.py")
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    captioned_shapes.write(folder, count=40, size=16, seed=0)
+    return folder
+
+
+def command(shards: Path, out: Path, *flags: str, ranks: int = 0) -> list[str]:
+    """The recipe under the launcher, or without it where `ranks` is 0."""
+    run = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks)] if ranks else [sys.executable]
+    if ranks:
+        run += ["--master_port", str(29500 + os.getpid() % 500)]
+    return [*run, str(RECIPE), "--data.shards", str(shards), "--out", str(out), "--speed.threads", "1", *flags]
+
+
+def run(*arguments, **settings) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command(*arguments, **settings), capture_output=True, text=True, env=environment, timeout=400)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def rows(out: Path, name: str = "trace.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (out / name).read_text().splitlines()]
+
+
+def state(out: Path) -> dict[str, dict[str, torch.Tensor]]:
+    path, _ = checkpoint.newest(out / "checkpoints")
+    return checkpoint.read(path)[1]
+
+
+def assert_equal_states(a: dict, b: dict) -> None:
+    for kind in checkpoint.KINDS:
+        assert a[kind].keys() == b[kind].keys()
+        for name in a[kind]:
+            assert torch.equal(a[kind][name], b[kind][name]), f"{kind}/{name}"
+
+
+@pytest.fixture(scope="module")
+def whole(shards, tmp_path_factory):
+    """The uninterrupted run that the others are held against."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    run(shards, out)
+    return out
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    metrics = rows(whole, "metrics.jsonl")
+    assert [row["images"] for row in metrics] == list(range(8, 97, 8))
+    wanted = {"step", "images", "loss", "grad_norm", "learning_rate", "images_per_second", "data_wait", "skipped"}
+    assert all(wanted <= row.keys() for row in metrics)
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    assert len(list((whole / "checkpoints").iterdir())) == 2
+    assert (whole / "ema.safetensors").exists() and (whole / "previews").exists()
+    ema, weight = load_file(whole / "ema.safetensors"), state(whole)["weight"]
+    assert ema.keys() == weight.keys() and any(not torch.equal(ema[n], weight[n]) for n in ema)
+    assert all(v.dtype == torch.float32 for kind in state(whole).values() for v in kind.values())
+
+
+@pytest.mark.parametrize("at", [3, 8])
+def test_a_killed_run_resumes_bit_for_bit(whole, shards, tmp_path, at):
+    """SIGKILL as soon as step `at` is on disk, then the same command again."""
+    out = tmp_path / "killed"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    victim = subprocess.Popen(
+        command(shards, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+    )
+    deadline = time.monotonic() + 200
+    while not (out / "trace.jsonl").exists() or len((out / "trace.jsonl").read_text().splitlines()) < at:
+        assert victim.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert not (out / "ema.safetensors").exists()
+    done = run(shards, out)
+    assert at < 2 or "resumed from" in done.stdout
+    assert rows(out) == rows(whole)
+    assert_equal_states(state(out), state(whole))
+    assert checkpoint_counters(out) == checkpoint_counters(whole)
+
+
+def checkpoint_counters(out: Path) -> dict:
+    path, _ = checkpoint.newest(out / "checkpoints")
+    return json.loads((path / "manifest.json").read_text())["counters"]
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_ranks_see_what_one_rank_sees(whole, shards, tmp_path, stage):
+    """The launcher starts two ranks; samples, noise and drops are the same at every position, and one rank resumes them."""
+    out = tmp_path / "two"
+    done = run(shards, out, "--zero.stage", str(stage), ranks=2)
+    one, two = rows(whole), rows(out)
+    assert [(r["images"], r["keys"], r["draws"]) for r in two] == [(r["images"], r["keys"], r["draws"]) for r in one]
+    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-4)
+    assert done.stdout.count("parameters, fp32") == 1  # rank 0 alone speaks
+    a, b = state(out), state(whole)
+    for name in a["weight"]:
+        torch.testing.assert_close(a["weight"][name], b["weight"][name], rtol=2e-3, atol=2e-4)
+        torch.testing.assert_close(a["ema"][name], b["ema"][name], rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.launcher
+def test_two_ranks_hand_over_to_one_and_back(whole, shards, tmp_path):
+    """The same run on two ranks, then one, then two, each going on from the last one's checkpoint."""
+    out = tmp_path / "mixed"
+    first = ["--optimizer.schedule", "constant"]
+    run(shards, out, *first, "--images", "32", ranks=2)
+    before = state(out)
+    run(shards, out, *first, "--images", "32", "--zero.stage", "3")
+    assert_equal_states(before, state(out))
+    run(shards, out, *first, "--images", "64", "--zero.stage", "2")
+    run(shards, out, *first, "--images", "96", "--zero.stage", "3", ranks=2)
+    assert [r["keys"] for r in rows(out)] == [r["keys"] for r in rows(whole)]
+    assert [r["draws"] for r in rows(out)] == [r["draws"] for r in rows(whole)]
+
+
+def test_accumulation_is_the_large_batch(whole, shards, tmp_path):
+    out = tmp_path / "one"
+    run(shards, out, "--accumulation", "1")
+    assert [r["loss"] for r in rows(out)] == pytest.approx([r["loss"] for r in rows(whole)], rel=1e-4)
+
+
+def test_bf16_follows_fp32_with_fp32_master_weights_and_ema(whole, shards, tmp_path):
+    """20 steps in bf16 under ZeRO-1: losses within 5 %, and what is kept is fp32 with bits that bf16 does not have."""
+    flags = ["--images", "160", "--preview.every", "0"]
+    run(shards, tmp_path / "fp32", *flags)
+    run(shards, tmp_path / "bf16", *flags, "--speed.precision", "bf16")
+    a, b = rows(tmp_path / "fp32"), rows(tmp_path / "bf16")
+    assert len(b) == 20
+    assert [r["loss"] for r in b] == pytest.approx([r["loss"] for r in a], rel=0.05)
+    kept = state(tmp_path / "bf16")
+    for kind in ("weight", "ema"):
+        finer = [n for n, v in kept[kind].items() if not torch.equal(v, v.bfloat16().float())]
+        assert len(finer) > 0.9 * len(kept[kind])
+
+
+def test_a_compiled_network_equals_eager_without_recompiling(whole, shards, tmp_path):
+    """Every block compiled fullgraph under the DeepSpeed engine, three steps; a recompile after step 2 would be an error."""
+    out = tmp_path / "compiled"
+    flags = ["--images", "24", "--speed.compile", "True", "--optimizer.schedule", "constant"]
+    done = run(shards, out, *flags)
+    assert "compiled" in done.stdout
+    run(shards, tmp_path / "eager", "--images", "24", "--optimizer.schedule", "constant")
+    assert [r["loss"] for r in rows(out)] == pytest.approx([r["loss"] for r in rows(tmp_path / "eager")], rel=1e-4)
+    record = json.loads((out / "record.json").read_text())
+    assert record["graph_breaks"] == 0 and record["recompiles_after_step_2"] == 0
+
+
+def test_a_finished_run_says_so_and_changes_nothing(whole, shards):
+    before = state(whole)
+    run(shards, whole)
+    assert_equal_states(before, state(whole))
+
+
+def test_fresh_moves_the_old_run_aside(shards, tmp_path):
+    out = tmp_path / "again"
+    run(shards, out, "--images", "16")
+    run(shards, out, "--images", "24", "--fresh")
+    assert rows(out)[-1]["images"] == 24
+    assert rows(tmp_path / "again-before-1")[-1]["images"] == 16
+
+
+def test_gradient_checkpointing_and_trackers(whole, shards, tmp_path):
+    """Recomputed activations change no loss; TensorBoard and offline wandb only listen."""
+    out = tmp_path / "listened"
+    run(shards, out, "--speed.gradient-checkpointing", "--log.tensorboard", "--log.wandb")
+    assert [r["loss"] for r in rows(out)] == pytest.approx([r["loss"] for r in rows(whole)], rel=1e-6)
+    assert list((out / "tensorboard").iterdir()) and list((out / "wandb").iterdir())

@@ -1,0 +1,249 @@
+"""Guidance against two separate forwards, seeds, refusals; what reaches the network when a condition is dropped."""
+
+import numpy as np
+import pytest
+import torch
+
+from duotone.data.batch import Batch
+from duotone.data.refusal import Refused
+from duotone.data.shards import Shards
+from duotone.engine import draws
+from duotone.engine.artifact import Model, build
+from duotone.engine.conditioning.base import Facts
+from duotone.engine.conditioning.label import Label
+from duotone.engine.conditioning.text import ByteText
+from duotone.engine.guidance import Guidance, GuidedDenoiser
+from duotone.engine.model.unet import UNetConfig
+from duotone.engine.objectives.ddpm import DDPM
+from duotone.engine.objectives.edm import EDM
+from duotone.engine.recipe import Recipe
+from duotone.engine.sample import sample
+from duotone.engine.train import Run, conditions
+
+CROSS = UNetConfig(
+    channels=(16, 16),
+    attention=("none", "cross"),
+    heads=(2, 2),
+    blocks=(1, 1),
+    depth=(1, 1),
+    context_width=16,
+    groups=8,
+    zero_init=False,
+)
+PLAIN = UNetConfig(
+    channels=(16, 16),
+    attention=("none", "self"),
+    middle="self",
+    heads=(2, 2),
+    blocks=(1, 1),
+    depth=(1, 1),
+    groups=8,
+    zero_init=False,
+)
+FACTS = Facts(classes=("cat", "dog", "bird"))
+CONDITIONS = {
+    "text": (ByteText(width=16, layers=1, heads=2, length=24), CROSS, {"prompts": ["a cat", "two dogs"]}),
+    "label": (Label(), PLAIN, {"labels": ["dog", 2]}),
+}
+
+
+def model_of(*conditions, network=PLAIN, objective=None, **facts) -> Model:
+    torch.manual_seed(0)
+    recipe = Recipe(name="t", data=Shards(size=8), conditioning=conditions, model=network, objective=objective or EDM())
+    built = build(recipe, FACTS).eval().requires_grad_(False)
+    return Model(built, recipe.objective, FACTS, recipe)
+
+
+def condition(model: Model, kind: str, values: list, keep: bool):
+    conditioner = model.network.conditioners[kind]
+    return conditioner(conditioner.of_values(values), torch.full((len(values),), keep))
+
+
+def two_forwards(model, x, sigma, kind, values, scale):
+    """The plain oracle: D for each branch by itself, then the combination."""
+
+    def d(keep):
+        n = torch.full((len(x),), sigma, dtype=torch.float64)
+        c = [v.float() for v in model.objective.scalings(n)]
+        wide = [v[:, None, None, None] for v in c]
+        with torch.inference_mode():
+            f = model.network.predict(x * wide[2], c[3], condition(model, kind, values, keep))
+        return wide[0] * x + wide[1] * f
+
+    scale = torch.as_tensor(scale).view(-1, 1, 1, 1)
+    return d(False) + scale * (d(True) - d(False)), d(True)
+
+
+def guided(model, kind, values, scales, **settings) -> GuidedDenoiser:
+    conditioner = model.network.conditioners[kind]
+    n = len(values)
+    keep = torch.tensor([True] * n + [False] * n)
+    with torch.inference_mode():
+        both = conditioner(conditioner.of_values(values * 2), keep)
+    return GuidedDenoiser(model.network, model.objective, both, Guidance(scale_N=torch.tensor(scales), **settings))
+
+
+@pytest.mark.parametrize("kind", CONDITIONS)
+@pytest.mark.parametrize("scales", [[0.0, 0.0], [1.0, 1.0], [3.5, 3.5], [0.5, 7.0]])
+@pytest.mark.parametrize("objective", [EDM(), DDPM()], ids=["edm", "ddpm"])
+def test_guidance_in_one_batch_is_two_forwards(kind, scales, objective):
+    config, network, asked = CONDITIONS[kind]
+    model = model_of(config, network=network, objective=objective)
+    values = next(iter(asked.values()))
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 3
+    denoise = guided(model, kind, values, scales)
+    expected, _ = two_forwards(model, x, 3.0, kind, values, scales)
+    assert (denoise(x, 3.0) - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1)
+    assert denoise.forwards == (2 if scales == [1.0, 1.0] else 4)
+
+
+def test_outside_its_interval_nothing_is_doubled():
+    config, network, asked = CONDITIONS["label"]
+    model = model_of(config, network=network)
+    x = torch.randn(2, 3, 8, 8)
+    denoise = guided(model, "label", asked["labels"], [4.0, 4.0], interval=(0.5, 2.0))
+    _, conditional = two_forwards(model, x, 3.0, "label", asked["labels"], [4.0, 4.0])
+    torch.testing.assert_close(denoise(x, 3.0), conditional, atol=1e-5, rtol=1e-5)
+    assert denoise.forwards == 2
+    denoise(x, 1.0)
+    assert denoise.forwards == 6
+
+
+def test_rescale_pulls_the_deviation_back():
+    config, network, asked = CONDITIONS["label"]
+    model = model_of(config, network=network)
+    x = torch.randn(2, 3, 8, 8)
+    plain, conditional = two_forwards(model, x, 1.0, "label", asked["labels"], [5.0, 5.0])
+    ratio = conditional.std((1, 2, 3), correction=0) / plain.std((1, 2, 3), correction=0)
+    expected = plain * (0.7 * ratio + 0.3)[:, None, None, None]
+    denoise = guided(model, "label", asked["labels"], [5.0, 5.0], rescale=0.7)
+    torch.testing.assert_close(denoise(x, 1.0), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_negative_condition_takes_the_unconditional_place():
+    config, network, _ = CONDITIONS["text"]
+    model = model_of(config, network=network)
+    settings = dict(prompts=["a cat"], guidance=3.0, steps=3, sampler="euler")
+    plain = sample(model, **settings)
+    empty = sample(model, **settings, negative={"prompts": ["a dog with spots"]})
+    assert not np.array_equal(plain, empty)
+    # A negative equal to the prompt leaves nothing to steer by: guidance 3 is then guidance 1.
+    same = sample(model, **settings, negative={"prompts": ["a cat"]})
+    unguided = sample(model, **settings | {"guidance": 1.0})
+    assert np.abs(same.astype(int) - unguided).max() <= 1
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "ancestral", "stochastic_heun"])
+def test_an_image_depends_on_its_seed_not_on_its_batch(sampler):
+    config, network, _ = CONDITIONS["label"]
+    model = model_of(config, network=network)
+    settings = dict(steps=4, sampler=sampler, guidance=2.0)
+    together = sample(model, labels=[0, 1, 2], seed=[5, 6, 7], **settings)
+    alone = np.concatenate([sample(model, labels=[k], seed=[5 + k], **settings) for k in range(3)])
+    chunked = sample(model, labels=[0, 1, 2], seed=[5, 6, 7], chunk=2, **settings)
+    assert np.abs(together.astype(int) - alone).max() <= 1
+    assert np.abs(together.astype(int) - chunked).max() <= 1
+    assert not np.array_equal(together, sample(model, labels=[0, 1, 2], seed=[8, 9, 10], **settings))
+
+
+def test_any_size_and_ddpm_spacings():
+    model = model_of(Label(), objective=DDPM())
+    for spacing in ("leading", "trailing", "linspace", "karras", "log-linear"):
+        assert sample(model, labels=[0], steps=3, spacing=spacing, sampler="euler", size=(12, 20)).shape == (
+            1,
+            12,
+            20,
+            3,
+        )
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (dict(labels=[0], sampler="euler9"), "sampler 'euler9' is unknown: there are euler"),
+        (dict(labels=["wolf"]), "'wolf' is no class"),
+        (dict(labels=[3]), "3 is no class"),
+        (dict(prompts=["a cat"]), "takes no prompts: it takes labels"),
+        (dict(labels=[0], negative={"prompts": ["x"]}, guidance=2.0), "takes no prompts"),
+        (dict(labels=[0], guidance=[1.0, 2.0]), "guidance has 2 entries for 1 images"),
+        (dict(labels=[0], seed=[1, 2]), "seed has 2 entries"),
+        (dict(labels=[]), "list is empty"),
+        (dict(), "nothing to sample"),
+        (dict(count=2, guidance=2.0), "guidance needs a condition"),
+    ],
+)
+def test_what_does_not_fit_is_refused(asked, says):
+    with pytest.raises(Refused, match=says):
+        sample(model_of(Label()), steps=2, **asked)
+
+
+def test_guidance_without_a_null_state_is_refused_with_the_reason():
+    with pytest.raises(Refused, match="condition dropout 0"):
+        sample(model_of(Label(dropout=0.0)), labels=[0], guidance=2.0, steps=2)
+
+
+def test_sigmas_that_do_not_fall_are_refused():
+    with pytest.raises(Refused, match="must fall"):
+        sample(model_of(Label(), objective=DDPM(steps=4)), labels=[0], steps=9, spacing="leading", sampler="euler")
+
+
+def test_a_caption_too_long_is_cut_with_a_warning():
+    config, network, _ = CONDITIONS["text"]
+    with pytest.warns(UserWarning, match="cut: 'and a very long tail'"):
+        sample(
+            model_of(config, network=network),
+            prompts=["0123456789abcdefghij, and a very long tail"],
+            steps=1,
+            sampler="euler",
+        )
+
+
+def test_drop_rate_counted_at_the_networks_input():
+    """10 % of the rows reach the UNet with all-zero tokens and 20 % with the null class, each drawn by itself."""
+    config = ByteText(width=16, layers=1, heads=2, length=24, dropout=0.1)
+    model = model_of(config, Label(dropout=0.2), network=CROSS)
+    seen_tokens, seen_vectors = [], []
+    model.network.unet.register_forward_pre_hook(
+        lambda m, a: (seen_vectors.append(a[2]), seen_tokens.append(a[3])) and None
+    )
+    null = model.network.conditioners["label"].embedding.weight[-1]
+
+    class FakeSharded:  # conditions() only asks where the network is
+        device = torch.device("cpu")
+
+    n = 4000
+    batch = Batch(
+        positions_N=np.arange(n),
+        keys=["k"] * n,
+        images_NHWC=torch.zeros(n, 8, 8, 3, dtype=torch.uint8),
+        captions=["a cat"] * n,
+        labels_N=torch.zeros(n, dtype=torch.int64),
+    )
+    run = Run(model.recipe, None, None, None, FACTS, model.network, FakeSharded())
+    tensors, keep = conditions(run, batch)
+    with torch.no_grad():
+        model.network(torch.zeros(n, 3, 4, 4), torch.zeros(n), tensors, keep)
+    no_text = (seen_tokens[0] == 0).flatten(1).all(1)
+    no_label = (seen_vectors[0] == null).all(1)
+    assert no_text.float().mean().item() == pytest.approx(0.1, abs=0.02)
+    assert no_label.float().mean().item() == pytest.approx(0.2, abs=0.02)
+    assert (no_text & no_label).float().mean().item() == pytest.approx(0.02, abs=0.01)
+
+
+def test_draws_are_functions_of_seed_position_and_purpose():
+    positions = np.arange(100)
+    a = draws.normal(0, positions, draws.Purpose.NOISE, 12)
+    assert torch.equal(a[50:], draws.normal(0, positions[50:], draws.Purpose.NOISE, 12))
+    assert not torch.equal(a, draws.normal(1, positions, draws.Purpose.NOISE, 12))
+    assert not torch.equal(a, draws.normal(0, positions, draws.Purpose.SAMPLE_START, 12))
+    plan, tail = draws.plan(0, positions, 40), draws.plan(0, positions[40:], 40)
+    assert sorted(plan.samples_N[:40]) == list(range(40)) and sorted(plan.samples_N[40:80]) == list(range(40))
+    assert (plan.samples_N[40:] == tail.samples_N).all() and (plan.crops_N2[40:] == tail.crops_N2).all()
+    u = draws.uniform(0, np.arange(20_000), draws.Purpose.DROP)[:, 0]
+    assert u.mean().item() == pytest.approx(0.5, abs=0.01) and u.var().item() == pytest.approx(1 / 12, abs=0.003)
+
+
+def test_ranks_and_micro_batches_cover_a_step_once():
+    for ranks, micro in ((1, 24), (2, 6), (4, 2)):
+        parts = [p for rank in range(ranks) for p in draws.micro_batches(48, 24, micro, rank, ranks)]
+        assert np.concatenate(parts).tolist() == list(range(48, 72))
