@@ -4,9 +4,9 @@
     python bench/ledger.py --check         # the same for sm_90 alone; exit code 1 where a gate fails
     python bench/ledger.py --chips 80 90   # compile for these
 
-Bytes come from the interpreter's own loads and stores on one image (maps of at most 48 x 48); the floor of the path taken is every argument of every
-launch once (twice where it is updated in place). A predicted time is floor bytes at nine tenths of the data sheet's
-bandwidth plus two microseconds a launch: a number to be wrong about later, not a measurement.
+Bytes come from the interpreter's own loads and stores on one image (maps of at most 48 x 48); the floor of the path taken
+is every argument of every launch once (twice where it is updated in place). A predicted time is floor bytes at nine tenths
+of the data sheet's bandwidth plus two microseconds a launch: a number to be wrong about later, not a measurement.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def count_traffic() -> list[dict]:
         small = subject.shrink(case)
         inputs = subject.draw(small, COUNTED, "cpu")
         with counted() as launches:
-            forward_backward(subject.ours, subject, inputs)()
+            forward_backward(subject.ours, inputs)()
         rows.append({"kernel": subject.name, "case": case.name, "launches": [asdict(launch) for launch in launches]})
     return rows
 

@@ -34,6 +34,7 @@ from harness import (
 from duotone.kernels import adamw_ema, attention, diffuse, group_norm_silu, guided_step
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MODULATION = ("add_NC", "scale_NC", "shift_NC")
 NOT_MEASURED = "not yet measured"
 
 # -------------------------------------------------------------------------------------------------------- subjects
@@ -49,7 +50,6 @@ class Subject:
     reference: Callable
     floor: Callable  # (case, dtype) -> bytes that must move, forward and backward
     shrink: Callable  # case -> the same case small enough for the interpreter and a CPU
-    leaves: tuple[str, ...] = ()  # inputs that take gradients
     peers: dict = field(default_factory=dict)  # name -> () -> call; the factory raises where the peer is absent
 
     @property
@@ -57,9 +57,9 @@ class Subject:
         return self.module.NAME
 
 
-def forward_backward(call, subject, inputs):
+def forward_backward(call, inputs):
     """The call, and where the kernel is trained the gradients of every leaf."""
-    leaves = [inputs[name] for name in subject.leaves]
+    leaves = [value for value in inputs.values() if isinstance(value, torch.Tensor) and value.requires_grad]
 
     def run():
         out = call(inputs)
@@ -73,14 +73,25 @@ def _draw_norm(case, dtype, device):
     weights = [torch.randn(case.shape[1], device=device, requires_grad=True) for _ in range(2)]
     gradient = torch.randn(case.shape, dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
     named = {"x": x_NCHW.requires_grad_(), "weight": weights[0], "bias": weights[1]}
-    return named | {"groups": case.groups, "gradient": gradient}
+    named |= {"groups": case.groups, "gradient": gradient}
+    for name in MODULATION if case.modulated else ():
+        named[name] = torch.randn(case.shape[:2], dtype=dtype, device=device, requires_grad=True)
+    return named
 
 
 def _norm(function):
-    return lambda i: function(i["x"], i["weight"], i["bias"], i["groups"])
+    def call(i):
+        modulation = {name: i[name] for name in MODULATION if name in i}
+        return function(i["x"], i["weight"], i["bias"], i["groups"], **modulation)
+
+    return call
 
 
 def _eager_norm(i):
+    if "scale_NC" in i:
+        return group_norm_silu.group_norm_silu_reference(
+            *list(i.values())[:4], **{name: i[name] for name in MODULATION}
+        )
     weight, bias = i["weight"].to(i["x"].dtype), i["bias"].to(i["x"].dtype)
     return F.silu(F.group_norm(i["x"], i["groups"], weight, bias))
 
@@ -233,7 +244,6 @@ SUBJECTS = {
             _norm(group_norm_silu.group_norm_silu_reference),
             _norm_floor,
             _one_small_map,
-            ("x", "weight", "bias"),
             {
                 "eager": lambda: _eager_norm,
                 "compiled": lambda: torch.compile(_eager_norm),
@@ -249,7 +259,6 @@ SUBJECTS = {
             _attend(attention.attention_reference),
             _attention_floor,
             _one_image,
-            ("q", "k", "v"),
             {name: _backend(name) for name in attention.BACKENDS},
         ),
         Subject(
@@ -290,7 +299,7 @@ def launches_of(subject, case, dtype):
     """What one call (and its gradients) would launch, without storage or device."""
     inputs = subject.draw(case, dtype, "meta")
     with recorded() as seen:
-        forward_backward(subject.ours, subject, inputs)()
+        forward_backward(subject.ours, inputs)()
     return seen
 
 
@@ -306,17 +315,17 @@ def measure_on_cpu(subject, case, dtype, chips):
             rows.append({"launch": launch.name, "chip": f"sm_{chip}"} | vars(found))
     small = subject.shrink(case)
     inputs = subject.draw(small, torch.float32, "cpu")
-    milliseconds = time_on_cpu(forward_backward(subject.reference, subject, inputs))
+    milliseconds = time_on_cpu(forward_backward(subject.reference, inputs))
     return {"launches": rows, "cpu_reference_ms_small_fp32": milliseconds, "gpu": NOT_MEASURED}
 
 
 def measure_on_gpu(subject, case, dtype, rounds):
     """Every contender on the same inputs; one that gives a wrong result is not timed."""
     inputs = subject.draw(case, dtype, "cuda")
-    contenders, absent = {"ours": forward_backward(subject.ours, subject, inputs)}, {}
+    contenders, absent = {"ours": forward_backward(subject.ours, inputs)}, {}
     for name, factory in subject.peers.items():
         try:
-            contenders[name] = forward_backward(factory(), subject, inputs)
+            contenders[name] = forward_backward(factory(), inputs)
             contenders[name]()
         except Exception as error:
             contenders.pop(name, None)
@@ -334,8 +343,7 @@ def _refuse_wrong(subject, case, dtype):
     inputs = subject.draw(small, dtype, "cuda")
     clones = {name: _clone(value) for name, value in inputs.items()}
     mine, truth = (
-        forward_backward(call, subject, given)()
-        for call, given in ((subject.ours, inputs), (subject.reference, clones))
+        forward_backward(call, given)() for call, given in ((subject.ours, inputs), (subject.reference, clones))
     )
     for a, b in zip(mine, truth):
         error = (a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-20)

@@ -62,6 +62,7 @@ class Case:
     groups: int
     why: str
     timed: bool = False
+    modulated: bool = True
 
 
 CASES = [
@@ -75,13 +76,31 @@ CASES = [
     Case("one_pixel", (3, 64, 1, 1), 8, "a 1x1 map: variance over the group's channels alone"),
     Case("chunks", (2, 64, 40, 41), 32, "larger than one program holds: partial statistics merged, ragged last chunk"),
     Case("chunks_odd_groups", (1, 48, 45, 37), 16, "chunks with 3 channels per group"),
-    Case("level_128", (64, 128, 128, 128), 32, "the network's first level: most of its bytes", timed=True),
-    Case("level_64", (64, 128, 64, 64), 32, "second level", timed=True),
-    Case("level_32", (64, 256, 32, 32), 32, "third level", timed=True),
-    Case("level_16", (64, 384, 16, 16), 32, "fourth level: 12 channels per group", timed=True),
-    Case("level_8", (64, 384, 8, 8), 32, "the middle: many small slabs", timed=True),
-    Case("skip_128", (64, 256, 128, 128), 32, "first level after the skip's concatenation", timed=True),
-    Case("latent_64", (8, 320, 64, 64), 32, "Stable Diffusion's first level, published by others", timed=True),
+    Case(
+        "level_128",
+        (64, 128, 128, 128),
+        32,
+        "the network's first level: most of its bytes",
+        timed=True,
+        modulated=False,
+    ),
+    Case("level_64", (64, 128, 64, 64), 32, "second level", timed=True, modulated=False),
+    Case("level_32", (64, 256, 32, 32), 32, "third level", timed=True, modulated=False),
+    Case("level_16", (64, 384, 16, 16), 32, "fourth level: 12 channels per group", timed=True, modulated=False),
+    Case("level_8", (64, 384, 8, 8), 32, "the middle: many small slabs", timed=True, modulated=False),
+    Case(
+        "skip_128", (64, 256, 128, 128), 32, "first level after the skip's concatenation", timed=True, modulated=False
+    ),
+    Case(
+        "latent_64",
+        (8, 320, 64, 64),
+        32,
+        "Stable Diffusion's first level, published by others",
+        timed=True,
+        modulated=False,
+    ),
+    Case("film_32", (64, 256, 32, 32), 32, "every modulation at once", timed=True),
+    Case("film_16", (64, 384, 16, 16), 32, "every modulation at once, on chip: the most registers", timed=True),
 ]
 
 # --------------------------------------------------------------------------------------------------- device code
@@ -361,6 +380,9 @@ def _backward_whole(
     dv_RC = _through_silu(dy_RC.to(tl.float32), normal_RC, gain_C, offset_C, SILU)
     flow_C = tl.sum(dv_RC, axis=0)
     twist_C = tl.sum(dv_RC * normal_RC, axis=0)
+    drift_C = flow_C
+    if ADD:
+        drift_C = tl.sum(normal_RC, axis=0)
 
     count = pixels * PER_GROUP
     common_G = _fold(gain_C * flow_C, PER_GROUP, BLOCK_C, BLOCK_G) / count
@@ -370,7 +392,6 @@ def _backward_whole(
     value_RC = rstd_C[None, :] * (gain_C[None, :] * dv_RC - common_C[None, :] - normal_RC * tilt_C[None, :])
     dx_RC = dx + image * dx_n + row_R[:, None] * dx_w + channel_C[None, :] * dx_c
     tl.store(dx_RC, value_RC.to(dx.dtype.element_ty), mask=real_RC)
-    drift_C = tl.sum(normal_RC, axis=0)
     _small_gradients(
         weight, bias, scale, per_image, dadd, dscale, dshift, image, channels, channel_C, real_C,
         flow_C, twist_C, drift_C, common_C, tilt_C, rstd_C, gain_C, pixels, scale_n, ADD, SCALE, SHIFT,
@@ -487,6 +508,7 @@ def _backward_apply(
 _LINE_BYTES = 128
 _HALF_LINE_BYTES = 64
 _WHOLE_ELEMENTS = 16384
+_WHOLE_ELEMENTS_MODULATED_BACKWARD = 8192  # twice that spills on sm_90: a row per modulation is live beside x and dy
 _TILE = 4096
 _MOST_CHUNKS = 64
 _LEAST_ROWS = 512
@@ -505,13 +527,13 @@ class Tiling:
     warps: int
 
 
-def tiling(channels: int, groups: int, pixels: int, itemsize: int) -> Tiling:
+def tiling(channels: int, groups: int, pixels: int, itemsize: int, room: int = _WHOLE_ELEMENTS) -> Tiling:
     """Cut a call into programs by its shape alone, so that the same call is always summed in the same order."""
     # Half lines are worth it only where they spare a second read of everything.
     for line_bytes in (_LINE_BYTES, _HALF_LINE_BYTES):
         span = _channel_span(channels, groups, line_bytes // itemsize)
         whole_r, block_c = _power_of_2(pixels), _power_of_2(span)
-        if whole_r * block_c <= _WHOLE_ELEMENTS:
+        if whole_r * block_c <= room:
             block_g = _block_g(span, channels // groups)
             return Tiling(span, block_c, block_g, whole_r, pixels, 0, _warps(whole_r * block_c))
     span = _channel_span(channels, groups, _LINE_BYTES // itemsize)
@@ -633,7 +655,9 @@ def _backward(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     images, channels, height, width = x_NCHW.shape
-    cut = tiling(channels, groups, height * width, x_NCHW.element_size())
+    is_plain = add_NC is None and scale_NC is None and shift_NC is None
+    room = _WHOLE_ELEMENTS if is_plain else _WHOLE_ELEMENTS_MODULATED_BACKWARD
+    cut = tiling(channels, groups, height * width, x_NCHW.element_size(), room)
     dx_NCHW = _dense_like(x_NCHW)
     per_image_N2C = torch.empty(images, 2, channels, dtype=torch.float32, device=x_NCHW.device)
     small = {f"d{name}": _gradient_like(value, x_NCHW) for name, value in _named(add_NC, scale_NC, shift_NC).items()}

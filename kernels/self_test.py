@@ -1,0 +1,122 @@
+"""Start-up check: one small call of every kernel against its definition; one that disagrees is switched off, by name.
+
+Compilers have given silently wrong gradients for exactly these shapes; a wrong kernel costs a run, this costs a second.
+"""
+
+import torch
+
+from duotone.kernels import adamw_ema, attention, diffuse, dispatch, group_norm_silu, guided_step
+
+_ALLOWED = 0.02
+
+
+def self_test(device) -> list[str]:
+    """Lines that say which kernels were switched off and why; empty where all agree or none can run on `device`."""
+    lines = []
+    with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
+        torch.manual_seed(0)
+        for name, check in _CHECKS.items():
+            if dispatch.runs_kernel(name, torch.empty(0, device=device)):
+                reason = _reason(check, device)
+                if reason:
+                    dispatch.disable(name, reason)
+                    lines.append(f"{name}: {reason}; its reference runs instead")
+    return lines
+
+
+def _reason(check, device):
+    """Why a kernel cannot be trusted, or None."""
+    try:
+        for what, mine, truth in check(device):
+            error = _difference(mine, truth)
+            if not error <= _ALLOWED:
+                return f"{what} differs from its definition by {error:.2g} of its size"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+def _difference(mine, truth):
+    mine, truth = mine.detach().double(), truth.detach().double()
+    return float((mine - truth).norm() / truth.norm().clamp(min=1e-12))
+
+
+def _with_gradients(function, reference, inputs, gradient):
+    """Output and gradients of every input by both; the definition in fp64."""
+    results = []
+    for run, dtype in ((function, None), (reference, torch.float64)):
+        leaves = [value.detach().to(dtype or value.dtype).requires_grad_() for value in inputs.values()]
+        out = run(**dict(zip(inputs, leaves)))
+        results.append((out, *torch.autograd.grad(out, leaves, gradient.to(out.dtype))))
+    names = ["output", *(f"the gradient of {name}" for name in inputs)]
+    return zip(names, *results)
+
+
+def _check_group_norm_silu(device):
+    """Four channels per group in bf16 with every modulation, once on chip and once in chunks."""
+    for side in (8, 40):
+        x_NCHW = torch.randn(2, 64, side, side, device=device).bfloat16().contiguous(memory_format=torch.channels_last)
+        inputs = {
+            "x_NCHW": x_NCHW,
+            "weight_C": torch.randn(64, device=device),
+            "bias_C": torch.randn(64, device=device),
+        }
+        inputs |= {name: torch.randn(2, 64, device=device) for name in ("shift_NC", "scale_NC", "add_NC")}
+        yield from _with_gradients(
+            lambda **i: group_norm_silu.group_norm_silu(**i, groups=16),
+            lambda **i: group_norm_silu.group_norm_silu_reference(**i, groups=16),
+            inputs,
+            torch.randn_like(x_NCHW),
+        )
+
+
+def _check_attention(device):
+    """77 masked keys, and 128 keys of 96 channels."""
+    for keys, width in ((77, 64), (128, 96)):
+        mask_NM = torch.arange(keys, device=device) < torch.tensor([[keys // 2], [keys]], device=device)
+        lengths = {"q_NLHD": 100, "k_NMHD": keys, "v_NMHD": keys}
+        inputs = {name: torch.randn(2, n, 2, width, device=device).bfloat16() for name, n in lengths.items()}
+        yield from _with_gradients(
+            lambda mask_NM=mask_NM, **i: attention.attention(**i, mask_NM=mask_NM),
+            lambda mask_NM=mask_NM, **i: attention.attention_reference(**i, mask_NM=mask_NM),
+            inputs,
+            torch.randn_like(inputs["q_NLHD"]),
+        )
+
+
+def _check_diffuse(device):
+    images_NHWC = torch.randint(0, 256, (2, 9, 7, 3), dtype=torch.uint8)
+    given = (images_NHWC, torch.tensor([True, False]), torch.rand(2, 4), 2**40 + 3, torch.tensor([5, 2**33]), 1)
+    moved = [value.to(device) if isinstance(value, torch.Tensor) else value for value in given]
+    truths = diffuse.diffuse_reference(*given)
+    return [
+        (what, mine.cpu(), truth) for what, mine, truth in zip(("input", "target"), diffuse.diffuse(*moved), truths)
+    ]
+
+
+def _check_guided_step(device):
+    for rescale in (0.0, 0.7):
+        prediction, x_NCHW = (torch.randn(n, 3, 40, 40, device=device) for n in (4, 2))
+        per_image = torch.rand(3, 2, device=device).unbind()
+        mine = guided_step.guided_step(prediction, x_NCHW, *per_image, rescale=rescale)
+        yield "output", mine, guided_step.guided_step_reference(prediction, x_NCHW, *per_image, rescale=rescale)
+
+
+def _check_adamw_ema(device):
+    options = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "step": 3, "ema_decays": (0.9,)}
+    mine = [torch.rand(3000, device=device) for _ in range(5)]
+    truth = [value.clone() for value in mine]
+    before = mine[0].clone()
+    adamw_ema.adamw_ema_(*mine[:4], mine[4:], **options)
+    adamw_ema.adamw_ema_reference_(*truth[:4], truth[4:], **options)
+    yield "the update", mine[0] - before, truth[0] - before
+    yield from zip(("exp_avg", "exp_avg_sq", "ema"), mine[2:], truth[2:])
+
+
+_CHECKS = {
+    group_norm_silu.NAME: _check_group_norm_silu,
+    attention.NAME: _check_attention,
+    diffuse.NAME: _check_diffuse,
+    guided_step.NAME: _check_guided_step,
+    adamw_ema.NAME: _check_adamw_ema,
+}

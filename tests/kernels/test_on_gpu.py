@@ -1,0 +1,138 @@
+"""What only a GPU can show: operators as torch.compile sees them, and the same bits from run to run.
+
+The other files of this folder run on a GPU too, compiled instead of interpreted: `pytest tests/kernels`.
+"""
+
+import pytest
+import torch
+
+from duotone.kernels import attention, diffuse, group_norm_silu, guided_step
+from duotone.kernels.self_test import self_test
+
+pytestmark = pytest.mark.gpu
+
+
+def norm_inputs(dtype=torch.bfloat16, images=4, channels=128, side=32):
+    x_NCHW = torch.randn(images, channels, side, side, device="cuda").to(dtype)
+    x_NCHW = x_NCHW.contiguous(memory_format=torch.channels_last)
+    weights = [torch.randn(channels, device="cuda") for _ in range(2)]
+    modulation = [torch.randn(images, channels, device="cuda") for _ in range(3)]
+    return [t.requires_grad_() for t in (x_NCHW, *weights, *modulation)]
+
+
+def norm(x_NCHW, weight_C, bias_C, add_NC, scale_NC, shift_NC):
+    return group_norm_silu.group_norm_silu(
+        x_NCHW, weight_C, bias_C, 32, add_NC=add_NC, scale_NC=scale_NC, shift_NC=shift_NC
+    )
+
+
+def attention_inputs(dtype=torch.bfloat16, images=3, queries=300, keys=77, width=64):
+    lengths = (queries, keys, keys)
+    tokens = [torch.randn(images, n, 4, width, device="cuda").to(dtype).requires_grad_() for n in lengths]
+    return tokens, torch.arange(keys, device="cuda") < torch.tensor([[0], [5], [keys]], device="cuda")[:images]
+
+
+def both_passes(function, leaves, gradient):
+    out = function(*leaves)
+    return out, *torch.autograd.grad(out, leaves, gradient)
+
+
+def test_operators_are_sound():
+    inputs = norm_inputs(torch.float32, images=2, channels=32, side=8)
+    torch.library.opcheck(torch.ops.duotone.group_norm_silu.default, (*inputs, 8, 1e-5, True))
+    tokens, mask_NM = attention_inputs(images=3, queries=40)
+    torch.library.opcheck(torch.ops.duotone.attention.default, (*tokens, mask_NM, 0.125))
+    image = torch.zeros(2, 8, 8, 3, dtype=torch.uint8, device="cuda")
+    few = [torch.zeros(2, dtype=kind, device="cuda") for kind in (torch.bool, torch.int64)]
+    coefficients = torch.ones(2, 4, device="cuda")
+    arguments = (image, few[0], coefficients, 3, few[1], 1, torch.bfloat16)
+    torch.library.opcheck(torch.ops.duotone.diffuse.default, arguments)
+    per_image = [torch.ones(2, device="cuda") for _ in range(3)]
+    prediction, x_NCHW = (torch.randn(n, 3, 8, 8, device="cuda") for n in (4, 2))
+    torch.library.opcheck(torch.ops.duotone.guided_step.default, (prediction, x_NCHW, *per_image, 0.7))
+
+
+@pytest.mark.parametrize("side", [8, 64], ids=["on_chip", "chunks"])
+def test_norm_in_one_compiled_graph(side):
+    inputs = norm_inputs(side=side)
+    gradient = torch.randn_like(inputs[0])
+    eager = both_passes(norm, inputs, gradient)
+    compiled = both_passes(torch.compile(norm, fullgraph=True), inputs, gradient)
+    for mine, theirs in zip(compiled, eager):
+        torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_attention_in_one_compiled_graph():
+    tokens, mask_NM = attention_inputs()
+
+    def attend(q_NLHD, k_NMHD, v_NMHD):
+        return attention.attention(q_NLHD, k_NMHD, v_NMHD, mask_NM=mask_NM)
+
+    gradient = torch.randn_like(tokens[0])
+    eager = both_passes(attend, tokens, gradient)
+    compiled = both_passes(torch.compile(attend, fullgraph=True), tokens, gradient)
+    for mine, theirs in zip(compiled, eager):
+        torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_draws_and_guidance_in_one_compiled_graph():
+    @torch.compile(fullgraph=True)
+    def step(image, flip, coefficients, positions, per_image):
+        noisy, target = diffuse.diffuse(image, flip, coefficients, 3, positions, 1)
+        return target, guided_step.guided_step(torch.cat([noisy, target]), noisy, per_image, per_image, per_image)
+
+    image = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8, device="cuda")
+    flip, positions = torch.tensor([True, False], device="cuda"), torch.arange(2, device="cuda")
+    coefficients, per_image = torch.rand(2, 4, device="cuda"), torch.rand(2, device="cuda")
+    with torch.no_grad():
+        target, _ = step(image, flip, coefficients, positions, per_image)
+    assert target.equal(diffuse.diffuse(image, flip, coefficients, 3, positions, 1)[1])
+
+
+@pytest.mark.parametrize("side", [8, 64, 128], ids=["on_chip", "chunks", "many_chunks"])
+def test_norm_gives_the_same_bits_again(side):
+    inputs = norm_inputs(side=side)
+    gradient = torch.randn_like(inputs[0])
+    first = both_passes(norm, inputs, gradient)
+    for _ in range(5):
+        torch.empty(2**24, device="cuda").fill_(float("nan"))
+        assert all(a.equal(b) for a, b in zip(first, both_passes(norm, inputs, gradient)))
+
+
+@pytest.mark.parametrize("images", [1, 3], ids=["shares", "whole_heads"])
+def test_attention_gives_the_same_bits_again(images):
+    tokens, _ = attention_inputs(images=images)
+    gradient = torch.randn_like(tokens[0])
+    first = both_passes(attention.attention, tokens, gradient)
+    assert all(a.equal(b) for _ in range(5) for a, b in zip(first, both_passes(attention.attention, tokens, gradient)))
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    """Programs are cut by the shape of one image, so its statistics are summed in the same order in any batch."""
+    inputs = norm_inputs(images=5, side=64)
+    alone = norm(*(t[:1] if t.shape[0] == 5 else t for t in inputs))
+    assert norm(*inputs)[:1].equal(alone)
+
+
+def test_replay_of_a_captured_graph_reads_new_numbers():
+    from duotone.kernels.adamw_ema import adamw_ema_
+
+    state = [torch.rand(5000, device="cuda") for _ in range(4)]
+    twin = [t.clone() for t in state]
+    step, lr = torch.ones((), device="cuda"), torch.full((), 1e-3, device="cuda")
+    options = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+    adamw_ema_(*[t.clone() for t in state], lr=lr, step=step, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        adamw_ema_(*state, lr=lr, step=step, **options)
+    for number, rate in ((1.0, 1e-3), (2.0, 5e-4), (3.0, 2e-4)):
+        step.fill_(number)
+        lr.fill_(rate)
+        graph.replay()
+        adamw_ema_(*twin, lr=rate, step=number, **options)
+    for mine, theirs in zip(state, twin):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_sound_kernels_pass_the_start_up_check():
+    assert self_test("cuda") == []

@@ -1,0 +1,50 @@
+"""The start-up check passes on sound kernels and switches off an unsound one."""
+
+import pytest
+import torch
+
+from duotone.kernels import adamw_ema, dispatch, group_norm_silu
+from duotone.kernels.self_test import self_test
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_disabled(monkeypatch):
+    monkeypatch.setattr(dispatch, "_disabled", {})
+    monkeypatch.setattr(dispatch, "_fallbacks", {})
+
+
+def test_sound_kernels_pass_and_the_random_state_is_untouched(device):
+    state = torch.get_rng_state()
+    launches = sum(dispatch.launches.values())
+    assert self_test(device) == []
+    assert torch.get_rng_state().equal(state)
+    assert sum(dispatch.launches.values()) > launches + 10
+
+
+def test_a_wrong_gradient_switches_its_kernel_off(device, monkeypatch):
+    def wrong(*arguments):
+        dx_NCHW, dweight_bias, *small = right(*arguments)
+        return dx_NCHW, dweight_bias.flip(0), *small
+
+    right = group_norm_silu._backward
+    monkeypatch.setattr(group_norm_silu, "_backward", wrong)
+    (line,) = self_test(device)
+    assert line.startswith("group_norm_silu: the gradient of weight_C differs from its definition by")
+    assert list(dispatch.disabled()) == ["group_norm_silu"]
+    assert dispatch.fallbacks()[0]["kernel"] == "group_norm_silu"
+    before = dispatch.launches["group_norm_silu"]
+    weight_C = torch.ones(8, device=device)
+    group_norm_silu.group_norm_silu(torch.ones(1, 8, 4, 4, device=device), weight_C, weight_C, 2)
+    assert dispatch.launches["group_norm_silu"] == before
+
+
+def test_a_kernel_that_does_not_compile_is_switched_off(device, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("ptxas: no such chip\nand more")
+
+    monkeypatch.setattr(adamw_ema, "_launch", broken)
+    assert self_test(device) == ["adamw_ema: RuntimeError: ptxas: no such chip; its reference runs instead"]
+
+
+def test_nothing_is_tested_where_nothing_runs():
+    assert self_test("meta") == []
