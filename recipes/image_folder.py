@@ -1,0 +1,68 @@
+"""Your own pictures: class = sub-folder, or none. DDPM on a six-level UNet, any size, up to 512 px with checkpointing.
+
+duotone prepare folder ~/pictures --out shards/mine
+deepspeed recipes/image_folder.py --data.shards shards/mine --data.size 64
+
+After KetanMann's class-conditioned DDPM script: its network, schedule, weight and power EMA. Put right here: its class index
+entered as a sinusoid (one embedding row per class here), and its classes were never dropped, so it could not be guided.
+"""
+
+from dataclasses import replace
+
+from duotone.data.shards import Shards
+from duotone.engine import Recipe, main
+from duotone.engine.checkpoint import Checkpoints
+from duotone.engine.conditioning.label import Label
+from duotone.engine.model.unet import UNetConfig
+from duotone.engine.objectives.ddpm import DDPM
+from duotone.engine.objectives.edm import EDM
+from duotone.engine.optimizer import AdamW, Ema
+from duotone.engine.preview import Previews
+from duotone.engine.speed import Speed
+
+recipe = Recipe(
+    name="image_folder",
+    data=Shards(size=128, resize="crop", crop="random"),
+    conditioning=(Label(dropout=0.1),),
+    objective=DDPM(schedule="cosine", steps=1000, prediction="x0", weighting="snr"),
+    model=UNetConfig(
+        channels=(128, 128, 256, 256, 512, 512),
+        attention=("none", "none", "none", "none", "self", "none"),
+        middle="self",
+        heads=(16, 16, 32, 32, 64, 64),
+        blocks=(2, 2, 2, 2, 2, 2),
+        depth=(1, 1, 1, 1, 1, 1),
+    ),
+    optimizer=AdamW(lr=5e-5, betas=(0.95, 0.999), weight_decay=1e-6, clip=1.0, warmup=1000 * 16),
+    ema=Ema(power=0.75, max_decay=0.9999),
+    speed=Speed(gradient_checkpointing=True),
+    batch_size=16,
+    images=2_000_000,
+    flip=True,
+    checkpoint=Checkpoints(every=32_000, keep=2),
+    preview=Previews(every=32_000, columns=8, rows=8, steps=50, guidance=1.5),
+)
+
+embedded = replace(
+    recipe,
+    name="image_folder_shapes",
+    data=Shards(size=32),
+    objective=EDM(sigma_data=0.6, log_mean=0.0, log_std=1.4),
+    model=UNetConfig(
+        channels=(32, 64, 64),
+        attention=("none", "none", "self"),
+        middle="self",
+        heads=(4, 8, 8),
+        blocks=(1, 1, 1),
+        depth=(1, 1, 1),
+    ),
+    optimizer=AdamW(lr=1e-3, warmup=1600),
+    ema=Ema(half_life=3_200),
+    speed=Speed(),
+    images=9_600,
+    checkpoint=Checkpoints(every=3_200, keep=2),
+    preview=Previews(every=0, columns=8, steps=12, guidance=1.5),
+)
+
+if __name__ == "__main__":
+    main(recipe, embedded)
