@@ -104,6 +104,7 @@ class Resources:
     warps: int
     load_bits: int  # widest global load
     store_bits: int  # widest global store
+    fused_multiply_adds: int  # in the assembly; 0 where a kernel asks for a CPU's rounding
     occupancy: float  # bound on resident warps over those the chip can hold; 0 = it cannot be launched
 
 
@@ -125,6 +126,7 @@ def resources(launch: Launch, capability: int) -> Resources:
         warps=warps,
         load_bits=_widest(r"LDG\.E(\S*)", sass),
         store_bits=_widest(r"STG\.E(\S*)", sass),
+        fused_multiply_adds=compiled.asm["ptx"].count("fma.rn"),
         occupancy=_occupancy(CHIPS[capability], found["REG"], shared, warps),
     )
 

@@ -111,7 +111,11 @@ def _predict(floor_bytes, launches, chip):
 
 
 def violations(rows, before) -> list[str]:
-    """What fails a gate: spills on sm_90, bytes over the path's floor, more launches than the committed ledger."""
+    """What fails a gate.
+
+    Spills on sm_90, bytes over the path's floor, more launches than the committed ledger, and fused arithmetic where the
+    same bits are promised on every device.
+    """
     found = []
     committed = {(row["kernel"], row["case"]): row["launches"] for row in before}
     for row in rows:
@@ -123,7 +127,13 @@ def violations(rows, before) -> list[str]:
         for program, used in row["programs"].items():
             if program.endswith(f"sm_{GATED_CHIP}") and (used["spilled_bytes"] or not used["occupancy"]):
                 found.append(f"{name}: {program} spills {used['spilled_bytes']} bytes, occupancy {used['occupancy']}")
+            if _must_round_like_a_cpu(row) and used["fused_multiply_adds"]:
+                found.append(f"{name}: {program} has {used['fused_multiply_adds']} fused multiply-adds")
     return found
+
+
+def _must_round_like_a_cpu(row):
+    return row["kernel"] == "diffuse"
 
 
 def show(rows) -> str:

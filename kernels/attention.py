@@ -10,7 +10,6 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import triton_op
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from duotone.kernels.dispatch import (
@@ -22,6 +21,7 @@ from duotone.kernels.dispatch import (
     runs_kernel,
     tl,
     triton,
+    triton_op,
 )
 
 NAME = "attention"

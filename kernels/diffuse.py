@@ -157,7 +157,8 @@ def _unsupported(images_NHWC, dtype):
         return f"input in {dtype}"
     if images_NHWC.numel() == 0:
         return "an empty batch"
-    return "more images or values than a grid addresses" if images_NHWC[0].numel() >= 2**31 else None
+    too_many = images_NHWC.shape[0] > 65535 or images_NHWC[0].numel() >= 2**31
+    return "more images or values than a grid addresses" if too_many else None
 
 
 def _validate(images_NHWC, flip_N, coefficients_N4, positions_N, dtype):

@@ -24,10 +24,11 @@ class _Absent:
 try:
     import triton
     import triton.language as tl
+    from torch.library import triton_op
 
     HAS_TRITON = True
 except ImportError:
-    triton = tl = _Absent()
+    triton = tl = triton_op = _Absent()
     HAS_TRITON = False
 
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"

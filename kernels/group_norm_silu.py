@@ -10,9 +10,17 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import triton_op
 
-from duotone.kernels.dispatch import count_fallback, launch, require, require_same_device, runs_kernel, tl, triton
+from duotone.kernels.dispatch import (
+    count_fallback,
+    launch,
+    require,
+    require_same_device,
+    runs_kernel,
+    tl,
+    triton,
+    triton_op,
+)
 
 NAME = "group_norm_silu"
 

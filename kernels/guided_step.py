@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
 from duotone.kernels.dispatch import (
     count_fallback,
@@ -19,6 +18,7 @@ from duotone.kernels.dispatch import (
     runs_kernel,
     tl,
     triton,
+    triton_op,
 )
 
 NAME = "guided_step"
@@ -195,7 +195,8 @@ def _unsupported(prediction_2NCHW, x_NCHW, *per_image):
         return "x and the prediction differ in layout, or have gaps"
     if any(value.numel() > 1 and value.stride(0) != 1 for value in per_image):
         return "per-image values with gaps"
-    return "more images or values than a grid addresses" if x_NCHW[0].numel() >= 2**31 else None
+    too_many = x_NCHW.shape[0] > 65535 or x_NCHW[0].numel() >= 2**31
+    return "more images or values than a grid addresses" if too_many else None
 
 
 def _is_dense(image_NCHW):

@@ -1,0 +1,67 @@
+"""Where a call goes, and what is said about it; each claim in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch
+from duotone.kernels import adamw_ema, attention, diffuse, dispatch, group_norm_silu, guided_step, self_test
+assert not dispatch.HAS_TRITON and self_test.self_test("cpu") == []
+weight_C = torch.ones(8)
+image_NCHW = torch.randn(1, 8, 4, 4, requires_grad=True)
+group_norm_silu.group_norm_silu(image_NCHW, weight_C, weight_C, 2).sum().backward()
+attention.attention(*[torch.randn(1, 4, 2, 8)] * 3)
+assert not dispatch.launches and not dispatch.fallbacks()
+"""
+ON_A_CPU = """
+import sys, torch
+from duotone.kernels import dispatch, group_norm_silu
+weight_C = torch.ones(8)
+image_NCHW = torch.randn(1, 8, 4, 4)
+group_norm_silu.group_norm_silu(image_NCHW, weight_C, weight_C, 2)
+assert "xformers" not in sys.modules
+assert not dispatch.launches and not dispatch.fallbacks()
+run = torch.compile(lambda x: group_norm_silu.group_norm_silu(x, weight_C, weight_C, 2), backend="eager", fullgraph=True)
+run(image_NCHW)
+group_norm_silu.runs_kernel = lambda *_: True
+torch.compiler.reset()
+for images in (1, 2, 3):
+    run(torch.randn(images, 8, 4, 4, dtype=torch.float64))
+assert dispatch.fallbacks() == [{"kernel": "group_norm_silu", "reason": "torch.float64 images", "shape": []}]
+"""
+
+
+def run(*command, interpret="0"):
+    environment = os.environ | {"TRITON_INTERPRET": interpret, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=environment, cwd=HERE.parents[1]
+    )
+
+
+@pytest.mark.parametrize("program", [WITHOUT_TRITON, ON_A_CPU], ids=["without_triton", "on_a_cpu"])
+def test_references_alone(program):
+    result = run("-c", program)
+    assert result.returncode == 0, result.stderr
+
+
+def test_collection_fails_where_no_kernel_could_run():
+    result = run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "test_philox.py"))
+    assert result.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "TRITON_INTERPRET=1 pytest tests/kernels" in result.stderr + result.stdout
+    assert "passed" not in result.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows the refusal on a machine without a GPU")
+def test_gpu_tests_fail_without_a_gpu():
+    file = str(HERE / "test_on_gpu.py")
+    result = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "start_up", file, interpret="1")
+    assert result.returncode == pytest.ExitCode.TESTS_FAILED
+    assert "marked gpu and there is none" in result.stdout
