@@ -22,8 +22,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from duotone.kernels import dispatch
-
 RESULTS = Path(__file__).parent / "results"
 
 # ------------------------------------------------------------------------------------------------------ recording
@@ -54,12 +52,20 @@ def recorded():
         def __getitem__(self, grid):
             return lambda **arguments: seen.append(Launch(self.kernel, grid, arguments))
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.multiple(dispatch, wrap_triton=Recorder, direct=Recorder))
-        for name, module in list(sys.modules.items()):
-            if name.startswith("duotone.kernels.") and hasattr(module, "runs_kernel"):
-                stack.enter_context(mock.patch.object(module, "runs_kernel", lambda *_: True))
+    with _launching_through(Recorder, runs_kernel=lambda *_: True):
         yield seen
+
+
+@contextlib.contextmanager
+def _launching_through(launcher, **replaced):
+    """Every kernel file launches through `launcher(kernel)[grid](**arguments)`."""
+    replaced |= {"wrap_triton": launcher, "direct": launcher}
+    with contextlib.ExitStack() as stack:
+        for module in [m for name, m in sys.modules.items() if name.startswith("duotone.kernels.")]:
+            present = {name: value for name, value in replaced.items() if hasattr(module, name)}
+            if present:
+                stack.enter_context(mock.patch.multiple(module, **present))
+        yield
 
 
 # ------------------------------------------------------------------------------------------------------ compiling
@@ -201,7 +207,6 @@ def counted():
     touched: dict[str, list] = {"load": [], "store": []}
     builder = interpreter.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
-    real_wrap, real_direct = dispatch.wrap_triton, dispatch.direct
 
     def note(kind, pointers, mask):
         size = max(8, pointers.get_element_ty().primitive_bitwidth) // 8
@@ -216,21 +221,20 @@ def counted():
         return store(self, pointers, value, mask, *rest)
 
     class Counter:
-        def __init__(self, kernel, launcher):
-            self.kernel, self.launcher = kernel, launcher
+        def __init__(self, kernel):
+            self.kernel = kernel
 
         def __getitem__(self, grid):
             def run(**arguments):
                 touched["load"], touched["store"] = [], []
-                self.launcher(self.kernel)[grid](**arguments)
+                self.kernel[grid](**arguments)
                 launches.append(_traffic(self.kernel.__name__.strip("_"), touched))
 
             return run
 
     with (
         mock.patch.multiple(builder, create_masked_load=counting_load, create_masked_store=counting_store),
-        mock.patch.object(dispatch, "wrap_triton", lambda kernel: Counter(kernel, real_wrap)),
-        mock.patch.object(dispatch, "direct", lambda kernel: Counter(kernel, real_direct)),
+        _launching_through(Counter),
     ):
         yield launches
 

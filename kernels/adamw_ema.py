@@ -18,6 +18,7 @@ from duotone.kernels.dispatch import (
     runs_kernel,
     tl,
     triton,
+    wrap_triton,
 )
 
 NAME = "adamw_ema"
@@ -208,7 +209,7 @@ def _launch(master_P, grad_P, exp_avg_P, exp_avg_sq_P, emas, weights_out, number
     switches = {"TRACKS": len(emas), "WEIGHTS": weights_out is not None, "BLOCK": _BLOCK, "num_warps": 4}
     parameters = master_P.numel()
     arguments = tensors | numbers | constants | switches | {"parameters": parameters}
-    launch(NAME, _kernel, (-(-parameters // _BLOCK),), arguments)
+    launch(NAME, wrap_triton(_kernel), (-(-parameters // _BLOCK),), arguments)
 
 
 def _logarithm(beta):

@@ -22,6 +22,7 @@ from duotone.kernels.dispatch import (
     tl,
     triton,
     triton_op,
+    wrap_triton,
 )
 
 NAME = "attention"
@@ -249,7 +250,9 @@ def _forward(q_NLHD: Tensor, k_NMHD: Tensor, v_NMHD: Tensor, mask_NM: Tensor | N
     cut = _cut(q_NLHD, k_NMHD, backward=False)
     out_NLHD = torch.empty(q_NLHD.shape, dtype=q_NLHD.dtype, device=q_NLHD.device)
     arguments = _shared(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale, cut) | {"out": out_NLHD}
-    launch(NAME, _forward_kernel, (cut.shares, heads, images), arguments | _strides("out", out_NLHD, "nlh"))
+    launch(
+        NAME, wrap_triton(_forward_kernel), (cut.shares, heads, images), arguments | _strides("out", out_NLHD, "nlh")
+    )
     return out_NLHD
 
 
@@ -268,7 +271,7 @@ def _backward(
     arguments = _shared(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale, cut) | {"dout": dout_NLHD, "share": cut.share}
     arguments |= {"dq": dq_NLHD, "dk": dk_SNMHD, "dv": dv_SNMHD} | _strides("dout", dout_NLHD, "nlhd")
     arguments |= _strides("dq", dq_NLHD, "nlh") | _strides("dk", dk_SNMHD, "snmh")
-    launch(NAME, _backward_kernel, (cut.shares, heads, images), arguments)
+    launch(NAME, wrap_triton(_backward_kernel), (cut.shares, heads, images), arguments)
     if cut.shares == 1:
         return dq_NLHD, dk_SNMHD.view(k_NMHD.shape), dv_SNMHD.view(k_NMHD.shape)
     return dq_NLHD, dk_SNMHD.sum(dim=0).to(k_NMHD.dtype), dv_SNMHD.sum(dim=0).to(v_NMHD.dtype)

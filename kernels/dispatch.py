@@ -8,7 +8,6 @@ import os
 from collections import Counter
 
 import torch
-from torch.library import wrap_triton
 
 
 class _Absent:
@@ -24,11 +23,11 @@ class _Absent:
 try:
     import triton
     import triton.language as tl
-    from torch.library import triton_op
+    from torch.library import triton_op, wrap_triton
 
     HAS_TRITON = True
 except ImportError:
-    triton = tl = triton_op = _Absent()
+    triton = tl = triton_op = wrap_triton = _Absent()
     HAS_TRITON = False
 
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
@@ -38,10 +37,13 @@ _fallbacks: dict[str, dict[tuple, str]] = {}
 _disabled: dict[str, str] = {}
 
 
-def launch(name: str, kernel, grid: tuple[int, ...], arguments: dict) -> None:
-    """Launch a Triton kernel so that torch.compile sees it, and count it; a compiled graph counts when it is traced."""
+def launch(name: str, wrapped, grid: tuple[int, ...], arguments: dict) -> None:
+    """Launch a kernel and count it; a compiled graph counts when it is traced.
+
+    The operator itself calls wrap_triton: torch.compile reads operators' sources to know when a kernel has changed.
+    """
     launches[name] += 1
-    wrap_triton(kernel)[grid](**arguments)
+    wrapped[grid](**arguments)
 
 
 def launch_exactly(name: str, kernel, grid: tuple[int, ...], arguments: dict) -> None:

@@ -20,6 +20,7 @@ from duotone.kernels.dispatch import (
     tl,
     triton,
     triton_op,
+    wrap_triton,
 )
 
 NAME = "group_norm_silu"
@@ -637,14 +638,14 @@ def _forward(
     output |= modulation | _dense_strides("y", y_NCHW) | {"eps": eps, "SILU": silu}
     spans = math.ceil(channels / cut.span)
     if not cut.chunks:
-        launch(NAME, _forward_whole, (spans, images), shared | output)
+        launch(NAME, wrap_triton(_forward_whole), (spans, images), shared | output)
         return y_NCHW, mean_NG, rstd_NG
     shared |= {"rows": cut.rows, "chunks": cut.chunks}
     shared["partial"] = torch.empty(images, cut.chunks, 2, groups, dtype=torch.float32, device=x_NCHW.device)
     grid = (spans, cut.chunks, images)
     add = {name: modulation[name] for name in ("add", "add_n", "ADD")}
-    launch(NAME, _forward_statistics, grid, shared | add)
-    launch(NAME, _forward_apply, grid, shared | output | {"BLOCK_K": _power_of_2(cut.chunks)})
+    launch(NAME, wrap_triton(_forward_statistics), grid, shared | add)
+    launch(NAME, wrap_triton(_forward_apply), grid, shared | output | {"BLOCK_K": _power_of_2(cut.chunks)})
     return y_NCHW, mean_NG, rstd_NG
 
 
@@ -676,13 +677,13 @@ def _backward(
     output = {"dx": dx_NCHW, "per_image": per_image_N2C, "BLOCK_G": cut.block_g} | _dense_strides("dx", dx_NCHW) | small
     spans = math.ceil(channels / cut.span)
     if not cut.chunks:
-        launch(NAME, _backward_whole, (spans, images), shared | output)
+        launch(NAME, wrap_triton(_backward_whole), (spans, images), shared | output)
     else:
         shared |= {"rows": cut.rows, "chunks": cut.chunks}
         shared["partial"] = torch.empty(images, cut.chunks, 3, channels, dtype=torch.float32, device=x_NCHW.device)
         grid = (spans, cut.chunks, images)
-        launch(NAME, _backward_sums, grid, shared)
-        launch(NAME, _backward_apply, grid, shared | output | {"BLOCK_K": _power_of_2(cut.chunks)})
+        launch(NAME, wrap_triton(_backward_sums), grid, shared)
+        launch(NAME, wrap_triton(_backward_apply), grid, shared | output | {"BLOCK_K": _power_of_2(cut.chunks)})
     return dx_NCHW, per_image_N2C.sum(dim=0), small["dadd"], small["dscale"], small["dshift"]
 
 

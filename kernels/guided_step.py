@@ -19,6 +19,7 @@ from duotone.kernels.dispatch import (
     tl,
     triton,
     triton_op,
+    wrap_triton,
 )
 
 NAME = "guided_step"
@@ -157,10 +158,10 @@ def _forward(
     arguments |= {"partial": partial, "images": images, "values": values, "chunks": chunks}
     arguments |= {"BLOCK": _BLOCK, "num_warps": 8}
     if rescale:
-        launch(NAME, _deviation_kernel, (chunks, images), arguments)
+        launch(NAME, wrap_triton(_deviation_kernel), (chunks, images), arguments)
     arguments |= {"guided": guided_NCHW, "rescale": rescale, "RESCALE": rescale > 0}
     arguments |= {"BLOCK_K": 1 << (chunks - 1).bit_length()}
-    launch(NAME, _kernel, (chunks, images), arguments)
+    launch(NAME, wrap_triton(_kernel), (chunks, images), arguments)
     return guided_NCHW
 
 

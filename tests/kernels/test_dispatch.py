@@ -21,6 +21,14 @@ group_norm_silu.group_norm_silu(image_NCHW, weight_C, weight_C, 2).sum().backwar
 attention.attention(*[torch.randn(1, 4, 2, 8)] * 3)
 assert not dispatch.launches and not dispatch.fallbacks()
 """
+# torch.compile's caches ask for these to notice an edited kernel.
+KERNELS_ARE_FOUND = """
+from torch._library.triton import get_triton_kernels_for_op
+from duotone.kernels import attention, group_norm_silu, guided_step
+found = {name: len(get_triton_kernels_for_op(f"duotone::{name}")) for name in (
+    "group_norm_silu", "group_norm_silu_backward", "attention", "attention_backward", "guided_step")}
+assert list(found.values()) == [3, 3, 1, 1, 2], found
+"""
 ON_A_CPU = """
 import sys, torch
 from duotone.kernels import dispatch, group_norm_silu
@@ -46,7 +54,11 @@ def run(*command, interpret="0"):
     )
 
 
-@pytest.mark.parametrize("program", [WITHOUT_TRITON, ON_A_CPU], ids=["without_triton", "on_a_cpu"])
+@pytest.mark.parametrize(
+    "program",
+    [WITHOUT_TRITON, ON_A_CPU, KERNELS_ARE_FOUND],
+    ids=["without_triton", "on_a_cpu", "kernels_are_found"],
+)
 def test_references_alone(program):
     result = run("-c", program)
     assert result.returncode == 0, result.stderr
