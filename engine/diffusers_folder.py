@@ -18,6 +18,7 @@ from duotone.engine.conditioning.base import Facts
 from duotone.engine.model.unet import UNet, UNetConfig
 from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
+from duotone.engine.objectives.flow import Flow
 
 CONDITIONED, PLAIN = "UNet2DConditionModel", "UNet2DModel"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -135,7 +136,10 @@ def scheduler_config(objective) -> dict:
             "beta_end": ends[1],
             "prediction_type": {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}[objective.prediction],
             "clip_sample": False,
+            "rescale_betas_zero_snr": objective.rescale_zero_snr,
         }
+    if isinstance(objective, Flow):
+        return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": objective.shift}
     raise Inexpressible(f"no scheduler of theirs samples the objective {type(objective).__name__}")
 
 

@@ -21,13 +21,14 @@ from duotone.engine.log import Log
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
+from duotone.engine.objectives.flow import Flow
 from duotone.engine.optimizer import AdamW, Ema
 from duotone.engine.preview import Previews
 from duotone.engine.speed import Speed
 from duotone.engine.zero import Zero
 
 Condition = ClipText | ByteText | Label
-Objectives = EDM | DDPM
+Objectives = EDM | DDPM | Flow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,7 @@ class Recipe:
             if value_at(self, name) % self.batch_size:
                 raise Refused(f"{name} = {value_at(self, name)} is no multiple of batch_size = {self.batch_size}")
         self.model.check()
+        self.objective.check()
         self.optimizer.check()
         self.check_size()
         self.check_conditioning()

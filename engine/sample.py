@@ -72,7 +72,9 @@ def run(
 ) -> np.ndarray:
     """One chunk of images."""
     shape = (len(seeds), *image_shape(model, size))
-    x_NCHW = noise(seeds, draws.Purpose.SAMPLE_START, 0, shape, model.device) * sigmas[0].item()
+    x_NCHW = noise(seeds, draws.Purpose.SAMPLE_START, 0, shape, model.device)
+    if sigmas[0].isfinite():
+        x_NCHW = x_NCHW * sigmas[0].item()
 
     def fresh(step: int) -> Tensor:
         return noise(seeds, draws.Purpose.SAMPLE_STEP, step + 1, shape, model.device)

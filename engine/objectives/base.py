@@ -2,6 +2,8 @@
 
 Everything works on x = x0 + sigma * noise, with the network wrapped as in Karras et al. 2022, equation 7:
 D(x; sigma) = c_skip * x + c_out * F(c_in * x; c_noise). N images; sigmas are float64, since tables and tails need it.
+
+Where sigma is infinite, x stands for x / sigma, which is the noise itself: for training, denoisers and samplers alike.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +17,10 @@ LossKind = Literal["squared", "absolute", "huber"]
 
 
 class Scalings(NamedTuple):
-    """The four functions of Karras et al. 2022, table 1, at N noise levels."""
+    """The four functions of Karras et al. 2022, table 1, at N noise levels.
+
+    At sigma = infinity skip_N and in_N are the limits of c_skip sigma and c_in sigma, since x stands for x / sigma there.
+    """
 
     skip_N: Tensor
     out_N: Tensor
@@ -27,6 +32,9 @@ class Scalings(NamedTuple):
 class Objective(ABC):
     loss: LossKind = "squared"
     """Penalty on F - F*: squared, absolute or huber (transition at 1)."""
+
+    def check(self) -> None:
+        """Refuses settings that contradict each other, naming the field."""
 
     @abstractmethod
     def draw_sigma(self, u_N: Tensor) -> Tensor:
@@ -51,7 +59,11 @@ class Objective(ABC):
         that cancels at small sigma.
         """
         c = self.scalings(sigma_N)
-        return torch.stack([c.in_N, c.in_N * sigma_N, (1 - c.skip_N) / c.out_N, -c.skip_N * sigma_N / c.out_N], dim=1)
+        far_N = sigma_N.isinf()
+        sigma_N = sigma_N.masked_fill(far_N, 1)
+        image_in_N, image_skip_N = c.in_N.masked_fill(far_N, 0), c.skip_N.masked_fill(far_N, 0)
+        p_N, q_N = (1 - image_skip_N) / c.out_N, -c.skip_N * sigma_N / c.out_N
+        return torch.stack([image_in_N, c.in_N * sigma_N, p_N, q_N], dim=1)
 
     def penalty(self, output_NCHW: Tensor, target_NCHW: Tensor) -> Tensor:
         """The unweighted penalty of each image, (N,), in fp32."""

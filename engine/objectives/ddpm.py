@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from duotone.data.refusal import Refused
 from duotone.engine.objectives.base import (
     Objective,
     Scalings,
@@ -37,10 +38,18 @@ def alpha_bars(schedule: Schedule, steps: int) -> Tensor:
     return (1 - betas).cumprod(0)
 
 
+def without_signal_at_the_end(bars: Tensor) -> Tensor:
+    """The same alpha-bars with the last one at zero and the first where it was: Lin et al. 2024, algorithm 1."""
+    roots = bars.sqrt()
+    return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square()
+
+
 @lru_cache
-def table(schedule: Schedule, steps: int) -> Tensor:
+def table(schedule: Schedule, steps: int, zero_snr: bool = False) -> Tensor:
     """sigma_T of every step in the variance-exploding view, rising: sqrt((1 - alpha_bar) / alpha_bar)."""
     bars = alpha_bars(schedule, steps)
+    if zero_snr:
+        bars = without_signal_at_the_end(bars)
     return ((1 - bars) / bars).sqrt()
 
 
@@ -59,9 +68,23 @@ class DDPM(Objective):
     gamma: float = 5.0
     """Bound of min-SNR (Hang et al. 2023) and soft-min-SNR (Crowson et al. 2024)."""
 
+    rescale_zero_snr: bool = False
+    """Rescale the schedule so that its last noise level is infinite, pure noise; needs v or x0. Lin et al. 2024."""
+
+    def check(self) -> None:
+        if self.steps < 2:
+            raise Refused(f"objective.steps = {self.steps}: it must be at least 2")
+        if self.gamma <= 0:
+            raise Refused(f"objective.gamma = {self.gamma}: it must be above 0")
+        if self.rescale_zero_snr and self.prediction == "epsilon":
+            raise Refused(
+                "objective.rescale_zero_snr with prediction epsilon: at infinite noise, predicting the noise says nothing "
+                "of the image; take objective.prediction v or x0"
+            )
+
     @property
     def sigmas(self) -> Tensor:
-        return table(self.schedule, self.steps)
+        return table(self.schedule, self.steps, self.rescale_zero_snr)
 
     def draw_sigma(self, u_N: Tensor) -> Tensor:
         step_N = (u_N * self.steps).long().clamp(max=self.steps - 1)
@@ -73,16 +96,19 @@ class DDPM(Objective):
         log_N = sigma_N.log().clamp(logs[0], logs[-1])
         high_N = torch.searchsorted(logs, log_N).clamp(1, self.steps - 1)
         low_log, high_log = logs[high_N - 1], logs[high_N]
-        return high_N - 1 + (log_N - low_log) / (high_log - low_log)
+        share_N = (log_N - low_log) / (high_log - low_log)
+        return high_N - 1 + share_N.masked_fill(log_N.isinf(), 1)
 
     def scalings(self, sigma_N: Tensor) -> Scalings:
-        root = (1 + sigma_N.square()).sqrt()
+        signal_N = 1 / (1 + sigma_N.square()).sqrt()  # sqrt(alpha-bar)
+        noise_N = 1 / (1 + 1 / sigma_N.square()).sqrt()  # sqrt(1 - alpha-bar), also where sigma is infinite
         skip_N, out_N = {
             "epsilon": (torch.ones_like(sigma_N), -sigma_N),
             "x0": (torch.zeros_like(sigma_N), torch.ones_like(sigma_N)),
-            "v": (1 / root.square(), -sigma_N / root),
+            "v": (signal_N.square(), -noise_N),
         }[self.prediction]
-        return Scalings(skip_N=skip_N, out_N=out_N, in_N=1 / root, noise_N=self.index(sigma_N))
+        in_N = signal_N.masked_fill(sigma_N.isinf(), 1)
+        return Scalings(skip_N=skip_N, out_N=out_N, in_N=in_N, noise_N=self.index(sigma_N))
 
     def weight(self, sigma_N: Tensor) -> Tensor:
         return self.output_weight(sigma_N) / self.scalings(sigma_N).out_N.square()
@@ -100,7 +126,7 @@ class DDPM(Objective):
         return snr_N * self.gamma / (snr_N + self.gamma) * out_N.square()
 
     def sampling_sigmas(self, steps: int, spacing: str = "trailing") -> Tensor:
-        low, high = self.sigmas[0].item(), self.sigmas[-1].item()
+        low, high = self.sigmas[0].item(), self.sigmas[self.sigmas.isfinite()][-1].item()
         if spacing == "karras":
             return karras_sigmas(low, high, steps)
         if spacing == "log-linear":
@@ -112,4 +138,5 @@ class DDPM(Objective):
         logs = self.sigmas.log()
         low = index.floor().long().clamp(0, self.steps - 1)
         high = (low + 1).clamp(max=self.steps - 1)
-        return (logs[low] + (index - low) * (logs[high] - logs[low])).exp()
+        between = logs[low] + (index - low) * (logs[high] - logs[low])
+        return torch.where(index == low, logs[low], between).exp()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from duotone.data.refusal import Refused
 from duotone.engine.objectives.base import Objective, Scalings, karras_sigmas, log_linear_sigmas
 
 
@@ -24,6 +25,15 @@ class EDM(Objective):
     """Largest noise level, in training and sampling."""
     rho: float = 7.0
     """Curvature of the sampling noise levels."""
+
+    def check(self) -> None:
+        for name in ("sigma_data", "log_std", "rho"):
+            if getattr(self, name) <= 0:
+                raise Refused(f"objective.{name} = {getattr(self, name)}: it must be above 0")
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise Refused(
+                f"objective.sigma_min = {self.sigma_min}, objective.sigma_max = {self.sigma_max}: they must be above 0 and rise"
+            )
 
     def draw_sigma(self, u_N: Tensor) -> Tensor:
         sigma_N = (self.log_mean + self.log_std * torch.special.ndtri(u_N)).exp()

@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from duotone.engine.samplers.slope import slope
+
 
 def dpmpp_2m(
     denoise: Callable, x_NCHW: Tensor, sigmas: Tensor, *, on_step: Callable | None = None, **_: object
@@ -16,10 +18,9 @@ def dpmpp_2m(
         target = denoised
         width = math.log(sigma / following) if following > 0 else math.inf
         if before is not None and following > 0:
-            slope = width / (2 * width_before)
-            target = (1 + slope) * denoised - slope * before
-        ratio = following / sigma
-        x_NCHW = ratio * x_NCHW + (1 - ratio) * target
+            share = width / (2 * width_before)
+            target = (1 + share) * denoised - share * before
+        x_NCHW = target + following * slope(x_NCHW, target, sigma)
         before, width_before = denoised, width
         if on_step:
             on_step(i, x_NCHW, denoised)

@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from duotone.engine.samplers.slope import slope
+
 
 def stochastic_heun(
     denoise: Callable,
@@ -26,16 +28,17 @@ def stochastic_heun(
     most = math.sqrt(2) - 1
     steps = len(sigmas) - 1
     for i, (sigma, following) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist())):
-        gamma = min(churn / steps, most) if churn_from <= sigma <= churn_to else 0.0
+        churned = churn_from <= sigma <= churn_to and math.isfinite(sigma)
+        gamma = min(churn / steps, most) if churned else 0.0
         raised = sigma * (1 + gamma)
         if gamma > 0:
             x_NCHW = x_NCHW + (raised**2 - sigma**2) ** 0.5 * noise_scale * noise(i)
         denoised = denoise(x_NCHW, raised)
-        slope = (x_NCHW - denoised) / raised
-        x_next = x_NCHW + (following - raised) * slope
-        if following > 0:
-            slope_next = (x_next - denoise(x_next, following)) / following
-            x_next = x_NCHW + (following - raised) * (slope + slope_next) / 2
+        here = slope(x_NCHW, denoised, raised)
+        x_next = denoised + following * here
+        if following > 0 and math.isfinite(sigma):
+            there = slope(x_next, denoise(x_next, following), following)
+            x_next = x_NCHW + (following - raised) * (here + there) / 2
         x_NCHW = x_next
         if on_step:
             on_step(i, x_NCHW, denoised)

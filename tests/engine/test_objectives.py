@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
+from duotone.data.refusal import Refused
 from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
+from duotone.engine.objectives.flow import Flow
 from duotone.engine.samplers.ancestral import ancestral
 from duotone.engine.samplers.dpmpp_2m import dpmpp_2m
 from duotone.engine.samplers.euler import euler
@@ -260,3 +262,144 @@ def test_stochastic_heun_without_churn_is_heun_and_with_it_keeps_the_distributio
     variance = (WEIGHTS * (MEANS**2 + SPREAD**2)).sum() - mean**2
     assert churned.mean().item() == pytest.approx(mean.item(), abs=0.03)
     assert churned.var().item() == pytest.approx(variance.item(), rel=0.05)
+
+
+# ------------------------------------------------------------------------------------- flow, and infinite noise
+
+ZERO_SNR = [DDPM(prediction=p, schedule=s, rescale_zero_snr=True) for p in ("v", "x0") for s in ("linear", "cosine")]
+
+
+@pytest.mark.parametrize("times", ["uniform", "logit_normal"])
+def test_flow_loss_is_the_papers(times):
+    """Liu et al. 2023, equation 1: |v - (noise - x0)|^2 at x_t = (1 - t) x0 + t noise."""
+    objective = Flow(times=times)
+    x0, noise, u = drawn()
+    sigma = objective.draw_sigma(u)
+    t = (sigma / (1 + sigma))[:, None, None, None]
+    scaled, target = mixed(objective, x0, noise, sigma)
+    torch.testing.assert_close(scaled, (1 - t) * x0 + t * noise, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(target, noise - x0, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(objective.scalings(sigma).noise_N, 1000 * t.flatten())
+    output = 0.3 * scaled - 0.2
+    paper = (output - (noise - x0)).square().mean()
+    assert objective(output.float(), target.float(), sigma).item() == pytest.approx(paper.item(), rel=1e-6)
+    if times == "uniform":
+        torch.testing.assert_close(t.flatten(), u)
+
+
+def test_flow_times_follow_the_logit_normal():
+    u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    sigma = Flow(logit_mean=0.4, logit_std=0.7).draw_sigma(u)
+    logits = (sigma / (1 + sigma)).logit()
+    assert logits.mean().item() == pytest.approx(0.4, abs=1e-3)
+    assert logits.std().item() == pytest.approx(0.7, abs=1e-2)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 7, 28])
+def test_flow_trajectories_equal_diffusers_from_pure_noise(steps, shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(1000, shift=shift)
+    t = torch.linspace(1, 1 / steps, steps)
+    scheduler.set_timesteps(sigmas=t.tolist())
+    start = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    velocity = lambda x, t: torch.tanh(x) * (0.5 + t) + 0.1  # noqa: E731 - any function of x_t and t
+    theirs, x = [], start
+    for i, step in enumerate(scheduler.timesteps):
+        x = scheduler.step(velocity(x, scheduler.sigmas[i].item()), step, x, return_dict=False)[0]
+        theirs.append(x.double())
+    objective, ours = Flow(shift=shift), []
+    sigmas = objective.sampling_sigmas(steps)
+    euler(network_denoiser(objective, velocity, 1000), start, sigmas, on_step=lambda i, x, d: ours.append(x))
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert (a / (1 + sigmas[i + 1]) - b).abs().max() <= 1e-5, i
+
+
+def test_flow_linspace_is_diffusers_default():
+    scheduler = FlowMatchEulerDiscreteScheduler(1000)
+    scheduler.set_timesteps(12)
+    sigmas = Flow().sampling_sigmas(12, "linspace")[:-1]
+    torch.testing.assert_close((1 / (1 + 1 / sigmas)).float(), scheduler.sigmas[:-1])
+
+
+def network_denoiser(objective, network, time_scale):
+    """D from a function of (c_in x, c_noise / time_scale), with x the noise itself where sigma is infinite."""
+
+    def denoise(x, sigma):
+        c = objective.scalings(torch.tensor([sigma], dtype=torch.float64))
+        return c.skip_N * x + c.out_N * network(c.in_N * x, (c.noise_N / time_scale).item())
+
+    return denoise
+
+
+@pytest.mark.parametrize("kind", ["ddim", "ddpm"])
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])
+def test_zero_snr_trajectories_equal_diffusers(schedule, kind):
+    """From infinite noise, through the network: Lin et al. 2024 with v prediction and trailing steps."""
+    name, start, end = THEIRS[schedule]
+    cls = DDIMScheduler if kind == "ddim" else DDPMScheduler
+    scheduler = cls(
+        1000,
+        beta_schedule=name,
+        beta_start=start,
+        beta_end=end,
+        clip_sample=False,
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+        prediction_type="v_prediction",
+    )
+    scheduler.set_timesteps(20)
+    g = torch.Generator().manual_seed(0)
+    noises = [torch.randn(2, 1, 4, 4, generator=g, dtype=torch.float64) for _ in range(21)]
+    network = lambda z, t: 0.6 * torch.tanh(z) - 0.2 * t  # noqa: E731
+    theirs, x = [], noises[0]
+    for i, t in enumerate(scheduler.timesteps):
+        output = network(x, t.item() / 1000)
+        step = noised_step(scheduler, output, t, x, noises[i + 1]) if kind == "ddpm" else None
+        x = scheduler.step(output, t, x).prev_sample if step is None else step
+        theirs.append(x)
+    objective = DDPM(schedule=schedule, prediction="v", rescale_zero_snr=True)
+    sigmas, ours = objective.sampling_sigmas(20), []
+    assert sigmas[0] == math.inf
+    solver = euler if kind == "ddim" else ancestral
+    denoise = network_denoiser(objective, network, 1000)
+    solver(denoise, noises[0], sigmas, noise=lambda i: noises[i + 1], on_step=lambda i, x, d: ours.append(x))
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert (a / (1 + sigmas[i + 1] ** 2).sqrt() - b).abs().max() <= 1e-4, i
+
+
+@pytest.mark.parametrize("objective", [Flow(), *ZERO_SNR], ids=str)
+def test_at_infinite_noise_coefficients_and_denoiser_hold(objective):
+    """The input is the noise alone, and a perfect output still denoises to the image."""
+    x0, noise, _ = drawn(2)
+    sigma = torch.tensor([math.inf, math.inf], dtype=torch.float64)
+    scaled, target = mixed(objective, x0, noise, sigma)
+    torch.testing.assert_close(scaled, noise)
+    c = [v[:, None, None, None] for v in objective.scalings(sigma)]
+    torch.testing.assert_close(c[2] * noise, noise)
+    torch.testing.assert_close(c[0] * noise + c[1] * target, x0)
+    assert objective.loss_weight(sigma).isfinite().all()
+    near = torch.tensor([1e6, 1e7], dtype=torch.float64)
+    torch.testing.assert_close(objective.coefficients(near), objective.coefficients(sigma), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", [euler, heun, dpmpp_2m, ancestral, stochastic_heun])
+@pytest.mark.parametrize("objective", [Flow(), ZERO_SNR[0]], ids=["flow", "zero_snr"])
+def test_every_sampler_begins_at_infinite_noise(objective, solver):
+    """One known image: the exact denoiser returns it, whatever the noise."""
+    x0, noise, _ = drawn(2)
+    sigmas = objective.sampling_sigmas(6)
+    assert sigmas[0] == math.inf
+    out = solver(lambda x, sigma: x0, noise, sigmas, noise=lambda i: noise)
+    torch.testing.assert_close(out, x0)
+
+
+def test_zero_snr_with_epsilon_is_refused():
+    with pytest.raises(Refused, match="rescale_zero_snr with prediction epsilon"):
+        DDPM(rescale_zero_snr=True).check()
+
+
+def test_zero_snr_trains_and_indexes_every_step():
+    objective = ZERO_SNR[0]
+    sigma = objective.draw_sigma((torch.arange(1000, dtype=torch.float64) + 0.5) / 1000)
+    assert sigma[-1] == math.inf
+    torch.testing.assert_close(objective.scalings(sigma).noise_N, torch.arange(1000, dtype=torch.float64))
