@@ -108,8 +108,25 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def stage_taken(zero: Zero, precision: str, accumulation: int) -> tuple[int, str | None]:
+    """The stage that runs, and why it is not the one asked for.
+
+    DeepSpeed's stage 1 hands bf16 with fp32 accumulation to another optimizer, which lets non-finite gradients into the
+    weights; stage 2 accumulates in fp32 and skips such a step.
+    """
+    if zero.stage == 1 and precision == "bf16" and accumulation > 1:
+        return (
+            2,
+            "ZeRO-1 in bf16 with accumulation runs as ZeRO-2, which adds up gradients in fp32 and skips non-finite ones",
+        )
+    return zero.stage, None
+
+
 def settings(zero: Zero, *, batch: int, micro: int, accumulation: int, precision: str, clip: float) -> dict:
     """DeepSpeed's own configuration."""
+    stage, _ = stage_taken(zero, precision, accumulation)
+    # One micro-batch adds nothing up, so the type it would be added up in is the gradients' own.
+    accumulated_in = "bf16" if precision == "bf16" and accumulation == 1 and stage == 1 else "fp32"
     return {
         "train_batch_size": batch,
         "train_micro_batch_size_per_gpu": micro,
@@ -117,11 +134,11 @@ def settings(zero: Zero, *, batch: int, micro: int, accumulation: int, precision
         "gradient_clipping": clip,
         "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},
         "fp16": {"enabled": precision == "fp16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
+        "data_types": {"grad_accum_dtype": accumulated_in},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
         "zero_optimization": {
-            "stage": zero.stage,
+            "stage": stage,
             "reduce_bucket_size": zero.bucket,
             "allgather_bucket_size": zero.bucket,
             "stage3_param_persistence_threshold": 0,

@@ -143,11 +143,13 @@ def test_accumulation_is_the_large_batch(whole, shards, tmp_path):
     assert [r["loss"] for r in rows(out)] == pytest.approx([r["loss"] for r in rows(whole)], rel=1e-4)
 
 
-def test_bf16_follows_fp32_with_fp32_master_weights_and_ema(whole, shards, tmp_path):
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_bf16_follows_fp32_with_fp32_master_weights_and_ema(whole, shards, tmp_path, accumulation):
     """20 steps in bf16 under ZeRO-1: losses within 5 %, and what is kept is fp32 with bits that bf16 does not have."""
-    flags = ["--images", "160", "--preview.every", "0"]
+    flags = ["--images", "160", "--preview.every", "0", "--accumulation", str(accumulation)]
     run(shards, tmp_path / "fp32", *flags)
-    run(shards, tmp_path / "bf16", *flags, "--speed.precision", "bf16")
+    done = run(shards, tmp_path / "bf16", *flags, "--speed.precision", "bf16")
+    assert ("runs as ZeRO-2" in done.stdout) == (accumulation > 1)
     a, b = rows(tmp_path / "fp32"), rows(tmp_path / "bf16")
     assert len(b) == 20
     assert [r["loss"] for r in b] == pytest.approx([r["loss"] for r in a], rel=0.05)
@@ -158,7 +160,7 @@ def test_bf16_follows_fp32_with_fp32_master_weights_and_ema(whole, shards, tmp_p
 
 
 def test_a_compiled_network_equals_eager_without_recompiling(whole, shards, tmp_path):
-    """Every block compiled fullgraph under the DeepSpeed engine, three steps; a recompile after step 2 would be an error."""
+    """Every block compiled fullgraph under the DeepSpeed engine, three steps without a recompile after the second."""
     out = tmp_path / "compiled"
     flags = ["--images", "24", "--speed.compile", "True", "--optimizer.schedule", "constant"]
     done = run(shards, out, *flags)

@@ -1,0 +1,296 @@
+"""Bad input: one line that names what, where and the remedy, exit code 2, nothing written, nothing lost."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from duotone.data import captioned_shapes
+from duotone.data.refusal import Refused
+from duotone.engine import artifact, checkpoint, diffusers_folder
+from duotone.engine.command_line import parse
+from duotone.engine.conditioning.base import Facts
+from duotone.engine.conditioning.text import ClipText
+from duotone.engine.model.unet import UNetConfig
+from duotone.engine.recipe import Recipe, from_json, to_json
+
+RECIPE = Path(__file__).with_name("tiny_recipe.py")
+COCO = Path(__file__).parents[2] / "recipes" / "coco_clip.py"
+
+
+def tiny() -> Recipe:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("tiny_recipe", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.recipe
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--batch-sise", "3"], "--batch-sise.*nearest key is --batch-size"),
+        (["--objective.stepz", "3"], "--objective.stepz"),
+        (["--optimizer.rl", "3"], "nearest key is --optimizer"),
+        (["--batch-size", "many"], "--batch-size.*'many'"),
+        (["--objective.loss", "cubic"], "'cubic'.*--objective.loss.*'huber'"),
+        (["--speed.precision", "fp8"], "'fp8'.*--speed.precision"),
+        (["--zero.stage", "4"], "'4'.*--zero.stage"),
+    ],
+)
+def test_a_wrong_name_or_value_is_one_line_with_the_nearest_key(flags, says):
+    with pytest.raises(Refused, match=says) as refusal:
+        parse(Recipe, flags, default=tiny())
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--batch-size", "-3"], "batch_size = -3: it must be at least 1"),
+        (["--images", "100"], "no multiple of batch_size = 8: 96 would be"),
+        (["--checkpoint.every", "12"], "checkpoint.every = 12"),
+        (["--optimizer.lr", "-1"], "optimizer.lr = -1.0: it must be above 0"),
+        (["--optimizer.betas", "0.9", "1.5"], "optimizer.betas"),
+        (["--conditioning.0.dropout", "3"], "conditioning.0.dropout = 3.0"),
+        (["--conditioning.0.width", "32"], "model.context_width = 16, but the text's width is 32"),
+        (["--model.groups", "7"], "model.groups = 7 does not divide"),
+        (["--model.heads", "2"], "model.heads has 1 entries and model.channels 2"),
+        (["--model.attention", "none", "none", "--model.middle", "none"], "no cross level"),
+        (["--data.channels", "1"], "model.in_channels = 3, but data.channels = 1"),
+    ],
+)
+def test_a_value_out_of_range_or_a_bad_combination_is_named(flags, says):
+    with pytest.raises(Refused, match=says):
+        parse(Recipe, flags, default=tiny()).check()
+
+
+def test_counts_may_be_written_short():
+    assert parse(Recipe, ["--images", "1e6", "--batch-size", "1e3"], default=tiny()).images == 1_000_000
+
+
+def test_a_recipe_survives_json_and_builds_no_foreign_type():
+    recipe = tiny()
+    assert from_json(json.loads(json.dumps(to_json(recipe)))) == recipe
+    for name in ("os:system", "duotone.engine.train:train", "duotone..os:path", "duotone.engine.nothing:Here"):
+        with pytest.raises(Refused, match="type"):
+            from_json({"type": name})
+
+
+def refused(*arguments: str, cwd: Path) -> str:
+    """The one line of a command that must be refused, after checking that deepspeed was not loaded for it."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, env=environment, timeout=120
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("duotone: refused:")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def test_a_wrong_key_is_refused_before_deepspeed_and_transformers_are_loaded(tmp_path):
+    code = (
+        "import sys, runpy\n"
+        f"sys.argv = ['x', '--batch-sise', '3', '--local_rank=0']\n"
+        "try:\n"
+        f"    runpy.run_path({str(COCO)!r}, run_name='__main__')\n"
+        "except SystemExit as stop:\n"
+        "    loaded = {'deepspeed', 'transformers', 'nvidia.dali', 'xformers'} & set(sys.modules)\n"
+        "    assert stop.code == 2 and not loaded, loaded\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "nearest key is --batch-size" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    captioned_shapes.write(folder, count=16, size=16, seed=0)
+    return folder
+
+
+def without_captions(shards: Path, to: Path) -> None:
+    to.mkdir()
+    with tarfile.open(next(shards.glob("*.tar"))) as old, tarfile.open(to / "00000.tar", "w") as new:
+        for member in old:
+            if member.name.endswith(".jpg"):
+                new.addfile(member, old.extractfile(member))
+
+
+def damaged(shards: Path, to: Path) -> None:
+    shutil.copytree(shards, to)
+    tar = next(to.glob("*.tar"))
+    tar.write_bytes(b"not a tar at all" * 1000)
+
+
+DATA = {
+    "missing": (lambda s, t: None, "absent"),
+    "empty": (lambda s, t: t.mkdir(), "shards"),
+    "no tar": (damaged, ".tar"),
+    "no captions": (without_captions, "caption"),
+}
+
+
+@pytest.mark.parametrize("fault", DATA)
+def test_shards_that_cannot_be_used_are_refused_and_nothing_is_written(fault, shards, tmp_path):
+    make, _ = DATA[fault]
+    make(shards, tmp_path / "absent-shards")
+    line = refused(str(RECIPE), "--data.shards", "absent-shards", "--out", "run", cwd=tmp_path)
+    assert "absent-shards" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unreachable_clip_is_one_line(shards, tmp_path):
+    with pytest.raises(
+        Refused, match="text encoder 'nobody/nothing' cannot be loaded.*conditioning.0.encoder"
+    ) as refusal:
+        ClipText(encoder="nobody/nothing").build(UNetConfig(), Facts())
+    assert "\n" not in str(refusal.value)
+
+
+def test_another_run_in_the_folder_is_refused_with_the_differing_fields(shards, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    recipe = tiny()
+    stored = to_json(recipe) | {"seed": 7, "batch_size": 16}
+    (folder / "recipe.json").write_text(json.dumps(stored))
+    line = refused(str(RECIPE), "--data.shards", str(shards), "--out", "run", cwd=tmp_path)
+    assert "seed: 7 there, 0 here" in line and "batch_size: 16 there, 8 here" in line and "--fresh" in line
+    assert sorted(p.name for p in folder.iterdir()) == ["recipe.json"]
+
+
+def test_a_folder_that_is_no_run_is_left_alone(shards, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    assert "no run's folder" in refused(str(RECIPE), "--data.shards", str(shards), "--out", "run", cwd=tmp_path)
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
+
+
+# ------------------------------------------------------------------------------------- checkpoints and artefacts
+
+
+def tensors() -> dict:
+    return {kind: {"a": torch.arange(6.0).view(2, 3), "b": torch.zeros(0)} for kind in checkpoint.KINDS}
+
+
+def test_a_checkpoint_that_does_not_verify_is_passed_over_by_name(tmp_path):
+    checkpoint.publish(tmp_path, 8, tensors(), {})
+    newer = checkpoint.publish(tmp_path, 16, tensors(), {})
+    data = bytearray((newer / "ema.safetensors").read_bytes())
+    data[-1] ^= 1
+    (newer / "ema.safetensors").write_bytes(data)
+    found, passed_over = checkpoint.newest(tmp_path)
+    assert found.name.endswith("000000000008")
+    assert len(passed_over) == 1 and "ema.safetensors differs" in passed_over[0]
+    (newer / "manifest.json").write_text("{")
+    assert checkpoint.newest(tmp_path)[0] == found
+    shutil.rmtree(found)
+    assert checkpoint.newest(tmp_path)[0] is None
+
+
+def test_an_interrupted_write_is_never_seen(tmp_path, monkeypatch):
+    checkpoint.publish(tmp_path, 8, tensors(), {})
+    monkeypatch.setattr(checkpoint, "digest", lambda path: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.publish(tmp_path, 16, tensors(), {})
+    assert [p.name for p in tmp_path.iterdir()] == ["images-000000000008"]
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    path = checkpoint.publish(tmp_path, 8, tensors(), {})
+    _, stored = checkpoint.read(path)
+    checkpoint.refuse_other_network(path, stored["weight"], {"a": (2, 3), "b": (0,)})
+    with pytest.raises(Refused, match=r"another network: a is \(2, 3\) there and \(3, 3\) here"):
+        checkpoint.refuse_other_network(path, stored["weight"], {"a": (3, 3), "b": (0,)})
+
+
+@pytest.fixture(scope="module")
+def ema(tmp_path_factory):
+    """An exported model, untrained."""
+    torch.manual_seed(0)
+    recipe, facts = tiny(), Facts(classes=("circle", "square", "triangle", "cross"))
+    network = artifact.build(recipe, facts)
+    path = tmp_path_factory.mktemp("ema") / "ema.safetensors"
+    artifact.save(path, {n: p.detach() for n, p in network.named_parameters()}, recipe, facts, 96)
+    return path
+
+
+def cli(*arguments: str, cwd: Path) -> str:
+    return refused("-m", "duotone.engine.cli", *arguments, cwd=cwd)
+
+
+def test_exports_never_overwrite(ema, tmp_path):
+    for form in ("diffusers", "safetensors"):
+        target = tmp_path / form
+        target.write_text("mine")
+        assert "exists" in cli("export", str(ema), "--format", form, "--out", str(target), cwd=tmp_path)
+        assert target.read_text() == "mine"
+    (tmp_path / "sample.png").write_text("mine")
+    assert "exists" in cli("sample", str(ema), "--prompt", "x", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["sample", "nowhere"], "nowhere.* does not exist"),
+        (["sample"], "needs a run's folder"),
+        (["paint", "x"], "unknown command 'paint'"),
+        (["prepare", "imagenet"], "unknown data 'imagenet'"),
+        (["export", "nowhere", "--out", "y"], "does not exist"),
+        (["evaluate", "nowhere", "--stepz", "3"], "nearest key is --steps"),
+    ],
+)
+def test_commands_refuse_in_one_line(arguments, says, tmp_path):
+    import re
+
+    assert re.search(says, cli(*arguments, cwd=tmp_path))
+
+
+def test_files_that_are_no_models_are_refused(ema, tmp_path):
+    (tmp_path / "torn.safetensors").write_bytes(ema.read_bytes()[:1000])
+    with pytest.raises(Refused, match="no readable safetensors"):
+        artifact.load(tmp_path / "torn.safetensors", "cpu")
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(Refused, match="not written by duotone"):
+        artifact.load(tmp_path / "other.safetensors", "cpu")
+
+
+def test_the_header_tells_all_but_where_it_was_made(ema):
+    model = artifact.load(ema, "cpu")
+    assert model.images == 96 and model.facts.classes[1] == "square" and model.recipe.out is None
+    header = ema.read_bytes()[8:20_000].split(b'"__metadata__"')[1][:6000]
+    assert str(Path.home()).encode() not in header and os.getcwd().encode() not in header
+    assert oct(ema.stat().st_mode & 0o777) == oct(0o666 & ~artifact.umask())
+
+
+def test_the_exported_unet_agrees_in_diffusers(ema, tmp_path):
+    from diffusers import EDMEulerScheduler, UNet2DConditionModel
+
+    model = artifact.load(ema, "cpu")
+    notes = diffusers_folder.export(model, tmp_path / "folder")
+    assert any("bytes" in note for note in notes)
+    theirs = UNet2DConditionModel.from_pretrained(tmp_path / "folder", subfolder="unet").eval()
+    scheduler = EDMEulerScheduler.from_pretrained(tmp_path / "folder", subfolder="scheduler")
+    assert scheduler.config.sigma_data == model.objective.sigma_data
+    x, t, tokens = torch.randn(2, 3, 16, 16), torch.rand(2) * 900, torch.randn(2, 5, 16)
+    label = model.network.conditioners["label"]
+    with torch.no_grad():
+        ours = model.network.unet(x, t, label.embedding(torch.tensor([1, 4])), tokens)
+        other = theirs(x, t, tokens, class_labels=torch.tensor([1, 4])).sample
+    assert (ours - other).abs().max() <= 1e-5
+    unet, classes = diffusers_folder.load_unet(tmp_path / "folder" / "unet")
+    assert torch.equal(classes, label.embedding.weight)
+    assert all(torch.equal(a, b) for a, b in zip(unet.state_dict().values(), model.network.unet.state_dict().values()))
+    assert load_file(ema).keys() == dict(model.network.named_parameters()).keys()
