@@ -24,7 +24,7 @@ CONDITIONED, PLAIN = "UNet2DConditionModel", "UNet2DModel"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DOWN = {"none": "DownBlock2D", "self": "AttnDownBlock2D", "cross": "CrossAttnDownBlock2D"}
 UP = {"none": "UpBlock2D", "self": "AttnUpBlock2D", "cross": "CrossAttnUpBlock2D"}
-LABEL = "conditioners.label.embedding.weight"
+LABEL, POOL = "conditioners.label.embedding.weight", "conditioners.text.pool."
 
 
 class Inexpressible(Refused):
@@ -113,6 +113,9 @@ def unet_weights(named: dict[str, Tensor]) -> dict[str, Tensor]:
     weights = {name.removeprefix("unet."): v for name, v in named.items() if name.startswith("unet.")}
     if LABEL in named:
         weights["class_embedding.weight"] = named[LABEL]
+    for name, value in named.items():
+        if name.startswith(POOL):
+            weights[f"class_embedding.{name.removeprefix(POOL)}"] = value
     return {name: value.float().contiguous().cpu() for name, value in weights.items()}
 
 
@@ -150,6 +153,13 @@ def export(model: Model, out: Path) -> list[str]:
     conditioners = model.network.conditioners
     classes = len(model.facts.classes) + 1 if "label" in conditioners else None
     config = to_config(model.recipe.model, model.size, classes)
+    if pooled_text(conditioners):
+        if classes:
+            raise Inexpressible("a label and a pooled caption, both added to the time embedding")
+        config |= {
+            "class_embed_type": "projection",
+            "projection_class_embeddings_input_dim": model.recipe.model.context_width,
+        }
     others = sorted(set(conditioners) - {"label", "text"})
     if others:
         raise Inexpressible(f"the condition {', '.join(others)}")
@@ -164,6 +174,11 @@ def export(model: Model, out: Path) -> list[str]:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     return notes
+
+
+def pooled_text(conditioners) -> bool:
+    """Whether captions also reach the time embedding: for diffusers that is a projected class embedding."""
+    return "text" in conditioners and conditioners["text"].pool is not None
 
 
 def write_folder(
@@ -192,7 +207,8 @@ def save_text_encoder(folder: Path, model: Model) -> list[str]:
     if text.frozen:
         return ["text: the frozen encoder is not copied; load it by its own name"]
     text.encoder.save_pretrained(folder / "text_encoder")
-    return [
+    pooled = ["text: pass the mean of a caption's tokens as class_labels"] if text.pool is not None else []
+    return pooled + [
         "text: the encoder reads bytes (mark 1, byte + 3 each, mark 2, padded with 0): no tokenizer of theirs does that"
     ]
 

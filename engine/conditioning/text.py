@@ -12,12 +12,16 @@ from torch import Tensor, nn
 from duotone.data.batch import Batch
 from duotone.data.refusal import Refused
 from duotone.engine.conditioning.base import Conditioner, Conditioning, Facts
+from duotone.engine.model.blocks import Embedding
 from duotone.engine.model.unet import UNetConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipText:
     """A pretrained CLIP text encoder, frozen, and its tokenizer."""
+
+    kind = "text"
+    port = "tokens"
 
     encoder: str = "openai/clip-vit-base-patch32"
     """Name on the Hugging Face hub, or a folder holding model and tokenizer."""
@@ -44,6 +48,9 @@ class ClipText:
 class ByteText:
     """A small CLIP text model over bytes, trained with the network: needs no download."""
 
+    kind = "text"
+    port = "tokens"
+
     width: int = 64
     """Width of its tokens; the network's context_width must be the same."""
     layers: int = 2
@@ -52,6 +59,8 @@ class ByteText:
     """Attention heads."""
     length: int = 64
     """Most bytes of a caption, with one mark before and one after."""
+    pooled: bool = True
+    """Also add the mean of a caption's tokens to the time embedding, so that every block hears the caption."""
     dropout: float = 0.1
     """Share of captions replaced by the null state (all-zero tokens) in training."""
 
@@ -69,7 +78,10 @@ class ByteText:
             bos_token_id=ByteTokens.BEGIN,
             eos_token_id=ByteTokens.END,
         )
-        return TextConditioner(CLIPTextModel(config), ByteTokens(self.length), self.dropout, network, frozen=False)
+        encoder = CLIPTextModel(config)
+        return TextConditioner(
+            encoder, ByteTokens(self.length), self.dropout, network, frozen=False, pooled=self.pooled
+        )
 
 
 class ByteTokens:
@@ -116,9 +128,12 @@ def warn_cut(caption: str, cut: str) -> None:
 class TextConditioner(Conditioner):
     """Tokens of a text encoder's last layer; the null state is all-zero tokens, whose attention output is exactly zero."""
 
-    kind = "text"
+    kind, asked = "text", "prompts"
+    nobody = ""
 
-    def __init__(self, encoder: nn.Module, tokens, dropout: float, network: UNetConfig, *, frozen: bool):
+    def __init__(
+        self, encoder: nn.Module, tokens, dropout: float, network: UNetConfig, *, frozen: bool, pooled: bool = False
+    ):
         super().__init__()
         width = encoder.config.hidden_size
         if width != network.context_width:
@@ -126,6 +141,7 @@ class TextConditioner(Conditioner):
                 f"model.context_width = {network.context_width}, but the text encoder's tokens are {width} wide"
             )
         self.tokens, self.dropout, self.frozen = tokens, dropout, frozen
+        self.pool = Embedding(width, network.embedding_width) if pooled else None
         if frozen:
             # In a tuple, so that it is no part of the trained state: neither optimizer, checkpoint nor export holds it.
             self.held = (encoder.requires_grad_(False).eval(),)
@@ -137,10 +153,10 @@ class TextConditioner(Conditioner):
             encoder._apply(fn)
         return super()._apply(fn, recurse)
 
-    def of_batch(self, batch: Batch) -> dict[str, Tensor]:
+    def of_batch(self, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
         return self.tokens(batch.captions)
 
-    def of_values(self, values: list[str]) -> dict[str, Tensor]:
+    def of_values(self, values: list[str], size: tuple[int, int] | None = None) -> dict[str, Tensor]:
         return self.tokens(values)
 
     def encode(self, tensors: dict[str, Tensor]) -> Tensor:
@@ -152,4 +168,12 @@ class TextConditioner(Conditioner):
     def forward(self, tensors: dict[str, Tensor], keep_N: Tensor) -> Conditioning:
         tokens_NMD = self.encode(tensors)
         tokens_NMD = torch.where(keep_N[:, None, None], tokens_NMD, torch.zeros_like(tokens_NMD))
-        return Conditioning(tokens_NMD=tokens_NMD, mask_NM=tensors["mask_NM"])
+        mask_NM = tensors["mask_NM"]
+        vector_NE = None if self.pool is None else self.pool(masked_mean(tokens_NMD, mask_NM))
+        return Conditioning(vector_NE=vector_NE, tokens_NMD=tokens_NMD, mask_NM=mask_NM)
+
+
+def masked_mean(tokens_NMD: Tensor, mask_NM: Tensor) -> Tensor:
+    """The mean of each row's real tokens, (N, D)."""
+    weight_NM1 = mask_NM[:, :, None].to(tokens_NMD.dtype)
+    return (tokens_NMD * weight_NM1).sum(1) / weight_NM1.sum(1)

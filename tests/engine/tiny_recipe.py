@@ -14,7 +14,7 @@ from duotone.engine.preview import Previews
 recipe = Recipe(
     name="tiny",
     data=Shards(size=16),
-    conditioning=(ByteText(width=16, layers=1, heads=2, length=48, dropout=0.3), Label(dropout=0.2)),
+    conditioning=(ByteText(width=16, layers=1, heads=2, length=48, pooled=False, dropout=0.3), Label(dropout=0.2)),
     objective=EDM(),
     model=UNetConfig(
         channels=(16, 16),
