@@ -29,6 +29,47 @@ found = {name: len(get_triton_kernels_for_op(f"duotone::{name}")) for name in (
     "group_norm_silu", "group_norm_silu_backward", "attention", "attention_backward", "guided_step")}
 assert list(found.values()) == [3, 3, 1, 1, 2], found
 """
+# Both passes are traced on tensors without storage, for a chip that is not there, and stopped before anything runs.
+ONE_GRAPH = """
+import torch, triton
+from torch._dynamo.backends.common import aot_autograd
+from triton.backends.compiler import GPUTarget
+from duotone.kernels import attention, group_norm_silu
+
+class Driver:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+
+class Stop(BaseException):
+    pass
+
+triton.runtime.driver.set_active(Driver())
+group_norm_silu.runs_kernel = attention.runs_kernel = lambda *_: True
+
+def kernels_seen(function, *inputs):
+    seen = []
+    def count(graph, _):
+        seen.append(sum("triton_kernel_wrapper" in str(node.target) for node in graph.graph.nodes))
+        if len(seen) == 2:
+            raise Stop
+        return graph
+    try:
+        compiled = torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=count, bw_compiler=count))
+        compiled(*inputs).sum().backward()
+    except Stop:
+        return seen
+
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+def norm(x_NCHW, row_C, row_NC):
+    return group_norm_silu.group_norm_silu(x_NCHW.relu(), row_C, row_C, 16, add_NC=row_NC, scale_NC=row_NC).sin()
+
+for side, launches in ((8, [1, 1]), (40, [2, 2])):
+    x_NCHW = empty(2, 64, side, side).detach().to(memory_format=torch.channels_last).requires_grad_()
+    assert kernels_seen(norm, x_NCHW, empty(64), empty(2, 64)) == launches
+attend = lambda q, k: attention.attention(q.sin(), k, k).cos()
+assert kernels_seen(attend, empty(2, 100, 4, 64), empty(2, 77, 4, 64)) == [1, 1]
+"""
 ON_A_CPU = """
 import sys, torch
 from duotone.kernels import dispatch, group_norm_silu
@@ -56,8 +97,8 @@ def run(*command, interpret="0"):
 
 @pytest.mark.parametrize(
     "program",
-    [WITHOUT_TRITON, ON_A_CPU, KERNELS_ARE_FOUND],
-    ids=["without_triton", "on_a_cpu", "kernels_are_found"],
+    [WITHOUT_TRITON, ON_A_CPU, KERNELS_ARE_FOUND, ONE_GRAPH],
+    ids=["without_triton", "on_a_cpu", "kernels_are_found", "one_graph"],
 )
 def test_references_alone(program):
     result = run("-c", program)
