@@ -148,7 +148,9 @@ def show(rows) -> str:
             line |= {"asked / bytes": row["requested"] / row["bytes"], "registers": used["registers"]}
             line |= {"spilled": used["spilled_bytes"], "shared": used["shared_bytes"], "warps": used["warps"]}
             line |= {"load": used["load_bits"], "store": used["store_bits"], "occupancy": used["occupancy"]}
-            lines.append(line | {"measured": row["measured_microseconds"]})
+            lines.append(
+                line | {"measured": row["measured_microseconds"] if used["occupancy"] else "does not fit here"}
+            )
     return table(lines)
 
 

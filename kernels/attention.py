@@ -211,7 +211,7 @@ class Tiling:
 
 def tiling(images: int, queries: int, keys: int, heads: int, width: int, *, backward: bool) -> Tiling:
     """Cut a call into programs by its shape alone, so that the same call is always summed in the same order."""
-    block_m, block_d = max(16, _power_of_2(keys)), max(16, _power_of_2(width))
+    block_m, block_d = _block(keys), _block(width)
     if not backward:
         return Tiling(64, block_m, block_d, 64, -(-queries // 64), 4)
     # dk and dv stay in registers: the larger they are, the more warps and the fewer queries at a time, or they spill.
@@ -222,8 +222,9 @@ def tiling(images: int, queries: int, keys: int, heads: int, width: int, *, back
     return Tiling(block_l, block_m, block_d, share, -(-queries // share), warps)
 
 
-def _power_of_2(number):
-    return 1 << (number - 1).bit_length()
+def _block(length):
+    """The next power of two that a tensor core takes."""
+    return max(16, 1 << (length - 1).bit_length())
 
 
 def _strides(name, tensor, axes):
@@ -408,7 +409,7 @@ def attention(q_NLHD, k_NMHD, v_NMHD, *, mask_NM=None, scale=None):
     images, queries, heads, width = q_NLHD.shape
     keys = k_NMHD.shape[1]
     if keys <= MOST_KEYS and runs_kernel(NAME, q_NLHD):
-        reason = _unsupported(q_NLHD)
+        reason = _unsupported(q_NLHD, keys)
         if reason is None:
             return _forward(q_NLHD, k_NMHD, v_NMHD, mask_NM, width**-0.5 if scale is None else float(scale))
         count_fallback(NAME, reason, *q_NLHD.shape, keys)
@@ -418,7 +419,17 @@ def attention(q_NLHD, k_NMHD, v_NMHD, *, mask_NM=None, scale=None):
     return BACKENDS[backend](q_NLHD, k_NMHD, v_NMHD, mask_NM, scale)
 
 
-def _unsupported(q_NLHD):
+def fits(keys: int, width: int, shared_bytes: int) -> bool:
+    """Whether a program's tiles of keys and values, and of their gradients, find room on a chip."""
+    return _block(keys) * _block(width) <= 8192 or shared_bytes >= 160_000
+
+
+@torch.compiler.assume_constant_result
+def _shared_bytes(device_index):
+    return torch.cuda.get_device_properties(device_index).shared_memory_per_block_optin
+
+
+def _unsupported(q_NLHD, keys):
     """Why a call with few keys goes to PyTorch's kernels, or None."""
     images, _, heads, width = q_NLHD.shape
     # Exact fp32 products leave the tensor cores, and then a tile of keys does not fit in registers.
@@ -428,6 +439,8 @@ def _unsupported(q_NLHD):
         return "no queries"
     if width > MOST_WIDTH:
         return f"more than {MOST_WIDTH} channels per head"
+    if q_NLHD.is_cuda and not fits(keys, width, _shared_bytes(q_NLHD.device.index)):
+        return "keys and channels that do not fit in this chip's shared memory"
     return "more images or heads than a grid addresses" if max(images, heads) > 65535 else None
 
 

@@ -5,7 +5,17 @@ import torch
 import torch.nn.functional as F
 
 from duotone.kernels import dispatch
-from duotone.kernels.attention import CASES, NAME, attention, attention_reference, choices, choose, tiling, xformers
+from duotone.kernels.attention import (
+    CASES,
+    NAME,
+    attention,
+    attention_reference,
+    choices,
+    choose,
+    fits,
+    tiling,
+    xformers,
+)
 
 CHECKED = [case for case in CASES if not case.timed]
 BY_NAME = {case.name: case for case in CASES}
@@ -84,6 +94,13 @@ def test_scale_and_large_scores(device, agree, launching):
 def test_queries_are_split_only_where_heads_are_few():
     assert tiling(1, 300, 20, 1, 16, backward=True).shares > 1
     assert tiling(64, 1024, 77, 4, 64, backward=True).shares == 1
+
+
+def test_large_tiles_go_elsewhere_on_chips_with_little_shared_memory():
+    """The ledger's figures: 128 keys of 128 channels take 120 KiB where an RTX has 99 and an H100 227."""
+    rtx, a100, h100 = 101_376, 166_912, 232_448
+    assert not fits(77, 96, rtx) and fits(77, 64, rtx) and fits(64, 128, rtx)
+    assert fits(77, 96, a100) and fits(128, 128, h100)
 
 
 def test_many_keys_go_to_pytorch(device):
