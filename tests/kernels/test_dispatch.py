@@ -45,7 +45,7 @@ class Stop(BaseException):
 triton.runtime.driver.set_active(Driver())
 group_norm_silu.runs_kernel = attention.runs_kernel = lambda *_: True
 
-def kernels_seen(function, *inputs):
+def kernels_seen(function, *inputs, dynamic=False):
     seen = []
     def count(graph, _):
         seen.append(sum("triton_kernel_wrapper" in str(node.target) for node in graph.graph.nodes))
@@ -53,7 +53,8 @@ def kernels_seen(function, *inputs):
             raise Stop
         return graph
     try:
-        compiled = torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=count, bw_compiler=count))
+        backend = aot_autograd(fw_compiler=count, bw_compiler=count)
+        compiled = torch.compile(function, fullgraph=True, backend=backend, dynamic=dynamic)
         compiled(*inputs).sum().backward()
     except Stop:
         return seen
@@ -69,6 +70,9 @@ for side, launches in ((8, [1, 1]), (40, [2, 2])):
     assert kernels_seen(norm, x_NCHW, empty(64), empty(2, 64)) == launches
 attend = lambda q, k: attention.attention(q.sin(), k, k).cos()
 assert kernels_seen(attend, empty(2, 100, 4, 64), empty(2, 77, 4, 64)) == [1, 1]
+torch.compiler.reset()
+assert kernels_seen(norm, x_NCHW, empty(64), empty(2, 64), dynamic=True) == [2, 2]
+assert kernels_seen(attend, empty(3, 90, 4, 32), empty(3, 70, 4, 32), dynamic=True) == [1, 1]
 """
 ON_A_CPU = """
 import sys, torch
