@@ -113,8 +113,8 @@ def _forward(
     values = height * width * channels
     noisy_NHWC = torch.empty(images_NHWC.shape, dtype=dtype, device=images_NHWC.device)
     target_NHWC = torch.empty(images_NHWC.shape, dtype=torch.float32, device=images_NHWC.device)
-    arguments = {"images": images_NHWC, "flip": flip_N, "coefficients": coefficients_N4.contiguous()}
-    arguments |= {"positions": positions_N, "noisy": noisy_NHWC, "target": target_NHWC, "seed": seed}
+    arguments = {"images": images_NHWC, "flip": flip_N.contiguous(), "coefficients": coefficients_N4.contiguous()}
+    arguments |= {"positions": positions_N.contiguous(), "noisy": noisy_NHWC, "target": target_NHWC, "seed": seed}
     arguments |= {"purpose": purpose, "values": values, "width": width, "channels": channels}
     arguments |= {f"images_{axis}": stride for axis, stride in zip("nhwc", images_NHWC.stride())}
     arguments |= {"BLOCK": 256, "num_warps": 4}

@@ -595,13 +595,17 @@ def _dense_strides(name, image_NCHW):
 def _modulation(weight_C, add_NC, scale_NC, shift_NC):
     """Arguments for the optional per-image values: a stand-in pointer, stride and switch for the absent ones."""
     arguments = {}
-    for name, value in {"add": add_NC, "scale": scale_NC, "shift": shift_NC}.items():
-        # A few kilobytes: not worth a stride per column.
-        value = value if value is None or value.stride(1) == 1 else value.contiguous()
+    for name, value in _named(add_NC, scale_NC, shift_NC).items():
+        value = _unit_stride(value)
         arguments[name] = weight_C if value is None else value
         arguments[f"{name}_n"] = 0 if value is None else value.stride(0)
         arguments[name.upper()] = value is not None
     return arguments
+
+
+def _unit_stride(values):
+    """Per-channel values side by side: a few kilobytes at most, not worth a stride in every kernel."""
+    return values if values is None or values.stride(-1) == 1 else values.contiguous()
 
 
 def _sizes(x_NCHW, groups):
@@ -634,7 +638,8 @@ def _forward(
     modulation = _modulation(weight_C, add_NC, scale_NC, shift_NC)
     shared = _sizes(x_NCHW, groups) | _strides("x", x_NCHW) | _blocks(cut, channels // groups)
     shared |= {"x": x_NCHW, "FLAT": _is_flat(x_NCHW), "BLOCK_G": cut.block_g}
-    output = {"weight": weight_C, "bias": bias_C, "y": y_NCHW, "mean": mean_NG, "rstd": rstd_NG}
+    output = {"weight": _unit_stride(weight_C), "bias": _unit_stride(bias_C), "y": y_NCHW}
+    output |= {"mean": mean_NG, "rstd": rstd_NG}
     output |= modulation | _dense_strides("y", y_NCHW) | {"eps": eps, "SILU": silu}
     spans = math.ceil(channels / cut.span)
     if not cut.chunks:
@@ -672,7 +677,8 @@ def _backward(
     small = {f"d{name}": _gradient_like(value, x_NCHW) for name, value in _named(add_NC, scale_NC, shift_NC).items()}
     modulation = _modulation(weight_C, add_NC, scale_NC, shift_NC)
     shared = _sizes(x_NCHW, groups) | _strides("x", x_NCHW) | _strides("dy", dy_NCHW) | _blocks(cut, channels // groups)
-    shared |= {"x": x_NCHW, "dy": dy_NCHW, "weight": weight_C, "bias": bias_C, "mean": mean_NG, "rstd": rstd_NG}
+    shared |= {"x": x_NCHW, "dy": dy_NCHW, "weight": _unit_stride(weight_C), "bias": _unit_stride(bias_C)}
+    shared |= {"mean": mean_NG, "rstd": rstd_NG}
     shared |= modulation | {"SILU": silu, "FLAT": _is_flat(x_NCHW), "FLAT_DY": _is_flat(dy_NCHW)}
     output = {"dx": dx_NCHW, "per_image": per_image_N2C, "BLOCK_G": cut.block_g} | _dense_strides("dx", dx_NCHW) | small
     spans = math.ceil(channels / cut.span)

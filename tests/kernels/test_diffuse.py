@@ -52,6 +52,14 @@ def test_images_of_any_stride(device, launching):
     assert packed[0].equal(strided[0]) and packed[1].equal(strided[1])
 
 
+def test_per_image_values_of_any_stride(device, launching):
+    given = draw((2, 6, 8, 3), device)
+    given |= {"flip_N": given["flip_N"][:1].expand(2), "positions_N": torch.arange(4, device=device)[::3]}
+    with launching(NAME):
+        noisy_NCHW, target_NCHW = diffuse(**given)
+    assert target_NCHW.cpu().equal(diffuse_reference(**on_cpu(given))[1])
+
+
 def test_the_image_flips_and_the_noise_does_not(device, launching):
     given = draw((2, 6, 8, 3), device)
     given["coefficients_N4"] = torch.tensor([[1.0, 0, 0, 1]] * 2, device=device)

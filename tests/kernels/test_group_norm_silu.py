@@ -162,6 +162,18 @@ def test_modulation_broadcast_over_images(device, agree, launching):
     agree(got, torch.autograd.grad(y.sum(), wide_1C)[0], "dscale")
 
 
+def test_weights_of_any_stride(device, agree, launching):
+    case = BY_NAME["odd_map"]
+    inputs = draw(case, device, torch.float32)
+    x_NCHW, bias_C = inputs["x_NCHW"], inputs["bias_C"].repeat_interleave(2)[::2]
+    weight_C = torch.randn(1, device=device).expand_as(bias_C)
+    scale_NC = inputs["scale_NC"].t().contiguous().t()
+    with launching(NAME):
+        y_NCHW = group_norm_silu(x_NCHW, weight_C, bias_C, case.groups, scale_NC=scale_NC)
+    wide = [t.double() for t in (x_NCHW, weight_C, bias_C)]
+    agree(y_NCHW, group_norm_silu_reference(*wide, case.groups, scale_NC=scale_NC.double()), "y")
+
+
 def test_no_gradient_asked_for_none_computed(device, launching):
     case = BY_NAME["odd_map"]
     inputs = draw(case, device, torch.float32)
