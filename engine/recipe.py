@@ -15,8 +15,10 @@ from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
 from duotone.engine.checkpoint import Checkpoints
 from duotone.engine.command_line import parse
+from duotone.engine.conditioning.attributes import Attributes
+from duotone.engine.conditioning.image import ClassMap, Hole, LowResolution
 from duotone.engine.conditioning.label import Label
-from duotone.engine.conditioning.text import ByteText, ClipText
+from duotone.engine.conditioning.text import ByteText, ClipText, EncoderText
 from duotone.engine.log import Log
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.ddpm import DDPM
@@ -27,7 +29,7 @@ from duotone.engine.preview import Previews
 from duotone.engine.speed import Speed
 from duotone.engine.zero import Zero
 
-Condition = ClipText | ByteText | Label
+Condition = ClipText | ByteText | EncoderText | Label | Attributes | ClassMap | LowResolution | Hole
 Objectives = EDM | DDPM | Flow
 
 
@@ -56,6 +58,8 @@ class Recipe:
     """Micro-batches per rank and optimizer step."""
     images: int = 10_000_000
     """Training budget in images."""
+    drop_together: float = 0.0
+    """Share of images that lose all their conditions together in training, as guidance's null branch does."""
     flip: bool = False
     """Mirror images at random."""
     seed: int = 0
@@ -96,14 +100,16 @@ class Recipe:
             raise Refused(f"model.in_channels = {self.model.in_channels}, but data.channels = {self.data.channels}")
 
     def check_conditioning(self) -> None:
-        kinds = [type(condition).__name__ for condition in self.conditioning]
+        kinds = [condition.kind for condition in self.conditioning]
         if len(set(kinds)) < len(kinds):
             raise Refused(f"conditioning names a kind twice: {', '.join(kinds)}")
         for i, condition in enumerate(self.conditioning):
             if not 0 <= condition.dropout <= 1:
                 raise Refused(f"conditioning.{i}.dropout = {condition.dropout}: it must lie in [0, 1]")
+        if not 0 <= self.drop_together <= 1:
+            raise Refused(f"drop_together = {self.drop_together}: it must lie in [0, 1]")
         reads_tokens = "cross" in (*self.model.attention, self.model.middle)
-        gives_tokens = any(isinstance(c, ClipText | ByteText) for c in self.conditioning)
+        gives_tokens = any(condition.port == "tokens" for condition in self.conditioning)
         if reads_tokens != gives_tokens:
             raise Refused(
                 "model.attention has cross levels, but no condition gives tokens"
@@ -144,17 +150,12 @@ def value_at(recipe: Recipe, dotted: str):
 def main(recipe: Recipe, embedded: Recipe | None = None) -> None:
     """Runs a recipe file: overrides from the command line, then training; refused input is one line and exit code 2.
 
-    `embedded` replaces the recipe where no --data.shards is given: a small network on the embedded data set.
+    `embedded` is the small network for the embedded data set: it is taken where no --data.shards is given, and, for data of
+    one's own, with --small.
     """
     arguments = [a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank"))]
     try:
-        if embedded is not None and not any(a.split("=")[0] == "--data.shards" for a in arguments):
-            say(
-                f"no --data.shards: training a small network on the embedded captioned shapes. The full {recipe.name} "
-                "recipe: duotone prepare --help, then --data.shards DIR"
-            )
-            recipe = embedded
-        recipe = parse(Recipe, arguments, default=recipe)
+        recipe = parse(Recipe, without_small(arguments), default=base_of(recipe, embedded, arguments))
         recipe.check()
         from duotone.engine.train import train
 
@@ -162,6 +163,26 @@ def main(recipe: Recipe, embedded: Recipe | None = None) -> None:
     except Refused as refusal:
         say(f"refused: {refusal}", file=sys.stderr)
         sys.exit(2)
+
+
+def base_of(recipe: Recipe, embedded: Recipe | None, arguments: list[str]) -> Recipe:
+    """The recipe that the command line's overrides are laid over."""
+    small = "--small" in arguments
+    if embedded is None and small:
+        raise Refused(f"--small: {recipe.name} has no small network of its own")
+    if small:
+        return embedded
+    if embedded is None or any(a.split("=")[0] == "--data.shards" for a in arguments):
+        return recipe
+    say(
+        f"no --data.shards: training a small network on the embedded captioned shapes. The full {recipe.name} recipe: "
+        "duotone prepare --help, then --data.shards DIR (with --small for the small network on your data)"
+    )
+    return embedded
+
+
+def without_small(arguments: list[str]) -> list[str]:
+    return [a for a in arguments if a != "--small"]
 
 
 def say(line: str, **to) -> None:
