@@ -7,12 +7,14 @@ and noting what it would have launched; the same arguments are then compiled for
 import contextlib
 import datetime
 import json
+import os
 import platform
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -293,9 +295,8 @@ def copy_bandwidth() -> float:
 
 
 def time_on_cpu(call, rounds: int = 5) -> float:
-    """Milliseconds of the fastest of a few calls."""
-    import time
-
+    """Milliseconds of the fastest of a few calls on one core, which a busy machine disturbs least."""
+    torch.set_num_threads(1)
     call()
     times = []
     for _ in range(rounds):
@@ -319,7 +320,7 @@ def machine() -> dict:
     record = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
     record |= {"commit": _git("rev-parse", "HEAD"), "date": datetime.date.today().isoformat()}
     if not torch.cuda.is_available():
-        return record | {"device": "cpu", "cores": torch.get_num_threads()}
+        return record | {"device": "cpu", "cores": os.cpu_count()}
     properties = torch.cuda.get_device_properties(0)
     record |= {"device": properties.name, "capability": f"{properties.major}.{properties.minor}"}
     query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]

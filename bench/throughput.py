@@ -307,7 +307,7 @@ def launches_of(subject, case, dtype):
 
 
 def measure_on_cpu(subject, case, dtype, chips):
-    """The compiler's view of every launch, and the definition's time on this CPU, in fp32 and small."""
+    """The compiler's view of every launch, and the definition's time on one core, in fp32 and small."""
     rows = []
     for launch in launches_of(subject, case, dtype):
         for chip in chips:
@@ -373,7 +373,7 @@ def _print_cpu(results):
         {
             "kernel": r["kernel"],
             "case": r["case"],
-            "definition on this CPU, one small image, fp32, ms": r["cpu_reference_ms_small_fp32"],
+            "definition on one CPU core, one small image, fp32, ms": r["cpu_reference_ms_small_fp32"],
         }
         for r in results
     ]
