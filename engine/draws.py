@@ -27,6 +27,8 @@ class Purpose(IntEnum):
     SAMPLE_STEP = 7
     JOINT_DROP = 8
     ATTRIBUTE_DROP = 9
+    HOLE = 10
+    TEMPERATURE = 11
 
 
 def uniform(seed: int, positions_N: np.ndarray, purpose: Purpose, count: int = 1) -> Tensor:

@@ -21,7 +21,6 @@ from duotone.engine.samplers.heun import heun
 from duotone.engine.samplers.stochastic_heun import stochastic_heun
 
 SAMPLERS = {f.__name__: f for f in (euler, heun, dpmpp_2m, ancestral, stochastic_heun)}
-ASKED = {"text": "prompts", "label": "labels", "attributes": "attributes", "image": "images"}
 
 
 def sample(
@@ -30,6 +29,8 @@ def sample(
     prompts: Sequence[str] | None = None,
     labels: Sequence[int | str] | None = None,
     attributes: Sequence | None = None,
+    images: Sequence | None = None,
+    holes: Sequence | None = None,
     count: int | None = None,
     negative: dict[str, Sequence] | None = None,
     steps: int = 25,
@@ -45,25 +46,32 @@ def sample(
 ) -> np.ndarray:
     """Images as uint8, (N, H, W, C).
 
-    Give what the model is conditioned on (`prompts`, `labels`, ...), or `count` images without a condition. `guidance` is
+    Give what the model is conditioned on, or `count` images without a condition: `prompts`; `labels` by number or name;
+    `attributes`, for each image a vector of 0, 1 and None (unknown), a list of the names that are present, or a mapping
+    from the known names to 0 or 1; low-resolution `images`, uint8 (h, w, C); `holes`, pairs of an image and its mask (H, W),
+    true where it is to be filled. `negative` takes the same by name for the branch that guidance leads away from. `guidance` is
     a number or one per image; `seed` too: image i of a single seed uses seed and i, and its noise does not depend on the
     batch. `on_step(step, x_NCHW, denoised_NCHW)` is called after every step. Raises Refused on what does not fit.
     """
-    asked = {"text": prompts, "label": labels, "attributes": attributes}
-    values = values_by_kind(model, {kind: list(v) for kind, v in asked.items() if v is not None})
-    images = number_of_images(values, count)
-    scales = per_image("guidance", guidance, images)
-    seeds = seeds_of(seed, images)
+    asked = {"prompts": prompts, "labels": labels, "attributes": attributes, "images": images, "holes": holes}
+    asked = {name: list(rows) for name, rows in asked.items() if rows is not None}
+    values = values_by_kind(model, asked)
+    number = number_of_images(asked, count)
+    scales = per_image("guidance", guidance, number)
+    seeds = seeds_of(seed, number)
+    height_width = image_shape(model, size)[1:]
     solver = sampler if callable(sampler) else solver_named(sampler)
     sigmas = falling(model.objective.sampling_sigmas(steps, *([spacing] if spacing else [])))
-    negatives = negative_values(model, negative, images)
+    negatives = negative_values(model, negative, number)
     if any(scale != 1 for scale in scales):
         refuse_without_null(model, values, negatives)
     parts = []
-    for first in range(0, images, chunk):
+    for first in range(0, number, chunk):
         rows = slice(first, first + chunk)
-        denoise = guided_denoiser(model, part(values, rows), part(negatives, rows), scales[rows], interval, rescale)
-        parts.append(run(model, denoise, solver, sigmas, seeds[rows], size, on_step))
+        denoise = guided_denoiser(
+            model, part(values, rows), part(negatives, rows), scales[rows], interval, rescale, height_width
+        )
+        parts.append(run(model, denoise, solver, sigmas, seeds[rows], height_width, on_step))
     return np.concatenate(parts)
 
 
@@ -105,17 +113,18 @@ def image_shape(model: Model, size: int | tuple[int, int] | None) -> tuple[int, 
     return model.network.unet.config.out_channels, height, width
 
 
-def guided_denoiser(model: Model, values, negatives, scales: list[float], interval, rescale: float) -> GuidedDenoiser:
+def guided_denoiser(
+    model: Model, values, negatives, scales: list[float], interval, rescale: float, size
+) -> GuidedDenoiser:
     """The denoiser of one chunk: both branches' conditions in one batch where any image is guided."""
     images = len(scales)
     guided = any(scale != 1 for scale in scales)
     tensors = {}
     for kind, conditioner in model.network.conditioners.items():
-        rows = values.get(kind) or null_values(kind, images)
+        rows = values.get(kind) or [conditioner.nobody] * images
         below = negatives.get(kind) or rows
-        tensors[kind] = {
-            k: v.to(model.device) for k, v in conditioner.of_values(rows + below if guided else rows).items()
-        }
+        found = conditioner.of_values(rows + below if guided else rows, size)
+        tensors[kind] = {name: tensor.to(model.device) for name, tensor in found.items()}
     keep = {kind: kept(kind, values, negatives, images, guided).to(model.device) for kind in tensors}
     with torch.inference_mode():
         both = model.network.condition(tensors, keep)
@@ -127,27 +136,24 @@ def guided_denoiser(model: Model, values, negatives, scales: list[float], interv
     )
 
 
-def null_values(kind: str, images: int) -> list:
-    """Placeholders for a condition nobody gave; their rows are dropped."""
-    return [""] * images if kind == "text" else [0] * images
-
-
 def kept(kind: str, values: dict, negatives: dict, images: int, guided: bool) -> Tensor:
     """Conditional rows are kept where given, unconditional ones only where a negative is given."""
     rows = [kind in values] * images + ([kind in negatives] * images if guided else [])
     return torch.tensor(rows, dtype=torch.bool)
 
 
-def values_by_kind(model: Model, values: dict[str, list]) -> dict[str, list]:
-    for kind in values:
-        if kind not in model.network.conditioners:
-            takes = ", ".join(ASKED[k] for k in model.network.conditioners) or "no condition, only count"
-            raise Refused(f"this model takes no {ASKED[kind]}: it takes {takes}")
-    return values
+def values_by_kind(model: Model, asked: dict[str, list]) -> dict[str, list]:
+    """What each conditioner is given; refuses what none of them takes."""
+    kinds = model.network.conditioners
+    for name in asked:
+        if not any(conditioner.asked == name for conditioner in kinds.values()):
+            takes = ", ".join(dict.fromkeys(c.asked for c in kinds.values())) or "no condition, only count"
+            raise Refused(f"this model takes no {name}: it takes {takes}")
+    return {kind: asked[c.asked] for kind, c in kinds.items() if c.asked in asked}
 
 
-def number_of_images(values: dict[str, list], count: int | None) -> int:
-    lengths = {ASKED[kind]: len(v) for kind, v in values.items()} | ({"count": count} if count is not None else {})
+def number_of_images(asked: dict[str, list], count: int | None) -> int:
+    lengths = {name: len(rows) for name, rows in asked.items()} | ({"count": count} if count is not None else {})
     if not lengths:
         raise Refused("nothing to sample: give prompts, labels or count")
     if len(set(lengths.values())) > 1:
@@ -188,16 +194,13 @@ def falling(sigmas: Tensor) -> Tensor:
 
 def negative_values(model: Model, negative: dict[str, Sequence] | None, images: int) -> dict[str, list]:
     """{"prompts": [...]} as values by kind."""
-    kinds = {asked: kind for kind, asked in ASKED.items()}
-    found = {}
-    for asked, rows in (negative or {}).items():
-        kind = kinds.get(asked)
-        if kind not in model.network.conditioners:
-            raise Refused(f"negative {asked} given, but this model takes no {asked}")
+    negative = {name: list(rows) for name, rows in (negative or {}).items()}
+    for name, rows in negative.items():
         if len(rows) != images:
-            raise Refused(f"negative {asked} has {len(rows)} entries for {images} images")
-        found[kind] = list(rows)
-    return found
+            raise Refused(f"negative {name} has {len(rows)} entries for {images} images")
+        if not any(conditioner.asked == name for conditioner in model.network.conditioners.values()):
+            raise Refused(f"negative {name} given, but this model takes no {name}")
+    return values_by_kind(model, negative)
 
 
 def refuse_without_null(model: Model, values: dict, negatives: dict) -> None:
@@ -205,9 +208,10 @@ def refuse_without_null(model: Model, values: dict, negatives: dict) -> None:
     if not values:
         raise Refused("guidance needs a condition: give prompts or labels, or leave guidance at 1")
     for kind in values:
-        if kind not in negatives and model.network.conditioners[kind].dropout == 0:
+        conditioner = model.network.conditioners[kind]
+        if kind not in negatives and conditioner.dropout == 0 and model.recipe.drop_together == 0:
             raise Refused(
-                f"guidance needs a null state, and this network was trained with condition dropout 0 for its {ASKED[kind]}: "
+                f"guidance needs a null state, and this network was trained with condition dropout 0 for its {conditioner.asked}: "
                 "leave guidance at 1, or train with conditioning dropout above 0"
             )
 

@@ -19,6 +19,7 @@ from duotone.data.refusal import Refused
 from duotone.data.shards import Dataset
 from duotone.engine import artifact, checkpoint, draws, preview, run_folder, speed, zero
 from duotone.engine.conditioning.base import Facts
+from duotone.engine.conditioning.dropout import conditioned
 from duotone.engine.log import Logger
 from duotone.engine.memory import Estimate, estimate
 from duotone.engine.model.network import Network
@@ -132,11 +133,11 @@ def flips(recipe: Recipe, positions_N: np.ndarray) -> Tensor:
 
 def conditions(run: Run, batch: Batch) -> tuple[dict, dict]:
     """Each conditioner's tensors and the rows it keeps; the others are dropped to their null state."""
-    device, conditioners = run.sharded.device, run.network.conditioners
-    u_NK = draws.uniform(run.recipe.seed, batch.positions_N, draws.Purpose.DROP, max(1, len(conditioners)))
-    tensors = {k: {n: t.to(device) for n, t in c.of_batch(batch).items()} for k, c in conditioners.items()}
-    keep = {kind: (u_NK[:, i] >= c.dropout).to(device) for i, (kind, c) in enumerate(conditioners.items())}
-    return tensors, keep
+    recipe, device = run.recipe, run.sharded.device
+    flip_N = flips(recipe, batch.positions_N)
+    tensors, keep = conditioned(run.network.conditioners, batch, recipe.seed, flip_N, recipe.drop_together)
+    on_device = {kind: {name: t.to(device) for name, t in named.items()} for kind, named in tensors.items()}
+    return on_device, {kind: keep_N.to(device) for kind, keep_N in keep.items()}
 
 
 def due(run: Run, every: int) -> bool:

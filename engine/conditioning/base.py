@@ -22,7 +22,10 @@ class Facts:
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """The three ports: a vector added to the time embedding, tokens for cross-attention, channels beside the image."""
+    """The three ports: a vector added to the time embedding, tokens for cross-attention, channels beside the image.
+
+    Channels of 1 x 1 pixels hold for every pixel.
+    """
 
     vector_NE: Tensor | None = None
     tokens_NMD: Tensor | None = None
@@ -33,15 +36,25 @@ class Conditioning:
 class Conditioner(nn.Module, ABC):
     """Turns one kind of condition into a Conditioning; keep_N False gives a row its null state."""
 
+    kind: str
+    """Its name within a network, which holds one of each kind."""
+    asked: str
+    """The keyword by which sample() is given its values."""
+    nobody: object = 0
+    """A value that stands in where nobody gave one; its row is not kept."""
     dropout: float
+    spatial: bool = False
+    """Whether it reads the pixels of a batch, which must then be mirrored as the network sees them."""
+    extra_channels: int = 0
+    """Channels that it adds to the network's input."""
 
     @abstractmethod
-    def of_batch(self, batch: Batch) -> dict[str, Tensor]:
-        """The tensors of a training batch, on the host."""
+    def of_batch(self, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
+        """The tensors of a training batch; what is drawn at random is a function of the seed and the batch's positions."""
 
     @abstractmethod
-    def of_values(self, values: list) -> dict[str, Tensor]:
-        """The tensors of what a person asks for when sampling; refuses values that do not fit."""
+    def of_values(self, values: list, size: tuple[int, int] | None = None) -> dict[str, Tensor]:
+        """The tensors of what a person asks for when sampling at `size` pixels; refuses values that do not fit."""
 
     @abstractmethod
     def forward(self, tensors: dict[str, Tensor], keep_N: Tensor) -> Conditioning:
@@ -59,8 +72,14 @@ def combine(parts: list[Conditioning]) -> Conditioning:
         mask_NM=torch.cat([full_mask(p) for p in spoken], dim=1)
         if any(p.mask_NM is not None for p in spoken)
         else None,
-        channels_NKHW=torch.cat(channels, dim=1) if channels else None,
+        channels_NKHW=torch.cat(as_large(channels), dim=1) if channels else None,
     )
+
+
+def as_large(channels: list[Tensor]) -> list[Tensor]:
+    """Channels of 1 x 1 pixels, which are the same everywhere, spread over the size of the largest."""
+    height, width = max(c.shape[2:] for c in channels)
+    return [c.expand(-1, -1, height, width) for c in channels]
 
 
 def full_mask(part: Conditioning) -> Tensor:

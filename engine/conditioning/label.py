@@ -1,46 +1,93 @@
-"""Class labels: a vector added to the time embedding; row K of K + 1 is the null class.
+"""Class labels: a vector added to the time embedding; class K, one past the last, is the null class.
 
-N images, E embedding width, K classes.
+N images, E embedding width, K classes, W width of the sinusoid.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from duotone.data.batch import Batch
 from duotone.data.refusal import Refused
 from duotone.engine.conditioning.base import Conditioner, Conditioning, Facts
+from duotone.engine.model.blocks import Embedding, sinusoid
 from duotone.engine.model.unet import UNetConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Label:
-    """One class per image."""
+    """One class per image, as a vector."""
 
+    kind = "label"
+    port = "vector"
+
+    encoding: Literal["embedding", "one_hot", "sinusoid"] = "embedding"
+    """A learned row per class; the class as a one-hot vector, or its number as a sinusoid (diffusers' class_embed_type
+    "timestep"), through two layers."""
     dropout: float = 0.1
     """Share of labels replaced by the null class in training."""
 
     def build(self, network: UNetConfig, facts: Facts) -> "LabelConditioner":
-        if not facts.classes:
-            raise Refused("conditioning by label needs class names, and the data has none: prepare it with classes")
-        return LabelConditioner(facts.classes, network.embedding_width, self.dropout)
+        classes = classes_of(facts)
+        if self.encoding == "embedding":
+            encoder = nn.Embedding(len(classes) + 1, network.embedding_width)
+        elif self.encoding == "one_hot":
+            encoder = OneHot(len(classes), network.embedding_width)
+        else:
+            encoder = Sinusoid(network)
+        return LabelConditioner(classes, encoder, self.dropout)
+
+
+def classes_of(facts: Facts) -> tuple[str, ...]:
+    if not facts.classes:
+        raise Refused("conditioning by label needs class names, and the data has none: prepare it with classes")
+    return facts.classes
+
+
+class OneHot(Embedding):
+    """Two layers over a one-hot vector; the null class is all zeros."""
+
+    def __init__(self, classes: int, width: int):
+        super().__init__(classes, width)
+        self.classes = classes
+
+    def forward(self, rows_N: Tensor) -> Tensor:
+        return super().forward(one_hot(rows_N, self.classes, self.linear_1.weight.dtype))
+
+
+class Sinusoid(Embedding):
+    """Two layers over the class number's sinusoid, the same sinusoid as the time's."""
+
+    def __init__(self, network: UNetConfig):
+        super().__init__(network.channels[0], network.embedding_width)
+        self.settings = {"width": network.channels[0], "flip": network.time_flip, "shift": network.time_shift}
+
+    def forward(self, rows_N: Tensor) -> Tensor:
+        return super().forward(sinusoid(rows_N, **self.settings).to(self.linear_1.weight.dtype))
+
+
+def one_hot(rows_N: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """(N, K) with the null class, number K, all zeros."""
+    return F.one_hot(rows_N, classes + 1)[:, :classes].to(dtype)
 
 
 class LabelConditioner(Conditioner):
-    """An embedding row for each class."""
+    """A vector for each class."""
 
-    kind = "label"
+    kind, asked = "label", "labels"
 
-    def __init__(self, classes: tuple[str, ...], width: int, dropout: float):
+    def __init__(self, classes: tuple[str, ...], encoder: nn.Module, dropout: float):
         super().__init__()
         self.classes, self.dropout = classes, dropout
-        self.embedding = nn.Embedding(len(classes) + 1, width)
+        self.embedding = encoder
 
-    def of_batch(self, batch: Batch) -> dict[str, Tensor]:
+    def of_batch(self, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
         return {"labels_N": batch.labels_N}
 
-    def of_values(self, values: list[int | str]) -> dict[str, Tensor]:
+    def of_values(self, values: list[int | str], size: tuple[int, int] | None = None) -> dict[str, Tensor]:
         return {"labels_N": torch.tensor([class_index(value, self.classes) for value in values])}
 
     def forward(self, tensors: dict[str, Tensor], keep_N: Tensor) -> Conditioning:

@@ -31,17 +31,43 @@ class ClipText:
     def build(self, network: UNetConfig, facts: Facts) -> "TextConditioner":
         from transformers import AutoTokenizer, CLIPTextModel
 
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.encoder)
-            encoder = CLIPTextModel.from_pretrained(self.encoder)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise Refused(
-                f"text encoder {self.encoder!r} cannot be loaded ({reason}): give conditioning.0.encoder a folder with a "
-                "CLIP text model and its tokenizer, or a name that can be reached from here"
-            ) from None
+        tokenizer, encoder = loaded(self.encoder, AutoTokenizer, CLIPTextModel)
         length = encoder.config.max_position_embeddings
-        return TextConditioner(encoder, ClipTokens(tokenizer, length), self.dropout, network, frozen=True)
+        return TextConditioner(encoder, HubTokens(tokenizer, length), self.dropout, network, frozen=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderText:
+    """Any frozen text encoder that transformers' AutoModelForTextEncoding knows (T5, BERT, RoBERTa ...), and its tokenizer."""
+
+    kind = "text"
+    port = "tokens"
+
+    encoder: str = "google-t5/t5-base"
+    """Name on the Hugging Face hub, or a folder holding model and tokenizer."""
+    length: int = 77
+    """Most tokens of a caption."""
+    dropout: float = 0.1
+    """Share of captions replaced by the null state (all-zero tokens) in training."""
+
+    def build(self, network: UNetConfig, facts: Facts) -> "TextConditioner":
+        from transformers import AutoModelForTextEncoding, AutoTokenizer
+
+        tokenizer, encoder = loaded(self.encoder, AutoTokenizer, AutoModelForTextEncoding)
+        tokens = HubTokens(tokenizer, self.length)
+        return TextConditioner(encoder, tokens, self.dropout, network, frozen=True, sees_mask=True)
+
+
+def loaded(name: str, tokenizer_class: type, encoder_class: type) -> tuple:
+    """A tokenizer and an encoder from a folder or the hub; raises Refused where they cannot be had."""
+    try:
+        return tokenizer_class.from_pretrained(name), encoder_class.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise Refused(
+            f"text encoder {name!r} cannot be loaded ({reason}): give conditioning.0.encoder a folder with a "
+            "text model and its tokenizer, or a name that can be reached from here"
+        ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +129,8 @@ class ByteTokens:
         return {"ids_NM": ids_NM, "mask_NM": ids_NM != self.PAD}
 
 
-class ClipTokens:
-    """Captions through CLIP's own tokenizer, padded to a fixed length; the mask ends with the end mark."""
+class HubTokens:
+    """Captions through an encoder's own tokenizer, padded to a fixed length; the mask ends with the end mark."""
 
     def __init__(self, tokenizer, length: int):
         self.tokenizer, self.length = tokenizer, length
@@ -132,7 +158,15 @@ class TextConditioner(Conditioner):
     nobody = ""
 
     def __init__(
-        self, encoder: nn.Module, tokens, dropout: float, network: UNetConfig, *, frozen: bool, pooled: bool = False
+        self,
+        encoder: nn.Module,
+        tokens,
+        dropout: float,
+        network: UNetConfig,
+        *,
+        frozen: bool,
+        pooled: bool = False,
+        sees_mask: bool = False,
     ):
         super().__init__()
         width = encoder.config.hidden_size
@@ -141,6 +175,8 @@ class TextConditioner(Conditioner):
                 f"model.context_width = {network.context_width}, but the text encoder's tokens are {width} wide"
             )
         self.tokens, self.dropout, self.frozen = tokens, dropout, frozen
+        # CLIP is causal: padding behind a caption changes nothing before it. Others would attend to it.
+        self.sees_mask = sees_mask
         self.pool = Embedding(width, network.embedding_width) if pooled else None
         if frozen:
             # In a tuple, so that it is no part of the trained state: neither optimizer, checkpoint nor export holds it.
@@ -162,8 +198,9 @@ class TextConditioner(Conditioner):
     def encode(self, tensors: dict[str, Tensor]) -> Tensor:
         if not self.frozen:
             return self.encoder(input_ids=tensors["ids_NM"]).last_hidden_state
+        masks = {"attention_mask": tensors["mask_NM"].long()} if self.sees_mask else {}
         with torch.no_grad():
-            return self.held[0](input_ids=tensors["ids_NM"]).last_hidden_state
+            return self.held[0](input_ids=tensors["ids_NM"], **masks).last_hidden_state
 
     def forward(self, tensors: dict[str, Tensor], keep_N: Tensor) -> Conditioning:
         tokens_NMD = self.encode(tensors)

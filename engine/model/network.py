@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from duotone.data.refusal import Refused
 from duotone.engine.conditioning.base import Conditioner, Conditioning, combine
 from duotone.engine.model.unet import UNet
 
@@ -19,6 +20,16 @@ class Network(nn.Module):
         super().__init__()
         self.unet = unet
         self.conditioners = nn.ModuleDict({conditioner.kind: conditioner for conditioner in conditioners})
+        self.refuse_other_channels()
+
+    def refuse_other_channels(self) -> None:
+        given = {kind: c.extra_channels for kind, c in self.conditioners.items() if c.extra_channels}
+        if sum(given.values()) != self.unet.config.extra_channels:
+            listed = " + ".join(f"{count} of {kind}" for kind, count in given.items()) or "none"
+            raise Refused(
+                f"model.extra_channels = {self.unet.config.extra_channels}, but the conditioning adds "
+                f"{sum(given.values())} channels ({listed}): set model.extra_channels to {sum(given.values())}"
+            )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -40,6 +51,7 @@ class Network(nn.Module):
     ) -> Tensor:
         """F for a condition that is already computed; `keys_values` replace the projections of its tokens."""
         if condition.channels_NKHW is not None:
-            input_NCHW = torch.cat([input_NCHW, condition.channels_NKHW.to(input_NCHW.dtype)], dim=1)
+            channels_NKHW = condition.channels_NKHW.to(input_NCHW.dtype).expand(-1, -1, *input_NCHW.shape[2:])
+            input_NCHW = torch.cat([input_NCHW, channels_NKHW], dim=1)
         tokens = condition.tokens_NMD if keys_values is None else keys_values
         return self.unet(input_NCHW, time_N, condition.vector_NE, tokens, condition.mask_NM)

@@ -33,6 +33,7 @@ class Objective(ABC):
     loss: LossKind = "squared"
     """Penalty on F - F*: squared, absolute or huber (transition at 1)."""
 
+    @abstractmethod
     def check(self) -> None:
         """Refuses settings that contradict each other, naming the field."""
 

@@ -200,12 +200,10 @@ def test_a_caption_too_long_is_cut_with_a_warning():
 
 def test_drop_rate_counted_at_the_networks_input():
     """10 % of the rows reach the UNet with all-zero tokens and 20 % with the null class, each drawn by itself."""
-    config = ByteText(width=16, layers=1, heads=2, length=24, dropout=0.1)
+    config = ByteText(width=16, layers=1, heads=2, length=24, dropout=0.1, pooled=False)
     model = model_of(config, Label(dropout=0.2), network=CROSS)
-    seen_tokens, seen_vectors = [], []
-    model.network.unet.register_forward_pre_hook(
-        lambda m, a: (seen_vectors.append(a[2]), seen_tokens.append(a[3])) and None
-    )
+    seen = []
+    model.network.unet.register_forward_pre_hook(lambda m, a: seen.append(a))
     null = model.network.conditioners["label"].embedding.weight[-1]
 
     class FakeSharded:  # conditions() only asks where the network is
@@ -223,8 +221,8 @@ def test_drop_rate_counted_at_the_networks_input():
     tensors, keep = conditions(run, batch)
     with torch.no_grad():
         model.network(torch.zeros(n, 3, 4, 4), torch.zeros(n), tensors, keep)
-    no_text = (seen_tokens[0] == 0).flatten(1).all(1)
-    no_label = (seen_vectors[0] == null).all(1)
+    no_text = (seen[0][3] == 0).flatten(1).all(1)
+    no_label = (seen[0][2] == null).all(1)
     assert no_text.float().mean().item() == pytest.approx(0.1, abs=0.02)
     assert no_label.float().mean().item() == pytest.approx(0.2, abs=0.02)
     assert (no_text & no_label).float().mean().item() == pytest.approx(0.02, abs=0.01)

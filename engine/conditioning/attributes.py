@@ -1,0 +1,106 @@
+"""Attributes: several yes-or-no facts of one image, each of which may be unknown.
+
+N images, K attributes, D token width, E embedding width.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from duotone.data.batch import Batch
+from duotone.data.refusal import Refused
+from duotone.engine import draws
+from duotone.engine.conditioning.base import Conditioner, Conditioning, Facts
+from duotone.engine.model.unet import UNetConfig
+
+UNKNOWN = -1
+STATES = 3  # absent, present, unknown: the last is each attribute's null state
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attributes:
+    """Present, absent or unknown for each attribute of the data."""
+
+    kind = "attributes"
+
+    port: Literal["tokens", "vector"] = "tokens"
+    """tokens: one for each attribute, for cross-attention; vector: their sum, added to the time embedding."""
+    dropout: float = 0.1
+    """Share of images whose attributes are all made unknown in training."""
+    attribute_dropout: float = 0.1
+    """Share of single attributes made unknown in training, each by itself."""
+
+    def build(self, network: UNetConfig, facts: Facts) -> "AttributesConditioner":
+        if not facts.attributes:
+            raise Refused(
+                "conditioning by attributes needs their names, and the data has none: prepare it with attributes"
+            )
+        return AttributesConditioner(self, facts.attributes, network)
+
+
+class AttributesConditioner(Conditioner):
+    """A learned row for each attribute and state, as tokens_NKD or summed into vector_NE."""
+
+    kind, asked = "attributes", "attributes"
+    nobody: Mapping = {}
+
+    def __init__(self, config: Attributes, names: tuple[str, ...], network: UNetConfig):
+        super().__init__()
+        self.names, self.port = names, config.port
+        self.dropout, self.attribute_dropout = config.dropout, config.attribute_dropout
+        width = network.context_width if config.port == "tokens" else network.embedding_width
+        self.embedding = nn.Embedding(len(names) * STATES, width)
+
+    def of_batch(self, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
+        u_NK = draws.uniform(seed, batch.positions_N, draws.Purpose.ATTRIBUTE_DROP, len(self.names))
+        dropped_NK = (u_NK < self.attribute_dropout).to(batch.attributes_NK.device)
+        return {"attributes_NK": batch.attributes_NK.masked_fill(dropped_NK, UNKNOWN)}
+
+    def of_values(self, values: list, size: tuple[int, int] | None = None) -> dict[str, Tensor]:
+        rows = [attribute_row(value, self.names) for value in values]
+        return {"attributes_NK": torch.tensor(rows, dtype=torch.int8)}
+
+    def forward(self, tensors: dict[str, Tensor], keep_N: Tensor) -> Conditioning:
+        state_NK = tensors["attributes_NK"].long().masked_fill(~keep_N[:, None], UNKNOWN) % STATES
+        first_K = torch.arange(len(self.names), device=keep_N.device) * STATES
+        rows_NKD = self.embedding(first_K + state_NK)
+        if self.port == "tokens":
+            return Conditioning(tokens_NMD=rows_NKD)
+        return Conditioning(vector_NE=rows_NKD.sum(1))
+
+
+def attribute_row(value: Mapping | Sequence, names: tuple[str, ...]) -> list[int]:
+    """1 present, 0 absent, -1 unknown, for every attribute, from one of three ways to ask.
+
+    A vector of 0, 1 and None (or -1) in the model's order; a list of the names that are present, all others being absent;
+    a mapping from names to 0, 1 or None, all others being unknown.
+    """
+    if isinstance(value, Mapping):
+        known = {place(name, names): state_of(state) for name, state in value.items()}
+        return [known.get(i, UNKNOWN) for i in range(len(names))]
+    if isinstance(value, str):
+        raise Refused(f"attributes {value!r} is a string: give each image a list, as in [{value!r}]")
+    value = list(value)
+    if all(isinstance(name, str) for name in value):
+        present = {place(name, names) for name in value}
+        return [int(i in present) for i in range(len(names))]
+    if len(value) != len(names):
+        raise Refused(f"attributes has {len(value)} entries, but this model knows {len(names)}: {', '.join(names)}")
+    return [state_of(state) for state in value]
+
+
+def place(name: str, names: tuple[str, ...]) -> int:
+    if name not in names:
+        raise Refused(f"attribute {name!r} is none of this model's: it knows {', '.join(names)}")
+    return names.index(name)
+
+
+def state_of(state) -> int:
+    if state is None:
+        return UNKNOWN
+    if state not in (0, 1, UNKNOWN):
+        raise Refused(f"attribute value {state!r}: give 0 (absent), 1 (present) or None (unknown)")
+    return int(state)

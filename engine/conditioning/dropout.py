@@ -1,0 +1,36 @@
+"""Which conditions of a training batch are replaced by their null state: each by itself, or all of an image together.
+
+N images.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from duotone.data.batch import Batch
+from duotone.engine import draws
+from duotone.engine.conditioning.base import Conditioner
+
+
+def conditioned(
+    conditioners: Mapping[str, Conditioner], batch: Batch, seed: int, flip_N: Tensor, together: float
+) -> tuple[dict, dict]:
+    """Each conditioner's tensors, and the rows that it keeps: keep_N is False with its dropout, and where all are dropped.
+
+    Ho and Salimans 2022, algorithm 1, line 3. The null branch of guidance drops all conditions together: `together` trains it.
+    """
+    if any(c.spatial for c in conditioners.values()):
+        batch = replace(batch, images_NHWC=mirrored(batch.images_NHWC, flip_N))
+    u_NK = draws.uniform(seed, batch.positions_N, draws.Purpose.DROP, max(1, len(conditioners)))
+    whole_N = draws.uniform(seed, batch.positions_N, draws.Purpose.JOINT_DROP)[:, 0] >= together
+    tensors = {kind: c.of_batch(batch, seed) for kind, c in conditioners.items()}
+    keep = {kind: (u_NK[:, i] >= c.dropout) & whole_N for i, (kind, c) in enumerate(conditioners.items())}
+    return tensors, keep
+
+
+def mirrored(images_NHWC: Tensor, flip_N: Tensor) -> Tensor:
+    """The images as the network sees them."""
+    flip_N = flip_N.to(images_NHWC.device)
+    return torch.where(flip_N[:, None, None, None], images_NHWC.flip(2), images_NHWC)

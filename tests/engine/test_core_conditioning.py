@@ -1,0 +1,290 @@
+"""Conditionings by themselves: what reaches the network's ports, drop rates there, null states, values that do not fit."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+from duotone.data.batch import Batch
+from duotone.data.refusal import Refused
+from duotone.data.shards import Shards
+from duotone.engine.artifact import Model, build
+from duotone.engine.conditioning.attributes import Attributes, attribute_row
+from duotone.engine.conditioning.base import Facts
+from duotone.engine.conditioning.dropout import conditioned
+from duotone.engine.conditioning.image import ClassMap, Hole, LowResolution, rectangles
+from duotone.engine.conditioning.label import Label
+from duotone.engine.conditioning.text import EncoderText
+from duotone.engine.model.unet import UNetConfig
+from duotone.engine.recipe import Recipe
+from duotone.engine.sample import sample
+
+NAMES = ("Bald", "Male", "Smiling")
+FACTS = Facts(classes=("cat", "dog", "bird"), attributes=NAMES)
+CROSS = UNetConfig(
+    channels=(16, 16),
+    attention=("none", "cross"),
+    heads=(2, 2),
+    blocks=(1, 1),
+    depth=(1, 1),
+    context_width=16,
+    groups=8,
+    zero_init=False,
+)
+PLAIN = UNetConfig(
+    channels=(16,), attention=("none",), middle="single", heads=(2,), blocks=(1,), depth=(1,), groups=8, zero_init=False
+)
+WITH = {"class_map": 4, "low_resolution": 3, "hole": 4}
+
+
+def network_for(config, extra: int | None = None) -> UNetConfig:
+    base = CROSS if config.port == "tokens" else PLAIN
+    extra = WITH.get(config.kind, 0) if extra is None else extra
+    return UNetConfig(**{**vars(base), "extra_channels": extra})
+
+
+def model_of(*conditions, network=None, **settings) -> Model:
+    torch.manual_seed(0)
+    network = network or network_for(conditions[0])
+    recipe = Recipe(name="t", data=Shards(size=8), conditioning=conditions, model=network, **settings)
+    return Model(build(recipe, FACTS).eval().requires_grad_(False), recipe.objective, FACTS, recipe)
+
+
+def batch_of(n: int, attributes=(1, 0, -1)) -> Batch:
+    images_NHWC = torch.randint(0, 256, (1, 8, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return Batch(
+        positions_N=np.arange(n),
+        keys=["k"] * n,
+        images_NHWC=images_NHWC.repeat(n, 1, 1, 1),
+        captions=["a cat"] * n,
+        labels_N=torch.zeros(n, dtype=torch.int64),
+        attributes_NK=torch.tensor([attributes] * n, dtype=torch.int8),
+    )
+
+
+def seen_at_the_input(model: Model, batch: Batch, flip_N=None, together: float = 0.0):
+    """What the UNet is called with: (x, time, vector, tokens, mask)."""
+    seen = []
+    hook = model.network.unet.register_forward_pre_hook(lambda m, a: seen.append(a))
+    n = len(batch.keys)
+    flip_N = torch.zeros(n, dtype=torch.bool) if flip_N is None else flip_N
+    tensors, keep = conditioned(model.network.conditioners, batch, 0, flip_N, together)
+    with torch.no_grad():
+        model.network(torch.zeros(n, 3, 8, 8), torch.zeros(n), tensors, keep)
+    hook.remove()
+    return seen[0]
+
+
+# ---------------------------------------------------------------------------------------------------- attributes
+
+
+@pytest.mark.parametrize(
+    ("value", "row"),
+    [
+        ([1, 0, None], [1, 0, -1]),
+        (np.array([0, 1, -1]), [0, 1, -1]),
+        (["Male", "Smiling"], [0, 1, 1]),
+        ([], [0, 0, 0]),
+        ({"Bald": 0}, [0, -1, -1]),
+        ({"Bald": None, "Male": True}, [-1, 1, -1]),
+    ],
+)
+def test_ways_to_ask_for_attributes(value, row):
+    assert attribute_row(value, NAMES) == row
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ([1, 0], "attributes has 2 entries, but this model knows 3: Bald, Male, Smiling"),
+        (["Old"], "attribute 'Old' is none of this model's"),
+        ("Male", "is a string"),
+        ([1, 0, 2], "attribute value 2"),
+        ({"Old": 1}, "attribute 'Old'"),
+    ],
+)
+def test_attributes_that_do_not_fit_are_refused(value, says):
+    with pytest.raises(Refused, match=says):
+        sample(model_of(Attributes()), attributes=[value], steps=1)
+
+
+@pytest.mark.parametrize("port", ["tokens", "vector"])
+def test_an_attribute_reaches_its_port_by_state(port):
+    model = model_of(Attributes(port=port), network=CROSS if port == "tokens" else PLAIN)
+    conditioner = model.network.conditioners["attributes"]
+    rows = conditioner.embedding.weight
+    out = conditioner(conditioner.of_values([[1, 0, None]] * 2), torch.tensor([True, False]))
+    kept, null = rows[[1, 3, 8]], rows[[2, 5, 8]]  # three rows an attribute: absent, present, unknown
+    if port == "tokens":
+        assert torch.equal(out.tokens_NMD, torch.stack([kept, null]))
+    else:
+        torch.testing.assert_close(out.vector_NE, torch.stack([kept.sum(0), null.sum(0)]))
+
+
+def test_attribute_drop_rates_counted_at_the_networks_input():
+    """20 % of the images lose all attributes, and 30 % of the single ones besides, each by itself."""
+    n = 4000
+    model = model_of(Attributes(dropout=0.2, attribute_dropout=0.3))
+    tokens_NKD = seen_at_the_input(model, batch_of(n))[3]
+    rows = model.network.conditioners["attributes"].embedding.weight
+    unknown_NK = (tokens_NKD[:, :2] == rows[[2, 5]]).all(2)
+    assert unknown_NK.float().mean().item() == pytest.approx(1 - 0.8 * 0.7, abs=0.02)
+    assert unknown_NK.all(1).float().mean().item() == pytest.approx(1 - 0.8 * (1 - 0.3**2), abs=0.02)
+    assert (tokens_NKD[:, 2] == rows[8]).all(), "what the data does not know stays unknown"
+
+
+def test_joint_drop_rate_counted_at_the_networks_input():
+    n = 4000
+    model = model_of(Label(dropout=0.1), ClassMap(dropout=0.1), network=network_for(ClassMap()))
+    x_NCHW, _, vector_NE, *_ = seen_at_the_input(model, batch_of(n), together=0.25)
+    no_label = (vector_NE == model.network.conditioners["label"].embedding.weight[3]).all(1)
+    no_map = (x_NCHW[:, 3:, 0, 0] == model.network.conditioners["class_map"].embedding.weight[3]).all(1)
+    alone = 1 - 0.75 * 0.9
+    assert no_label.float().mean().item() == pytest.approx(alone, abs=0.025)
+    assert no_map.float().mean().item() == pytest.approx(alone, abs=0.025)
+    assert (no_label & no_map).float().mean().item() == pytest.approx(0.25 + 0.75 * 0.01, abs=0.025)
+
+
+# ------------------------------------------------------------------------------------------------------- labels
+
+
+def test_label_as_sinusoid_is_diffusers_timestep_embedding():
+    theirs = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(16,),
+        norm_num_groups=8,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        class_embed_type="timestep",
+    )
+    config = UNetConfig(**{**vars(PLAIN), "time_shift": 0.0})
+    ours = Label(encoding="sinusoid").build(config, FACTS)
+    ours.embedding.load_state_dict(theirs.class_embedding.state_dict())
+    labels = torch.tensor([0, 1, 2])
+    expected = theirs.class_embedding(theirs.time_proj(labels))
+    got = ours({"labels_N": labels}, torch.ones(3, dtype=torch.bool)).vector_NE
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("encoding", ["embedding", "one_hot", "sinusoid"])
+def test_label_encodings_differ_by_class_and_have_a_null(encoding):
+    ours = Label(encoding=encoding).build(PLAIN, FACTS)
+    labels = {"labels_N": torch.tensor([0, 1, 2, 0, 1])}
+    rows = ours(labels, torch.tensor([True, True, True, False, False])).vector_NE
+    assert torch.equal(rows[3], rows[4])
+    assert len({tuple(row.tolist()) for row in rows}) == 4
+
+
+# ------------------------------------------------------------------------------------------------------- images
+
+
+@pytest.mark.parametrize("encoding", ["embedding", "one_hot"])
+def test_class_map_is_the_class_at_every_pixel(encoding):
+    """As in the course's notebook: an embedding of the label, spread over the image and concatenated."""
+    extra = 4 if encoding == "embedding" else 3
+    config = ClassMap(encoding=encoding, dropout=0.0)
+    model = model_of(config, network=network_for(config, extra))
+    x_NCHW = seen_at_the_input(model, batch_of(2))[0]
+    assert x_NCHW.shape == (2, 3 + extra, 8, 8)
+    row = model.network.conditioners["class_map"].embedding.weight[0] if extra == 4 else torch.tensor([1.0, 0, 0])
+    assert torch.equal(x_NCHW[1, 3:], row[:, None, None].expand(-1, 8, 8))
+
+
+@pytest.mark.parametrize("extra", [0, 5])
+def test_extra_channels_that_do_not_match_are_refused_in_one_line(extra):
+    config = ClassMap()
+    with pytest.raises(Refused, match=rf"model.extra_channels = {extra}, but .* adds 4 channels \(4 of class_map\)"):
+        model_of(config, network=network_for(config, extra))
+    with pytest.raises(Refused, match=r"extra_channels = 2, but the conditioning adds 0 channels \(none\)"):
+        model_of(Label(), network=network_for(Label(), 2))
+
+
+def test_low_resolution_is_the_shrunk_image_mirrored_as_the_network_sees_it():
+    model = model_of(LowResolution(factor=4, dropout=0.0))
+    batch = batch_of(2)
+    x_NCHW = seen_at_the_input(model, batch, torch.tensor([False, True]))[0]
+    image = batch.images_NHWC[:1].permute(0, 3, 1, 2).float() / 127.5 - 1
+    small = image.unflatten(2, (2, 4)).unflatten(4, (2, 4)).mean((3, 5))
+    large = torch.nn.functional.interpolate(small, size=(8, 8), mode="bilinear")
+    torch.testing.assert_close(x_NCHW[0, 3:], large[0])
+    torch.testing.assert_close(x_NCHW[1, 3:], large[0].flip(2))
+
+
+def test_holes_hide_what_they_cover_and_nothing_else():
+    n = 500
+    model = model_of(Hole(dropout=0.2))
+    batch = batch_of(n)
+    x_NCHW = seen_at_the_input(model, batch)[0]
+    image, mask = batch.images_NHWC.permute(0, 3, 1, 2).float() / 127.5 - 1, x_NCHW[:, 6:]
+    torch.testing.assert_close(x_NCHW[:, 3:6], image * (1 - mask))
+    whole = mask.flatten(1).mean(1) == 1
+    assert whole.float().mean().item() == pytest.approx(0.2, abs=0.05)
+    assert 0.05 < mask[~whole].mean().item() < 0.5
+
+
+def test_rectangles_have_sides_between_a_quarter_and_three_quarters():
+    mask = rectangles(torch.rand(400, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64), 16, 32)[:, 0]
+    heights, widths = mask.any(2).sum(1), mask.any(1).sum(1)
+    assert (mask.sum((1, 2)) == heights * widths).all()
+    assert heights.min() >= 4 and heights.max() <= 12 and widths.min() >= 8 and widths.max() <= 24
+
+
+@pytest.mark.parametrize(
+    ("config", "asked", "says"),
+    [
+        (LowResolution(), {"images": [np.zeros((4, 4))]}, r"give uint8 \(H, W, 3\)"),
+        (LowResolution(), {"labels": [0]}, "takes no labels: it takes images"),
+        (Hole(), {"holes": [(np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4)))]}, r"but \(8, 8\) is sampled"),
+    ],
+    ids=["type", "kind", "size"],
+)
+def test_images_that_do_not_fit_are_refused(config, asked, says):
+    with pytest.raises(Refused, match=says):
+        sample(model_of(config), **asked, steps=1)
+
+
+@pytest.mark.parametrize("config", [ClassMap(), LowResolution(), Hole(), Attributes(), Label()], ids=lambda c: c.kind)
+def test_every_condition_samples_without_being_given(config):
+    """Nobody's value is never seen: a row that is not kept is the null state, whatever stands in it."""
+    model = model_of(config)
+    conditioner = model.network.conditioners[config.kind]
+    tensors = conditioner.of_values([conditioner.nobody], (8, 8))
+    out = conditioner(tensors, torch.tensor([False]))
+    other = {name: torch.ones_like(t) for name, t in tensors.items()}
+    again = conditioner(other, torch.tensor([False]))
+    for name, value in vars(out).items():
+        assert value is None or torch.equal(value, vars(again)[name])
+    assert sample(model, count=1, steps=1, sampler="euler").shape == (1, 8, 8, 3)
+
+
+# --------------------------------------------------------------------------------------------------------- text
+
+
+@pytest.mark.parametrize("family", ["t5", "bert"])
+def test_any_text_encoder_of_transformers_gives_tokens_that_ignore_padding(family, tmp_path):
+    import transformers as tf
+
+    words = ["<pad>", "</s>", "<unk>", "a", "cat", "dog"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = tf.BertTokenizer(
+        str(tmp_path / "vocab.txt"), pad_token="<pad>", unk_token="<unk>", sep_token="</s>", cls_token="</s>"
+    )
+    if family == "t5":
+        config = tf.T5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        encoder = tf.T5EncoderModel(config)
+    else:
+        config = tf.BertConfig(
+            vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        )
+        encoder = tf.BertModel(config)
+    tokenizer.save_pretrained(tmp_path)
+    encoder.save_pretrained(tmp_path)
+    tokens = {}
+    for length in (6, 12):
+        conditioner = EncoderText(encoder=str(tmp_path), length=length).build(CROSS, FACTS)
+        out = conditioner(conditioner.of_values(["a cat"]), torch.tensor([True]))
+        assert out.tokens_NMD.shape == (1, length, 16) and out.mask_NM.sum() == 4
+        tokens[length] = out.tokens_NMD[:, :4]
+    torch.testing.assert_close(tokens[6], tokens[12], rtol=1e-5, atol=1e-5)
+    assert not list(conditioner.parameters()), "a frozen encoder is no part of what is trained"
