@@ -3,13 +3,16 @@
 N images, C channels, H x W pixels; 2N rows: the first half conditional, the second unconditional.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from duotone.engine.conditioning.base import Conditioning
 from duotone.engine.model.network import Network
+from duotone.engine.model.unet import UNet
 from duotone.engine.objectives.base import Objective
 from duotone.kernels.guided_step import guided_step
 
@@ -23,40 +26,104 @@ class Guidance:
     interval: tuple[float, float] = (0.0, float("inf"))
     """Guided where sigma lies in it, conditional elsewhere; Kynkaanniemi et al. 2024."""
     rescale: float = 0.0
-    """Share by which each image's standard deviation is pulled back to the conditional one's; Lin et al. 2024."""
+    """Share by which the deviation of each image's guided network output is pulled back to the conditional one's.
+
+    In the output's space, as Lin et al. 2024 (equations 14 to 16) and diffusers do: for epsilon and v it is their number."""
+    rule: Callable | None = None
+    """Another way to combine D_cond and D_uncond: rule(D_cond, D_uncond, scale_N, sigma)."""
 
     def acts_at(self, sigma: float) -> bool:
-        return self.interval[0] <= sigma <= self.interval[1] and bool((self.scale_N != 1).any())
+        wanted = self.rule is not None or bool((self.scale_N != 1).any())
+        return wanted and self.interval[0] <= sigma <= self.interval[1]
 
 
 class GuidedDenoiser:
-    """denoise(x, sigma) for samplers; counts what it cost in forward passes of one image."""
+    """denoise(x, sigma) for samplers; counts in `forwards` what it cost, in forward passes of one image.
 
-    def __init__(self, network: Network, objective: Objective, both: Conditioning, guidance: Guidance | None):
-        """`both` holds 2N rows where there is guidance, the conditional ones first; N rows where there is none."""
-        self.network, self.objective, self.guidance = network, objective, guidance
+    Where sigma is infinite, x is the noise itself (engine/objectives/base.py).
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        objective: Objective,
+        both: Conditioning,
+        guidance: Guidance | None,
+        guide: tuple[Network, Conditioning] | None = None,
+    ):
+        """`both` holds 2N rows where there is guidance, the conditional ones first; N rows where there is none.
+
+        With a `guide`, a weaker network and its condition, `both` holds N rows: the guide is the other branch
+        (autoguidance, Karras et al. 2024b).
+        """
+        self.network, self.objective, self.guidance, self.guide = network, objective, guidance, guide
         self.both = both
-        self.half = both if guidance is None else first_half(both)
+        self.half = both if guidance is None or guide else first_half(both)
         self.keys_values = {id(c): keys_values(network, c) for c in (self.both, self.half)}
-        self.forwards = 0
+        if guide:
+            self.keys_values[id(guide[1])] = keys_values(*guide)
+        self.pair_cost: float | None = None
+        self.forwards = 0.0
 
     @torch.inference_mode()
     def __call__(self, x_NCHW: Tensor, sigma: float) -> Tensor:
         sigma_N = torch.full((x_NCHW.shape[0],), sigma, dtype=torch.float64)
-        c = [value.to(x_NCHW.device, torch.float32) for value in self.objective.scalings(sigma_N)]
-        skip_N, out_N, in_N, noise_N = c
+        skip_N, out_N, in_N, noise_N = [
+            value.to(x_NCHW.device, torch.float32) for value in self.objective.scalings(sigma_N)
+        ]
         scaled_NCHW = x_NCHW * in_N[:, None, None, None]
         if self.guidance is None or not self.guidance.acts_at(sigma):
-            output_NCHW = self.predict(scaled_NCHW, noise_N, self.half)
-            return x_NCHW * skip_N[:, None, None, None] + output_NCHW.float() * out_N[:, None, None, None]
-        output_2NCHW = self.predict(torch.cat([scaled_NCHW] * 2), noise_N.repeat(2), self.both)
-        return guided_step(output_2NCHW, x_NCHW, skip_N, out_N, self.guidance.scale_N, rescale=self.guidance.rescale)
+            return denoised(self.predict(self.network, scaled_NCHW, noise_N, self.half), x_NCHW, skip_N, out_N)
+        return self.guided(self.outputs(scaled_NCHW, noise_N), x_NCHW, skip_N, out_N, sigma)
 
-    def predict(self, scaled_NCHW: Tensor, noise_N: Tensor, condition: Conditioning) -> Tensor:
+    def guided(self, output_2NCHW: Tensor, x_NCHW: Tensor, skip_N: Tensor, out_N: Tensor, sigma: float) -> Tensor:
+        """D from both branches' outputs."""
+        guidance = self.guidance
+        if guidance.rule is not None:
+            conditional_NCHW, other_NCHW = (denoised(f, x_NCHW, skip_N, out_N) for f in output_2NCHW.chunk(2))
+            return guidance.rule(conditional_NCHW, other_NCHW, guidance.scale_N, sigma)
+        if guidance.rescale == 0:
+            return guided_step(output_2NCHW, x_NCHW, skip_N, out_N, guidance.scale_N)
+        # The kernel pulls back the deviation of c_skip x + c_out F: with 0 and 1 that is the output's own.
+        zero_N, one_N = torch.zeros_like(skip_N), torch.ones_like(out_N)
+        output_NCHW = guided_step(output_2NCHW, x_NCHW, zero_N, one_N, guidance.scale_N, rescale=guidance.rescale)
+        return denoised(output_NCHW, x_NCHW, skip_N, out_N)
+
+    def outputs(self, scaled_NCHW: Tensor, noise_N: Tensor) -> Tensor:
+        """F of both branches, (2N, C, H, W)."""
+        if self.guide:
+            own_NCHW = self.predict(self.network, scaled_NCHW, noise_N, self.half)
+            return torch.cat([own_NCHW, self.predict(self.guide[0], scaled_NCHW, noise_N, self.guide[1])])
+        if self.begins_alike():
+            self.forwards += scaled_NCHW.shape[0] * (self.cost_of_pair(scaled_NCHW) - 1)
+            return self.predict(self.network, scaled_NCHW, noise_N, self.both, copies=2)
+        return self.predict(self.network, torch.cat([scaled_NCHW] * 2), noise_N.repeat(2), self.both)
+
+    def begins_alike(self) -> bool:
+        """Whether both branches are the same until the first cross-attention: only tokens tell them apart."""
+        both = self.both
+        return both.tokens_NMD is not None and both.vector_NE is None and both.channels_NKHW is None
+
+    def cost_of_pair(self, scaled_NCHW: Tensor) -> float:
+        if self.pair_cost is None:
+            self.pair_cost = cost_of_pair(
+                self.network.unet, tuple(scaled_NCHW.shape[1:]), self.both.tokens_NMD.shape[1]
+            )
+        return self.pair_cost
+
+    def predict(
+        self, network: Network, scaled_NCHW: Tensor, noise_N: Tensor, condition: Conditioning, copies: int = 1
+    ) -> Tensor:
         self.forwards += scaled_NCHW.shape[0]
         stored = self.keys_values[id(condition)]
-        scaled_NCHW = scaled_NCHW.to(self.network.dtype)
-        return self.network.predict(scaled_NCHW, noise_N, condition, None if stored is None else iter(stored))
+        scaled_NCHW = scaled_NCHW.to(network.dtype)
+        stored = None if stored is None else iter(stored)
+        return network.predict(scaled_NCHW, noise_N, condition, stored, copies=copies)
+
+
+def denoised(output_NCHW: Tensor, x_NCHW: Tensor, skip_N: Tensor, out_N: Tensor) -> Tensor:
+    """D = c_skip x + c_out F."""
+    return x_NCHW * skip_N[:, None, None, None] + output_NCHW.float() * out_N[:, None, None, None]
 
 
 def first_half(both: Conditioning) -> Conditioning:
@@ -69,3 +136,16 @@ def keys_values(network: Network, condition: Conditioning) -> list[tuple[Tensor,
     if condition.tokens_NMD is None:
         return None
     return [attention.keys_values(condition.tokens_NMD) for attention in network.unet.cross_attentions()]
+
+
+def cost_of_pair(unet: UNet, shape_CHW: tuple[int, int, int], tokens: int) -> float:
+    """Both branches' cost in forward passes, their common beginning counted once: multiplications, on a twin without data."""
+    with torch.device("meta"):
+        twin = UNet(unet.config)
+        x_NCHW, time_N = torch.empty(1, *shape_CHW), torch.empty(1)
+        tokens_NMD = torch.empty(2, tokens, unet.config.context_width)
+        with FlopCounterMode(display=False) as pair:
+            twin(x_NCHW, time_N, None, tokens_NMD, copies=2)
+        with FlopCounterMode(display=False) as single:
+            twin(x_NCHW, time_N, None, tokens_NMD[:1])
+    return pair.get_total_flops() / single.get_total_flops()

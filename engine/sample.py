@@ -5,6 +5,7 @@ N images, H x W pixels, C channels.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,7 +14,10 @@ from torch import Tensor
 from duotone.data.refusal import Refused
 from duotone.engine import draws
 from duotone.engine.artifact import Model
+from duotone.engine.conditioning.base import Conditioning
 from duotone.engine.guidance import Guidance, GuidedDenoiser
+from duotone.engine.guiding.apg import Apg
+from duotone.engine.guiding.cfg_plus_plus import CfgPlusPlus
 from duotone.engine.samplers.ancestral import ancestral
 from duotone.engine.samplers.dpmpp_2m import dpmpp_2m
 from duotone.engine.samplers.euler import euler
@@ -37,6 +41,8 @@ def sample(
     guidance: float | Sequence[float] = 1.0,
     interval: tuple[float, float] = (0.0, math.inf),
     rescale: float = 0.0,
+    rule: Apg | CfgPlusPlus | None = None,
+    guide: Model | None = None,
     sampler: str | Callable = "heun",
     spacing: str | None = None,
     seed: int | Sequence[int] = 0,
@@ -51,7 +57,8 @@ def sample(
     from the known names to 0 or 1; low-resolution `images`, uint8 (h, w, C); `holes`, pairs of an image and its mask (H, W),
     true where it is to be filled. `negative` takes the same by name for the branch that guidance leads away from. `guidance` is
     a number or one per image; `seed` too: image i of a single seed uses seed and i, and its noise does not depend on the
-    batch. `on_step(step, x_NCHW, denoised_NCHW)` is called after every step. Raises Refused on what does not fit.
+    batch. Guidance is plain, or by a `rule` of engine/guiding; it leads away from the null state, the negative condition or,
+    with a `guide`, a weaker model of the same objective (autoguidance). `on_step(step, x_NCHW, denoised_NCHW)` is called after every step. Raises Refused on what does not fit.
     """
     asked = {"prompts": prompts, "labels": labels, "attributes": attributes, "images": images, "holes": holes}
     asked = {name: list(rows) for name, rows in asked.items() if rows is not None}
@@ -63,16 +70,23 @@ def sample(
     solver = sampler if callable(sampler) else solver_named(sampler)
     sigmas = falling(model.objective.sampling_sigmas(steps, *([spacing] if spacing else [])))
     negatives = negative_values(model, negative, number)
-    if any(scale != 1 for scale in scales):
+    steering = Steering(interval=interval, rescale=rescale, rule=rule, guide=guide)
+    steering.check(model, negatives)
+    if steering.doubles(scales) and guide is None:
         refuse_without_null(model, values, negatives)
     parts = []
     for first in range(0, number, chunk):
         rows = slice(first, first + chunk)
-        denoise = guided_denoiser(
-            model, part(values, rows), part(negatives, rows), scales[rows], interval, rescale, height_width
-        )
+        here = part(values, rows), part(negatives, rows)
+        steer = steering.guidance(scales[rows], sigmas, solver, model.device) if steering.doubles(scales) else None
+        denoise = guided_denoiser(model, here, steering, steer, len(scales[rows]), height_width)
         parts.append(run(model, denoise, solver, sigmas, seeds[rows], height_width, on_step))
     return np.concatenate(parts)
+
+
+def sweep(model: Model, scales: Sequence[float], **asked) -> np.ndarray:
+    """The same images, from the same noise, at each guidance scale: uint8, (scales, N, H, W, C), a row of a grid per scale."""
+    return np.stack([sample(model, **asked, guidance=scale) for scale in scales])
 
 
 def run(
@@ -113,27 +127,62 @@ def image_shape(model: Model, size: int | tuple[int, int] | None) -> tuple[int, 
     return model.network.unet.config.out_channels, height, width
 
 
+@dataclass(frozen=True, kw_only=True)
+class Steering:
+    """How the conditional prediction is led away from another one."""
+
+    interval: tuple[float, float]
+    rescale: float
+    rule: Apg | CfgPlusPlus | None
+    guide: Model | None
+
+    def check(self, model: Model, negatives: dict) -> None:
+        if not 0 <= self.rescale <= 1:
+            raise Refused(f"rescale = {self.rescale}: it must lie in [0, 1]")
+        if self.rescale and self.rule:
+            raise Refused(f"rescale belongs to plain guidance: leave it at 0 with {type(self.rule).__name__}")
+        if self.guide is None:
+            return
+        if negatives:
+            raise Refused("negative conditions and a guide are two answers to what guidance leads away from: give one")
+        if self.guide.objective != model.objective:
+            raise Refused("the guide was trained on another objective: autoguidance needs two models of the same one")
+
+    def doubles(self, scales: list[float]) -> bool:
+        """Whether a second prediction is needed at all."""
+        return self.rule is not None or any(scale != 1 for scale in scales)
+
+    def guidance(self, scales: list[float], sigmas: Tensor, solver: Callable, device: torch.device) -> Guidance:
+        """For one chunk of images: a rule begins anew with each."""
+        rule = None if self.rule is None else self.rule.begin(sigmas, solver)
+        scale_N = torch.tensor(scales, dtype=torch.float32, device=device)
+        return Guidance(scale_N=scale_N, interval=self.interval, rescale=self.rescale, rule=rule)
+
+
 def guided_denoiser(
-    model: Model, values, negatives, scales: list[float], interval, rescale: float, size
+    model: Model, asked: tuple[dict, dict], steering: Steering, guidance: Guidance | None, images: int, size
 ) -> GuidedDenoiser:
-    """The denoiser of one chunk: both branches' conditions in one batch where any image is guided."""
-    images = len(scales)
-    guided = any(scale != 1 for scale in scales)
+    """The denoiser of one chunk: both branches' conditions in one batch, or a guide of its own."""
+    values, negatives = asked
+    guide = steering.guide
+    both = condition(model, values, negatives, images, size, doubled=guidance is not None and guide is None)
+    if guidance is None or guide is None:
+        return GuidedDenoiser(model.network, model.objective, both, guidance)
+    theirs = condition(guide, values, {}, images, size, doubled=False)
+    return GuidedDenoiser(model.network, model.objective, both, guidance, (guide.network, theirs))
+
+
+def condition(model: Model, values: dict, negatives: dict, images: int, size, *, doubled: bool) -> Conditioning:
+    """The ports of N conditional rows and, where doubled, of the N rows they are led away from."""
     tensors = {}
     for kind, conditioner in model.network.conditioners.items():
         rows = values.get(kind) or [conditioner.nobody] * images
         below = negatives.get(kind) or rows
-        found = conditioner.of_values(rows + below if guided else rows, size)
+        found = conditioner.of_values(rows + below if doubled else rows, size)
         tensors[kind] = {name: tensor.to(model.device) for name, tensor in found.items()}
-    keep = {kind: kept(kind, values, negatives, images, guided).to(model.device) for kind in tensors}
+    keep = {kind: kept(kind, values, negatives, images, doubled).to(model.device) for kind in tensors}
     with torch.inference_mode():
-        both = model.network.condition(tensors, keep)
-    if not guided:
-        return GuidedDenoiser(model.network, model.objective, both, None)
-    scale_N = torch.tensor(scales, dtype=torch.float32, device=model.device)
-    return GuidedDenoiser(
-        model.network, model.objective, both, Guidance(scale_N=scale_N, interval=interval, rescale=rescale)
-    )
+        return model.network.condition(tensors, keep)
 
 
 def kept(kind: str, values: dict, negatives: dict, images: int, guided: bool) -> Tensor:

@@ -47,11 +47,19 @@ class Network(nn.Module):
         return self.predict(input_NCHW, time_N, self.condition(tensors, keep))
 
     def predict(
-        self, input_NCHW: Tensor, time_N: Tensor, condition: Conditioning, keys_values: Iterator | None = None
+        self,
+        input_NCHW: Tensor,
+        time_N: Tensor,
+        condition: Conditioning,
+        keys_values: Iterator | None = None,
+        copies: int = 1,
     ) -> Tensor:
-        """F for a condition that is already computed; `keys_values` replace the projections of its tokens."""
+        """F for a condition that is already computed; `keys_values` replace the projections of its tokens.
+
+        With `copies`, the tokens hold that many times the rows of the input, and what comes before them runs once.
+        """
         if condition.channels_NKHW is not None:
             channels_NKHW = condition.channels_NKHW.to(input_NCHW.dtype).expand(-1, -1, *input_NCHW.shape[2:])
             input_NCHW = torch.cat([input_NCHW, channels_NKHW], dim=1)
         tokens = condition.tokens_NMD if keys_values is None else keys_values
-        return self.unet(input_NCHW, time_N, condition.vector_NE, tokens, condition.mask_NM)
+        return self.unet(input_NCHW, time_N, condition.vector_NE, tokens, condition.mask_NM, copies=copies)

@@ -184,6 +184,15 @@ def attention_block(config: UNetConfig, kind: str, index: int) -> nn.Module:
     )
 
 
+def repeated(x_NCHW: Tensor, skips: list[Tensor], condition: tuple, copies: int) -> tuple[Tensor, list[Tensor], tuple]:
+    """The state on the way down, for every copy; tokens and mask already hold them all."""
+    if copies == 1:
+        return x_NCHW, skips, condition
+    embedding_NE, *tokens_mask = condition
+    skips = [torch.cat([skip] * copies) for skip in skips]
+    return skips[-1], skips, (torch.cat([embedding_NE] * copies), *tokens_mask)
+
+
 class UNet(nn.Module):
     """Predicts F_NCHW from the scaled noisy image, the time and the condition's three ports."""
 
@@ -235,26 +244,34 @@ class UNet(nn.Module):
         vector_NE: Tensor | None = None,
         tokens_NMD: Tensor | Iterator | None = None,
         mask_NM: Tensor | None = None,
+        *,
+        copies: int = 1,
     ) -> Tensor:
-        """`tokens_NMD` are condition tokens, or an iterator over the cross-attentions' keys and values in order."""
+        """`tokens_NMD` are condition tokens, or an iterator over the cross-attentions' keys and values in order.
+
+        With `copies`, tokens and mask hold that many times N rows, and so does the result: what comes before the first
+        level that reads tokens is computed once for all copies.
+        """
         condition = (self.embed(time_N, vector_NE), tokens_NMD, mask_NM)
         x_NCHW = x_NCHW.to(self.conv_in.weight.dtype, memory_format=torch.channels_last)
-        x_NCHW, skips = self.down(self.conv_in(x_NCHW), condition)
+        x_NCHW, skips, condition = self.down(self.conv_in(x_NCHW), condition, copies)
         if self.mid_block is not None:
             x_NCHW = self.run(self.mid_block, x_NCHW, *condition)
         x_NCHW = self.up(x_NCHW, skips, condition)
         return self.conv_out(self.conv_norm_out(x_NCHW))
 
-    def down(self, x_NCHW: Tensor, condition: tuple) -> tuple[Tensor, list[Tensor]]:
+    def down(self, x_NCHW: Tensor, condition: tuple, copies: int) -> tuple[Tensor, list[Tensor], tuple]:
         skips = [x_NCHW]
-        for level in self.down_blocks:
+        for level, kind in zip(self.down_blocks, self.config.attention):
+            if kind == "cross":
+                x_NCHW, skips, condition, copies = *repeated(x_NCHW, skips, condition, copies), 1
             for i in range(len(level.resnets)):
                 x_NCHW = self.run(level.block, i, x_NCHW, *condition)
                 skips.append(x_NCHW)
             if hasattr(level, "downsamplers"):
                 x_NCHW = level.downsamplers[0](x_NCHW)
                 skips.append(x_NCHW)
-        return x_NCHW, skips
+        return repeated(x_NCHW, skips, condition, copies)
 
     def up(self, x_NCHW: Tensor, skips: list[Tensor], condition: tuple) -> Tensor:
         for level in self.up_blocks:

@@ -1,0 +1,43 @@
+"""CFG++: Chung et al. 2024, "Manifold-constrained classifier-free guidance".
+
+N images, C channels, H x W pixels.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from duotone.data.refusal import Refused
+from duotone.engine.samplers.euler import euler
+
+
+@dataclass(frozen=True, kw_only=True)
+class CfgPlusPlus:
+    """Denoises with guidance, renoises with the unconditional noise; scales lie in [0, 1]. For Euler steps (DDIM)."""
+
+    def begin(self, sigmas: Tensor, solver: Callable) -> "CfgPlusPlusRun":
+        if solver is not euler:
+            raise Refused(
+                f"CFG++ is a rule for Euler steps, and the sampler is {solver.__name__}: set sampler to euler"
+            )
+        return CfgPlusPlusRun(sigmas)
+
+
+class CfgPlusPlusRun:
+    """Knows where each step goes: the same Euler step then needs only another scale.
+
+    The paper's step is x' = D_g + s' (x - D_u) / s with D_g = D_u + scale (D_c - D_u), algorithm 2 in x0 + sigma noise; Euler's
+    is x' = D + s' (x - D) / s. They agree for D = D_u + scale / (1 - s' / s) (D_c - D_u).
+    """
+
+    def __init__(self, sigmas: Tensor):
+        self.following = dict(zip(sigmas[:-1].tolist(), sigmas[1:].tolist()))
+
+    def __call__(self, conditional_NCHW: Tensor, unconditional_NCHW: Tensor, scale_N: Tensor, sigma: float) -> Tensor:
+        if bool(((scale_N < 0) | (scale_N > 1)).any()):
+            raise Refused("CFG++ takes guidance between 0 and 1 (0.6 is like 7.5 without it)")
+        left = 1.0 if math.isinf(sigma) else 1 - self.following[sigma] / sigma
+        share_N111 = (scale_N / left)[:, None, None, None]
+        return unconditional_NCHW + share_N111 * (conditional_NCHW - unconditional_NCHW)
