@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from duotone.data.refusal import Refused
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.model.network import Network
+from duotone.engine.model.uncertainty import Uncertainty
 from duotone.engine.objectives.base import Objective
 from duotone.engine.recipe import Recipe, from_json, to_json
 
@@ -42,7 +43,8 @@ class Model:
 def build(recipe: Recipe, facts: Facts) -> Network:
     """The network of a recipe, freshly initialised."""
     conditioners = [c.build(recipe.model, facts) for c in recipe.conditioning]
-    return Network(recipe.model.build(), conditioners)
+    uncertainty = Uncertainty(recipe.objective.time_unit) if recipe.objective.uncertainty else None
+    return Network(recipe.model.build(), conditioners, uncertainty)
 
 
 def save(path: Path, named: dict[str, Tensor], recipe: Recipe, facts: Facts, images: int) -> None:

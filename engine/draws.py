@@ -3,6 +3,7 @@
 So a run resumes from one integer, and draws do not depend on ranks, workers or micro-batch. Salmon et al. 2011 (Philox).
 """
 
+import math
 from enum import IntEnum
 
 import numpy as np
@@ -34,6 +35,18 @@ class Purpose(IntEnum):
 def uniform(seed: int, positions_N: np.ndarray, purpose: Purpose, count: int = 1) -> Tensor:
     """`count` numbers in (0, 1) for each position, (N, count) float64."""
     return uniform_reference(seed, torch.as_tensor(positions_N, dtype=torch.int64), int(purpose), count)
+
+
+def stratified(u_N: Tensor, positions_N: np.ndarray, batch: int) -> Tensor:
+    """u_N spread evenly over the global batch: each image draws within a stratum of its own, 1 / batch wide.
+
+    Neighbouring positions take distant strata, so that every micro-batch sees all noise levels. Kingma et al. 2021, appendix I.1.
+    """
+    stride = max(1, round(batch * 0.618034))
+    while math.gcd(stride, batch) > 1:
+        stride += 1
+    stratum_N = torch.as_tensor(positions_N % batch) * stride % batch
+    return (stratum_N + u_N) / batch
 
 
 def normal(seed: int, positions_N: np.ndarray, purpose: Purpose, count: int) -> Tensor:

@@ -18,6 +18,7 @@ from duotone.engine.command_line import parse
 from duotone.engine.conditioning.attributes import Attributes
 from duotone.engine.conditioning.image import ClassMap, Hole, LowResolution
 from duotone.engine.conditioning.label import Label
+from duotone.engine.conditioning.temperature import Temperature
 from duotone.engine.conditioning.text import ByteText, ClipText, EncoderText
 from duotone.engine.log import Log
 from duotone.engine.model.unet import UNetConfig
@@ -29,7 +30,7 @@ from duotone.engine.preview import Previews
 from duotone.engine.speed import Speed
 from duotone.engine.zero import Zero
 
-Condition = ClipText | ByteText | EncoderText | Label | Attributes | ClassMap | LowResolution | Hole
+Condition = ClipText | ByteText | EncoderText | Label | Attributes | ClassMap | LowResolution | Hole | Temperature
 Objectives = EDM | DDPM | Flow
 
 
@@ -108,6 +109,8 @@ class Recipe:
                 raise Refused(f"conditioning.{i}.dropout = {condition.dropout}: it must lie in [0, 1]")
         if not 0 <= self.drop_together <= 1:
             raise Refused(f"drop_together = {self.drop_together}: it must lie in [0, 1]")
+        if kinds == ["temperature"]:
+            raise Refused("conditioning has a Temperature, but nothing that it could guide: add a condition")
         reads_tokens = "cross" in (*self.model.attention, self.model.middle)
         gives_tokens = any(condition.port == "tokens" for condition in self.conditioning)
         if reads_tokens != gives_tokens:

@@ -65,6 +65,10 @@ def sample(
     values = values_by_kind(model, asked)
     number = number_of_images(asked, count)
     scales = per_image("guidance", guidance, number)
+    if "temperature" in model.network.conditioners:
+        if not values and set(scales) != {1.0}:
+            raise Refused("guidance needs a condition: give prompts or labels, or leave guidance at 1")
+        values["temperature"], scales = temperatures(scales), [1.0] * number
     seeds = seeds_of(seed, number)
     height_width = image_shape(model, size)[1:]
     solver = sampler if callable(sampler) else solver_named(sampler)
@@ -218,6 +222,13 @@ def per_image(name: str, value, images: int) -> list[float]:
     if len(values) != images:
         raise Refused(f"{name} has {len(values)} entries for {images} images: give one number, or one per image")
     return values
+
+
+def temperatures(scales: list[float]) -> list[float]:
+    """beta of each image for a model trained to be its own guide: guidance of that scale, in one forward."""
+    if min(scales) < 1:
+        raise Refused(f"guidance = {min(scales)}: this model was trained guidance-free and takes 1 or more")
+    return [1 / scale for scale in scales]
 
 
 def seeds_of(seed: int | Sequence[int], images: int) -> list[tuple[int, int]]:

@@ -107,7 +107,7 @@ def micro_step(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
     """Forward and backward of one micro-batch: the loss, and the network's input for the trace."""
     recipe, device = run.recipe, run.sharded.device
     objective, positions_N = recipe.objective, batch.positions_N
-    sigma_N = objective.draw_sigma(draws.uniform(recipe.seed, positions_N, draws.Purpose.SIGMA)[:, 0])
+    sigma_N = noise_levels(recipe, positions_N)
     input_NCHW, target_NCHW = diffuse(
         batch.images_NHWC.to(device, non_blocking=True),
         flips(recipe, positions_N).to(device),
@@ -119,10 +119,17 @@ def micro_step(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
     )
     time_N = objective.scalings(sigma_N).noise_N.float().to(device)
     tensors, keep = conditions(run, batch)
-    output_NCHW = run.sharded(input_NCHW, time_N, tensors, keep)
-    loss = objective(output_NCHW, target_NCHW, sigma_N.to(device))
+    output_NCHW, log_scale_N = run.sharded(input_NCHW, time_N, tensors, keep)
+    loss = objective(output_NCHW, target_NCHW, sigma_N.to(device), log_scale_N)
     run.sharded.backward(loss)
     return loss, input_NCHW
+
+
+def noise_levels(recipe: Recipe, positions_N: np.ndarray) -> Tensor:
+    u_N = draws.uniform(recipe.seed, positions_N, draws.Purpose.SIGMA)[:, 0]
+    if recipe.objective.stratified:
+        u_N = draws.stratified(u_N, positions_N, recipe.batch_size)
+    return recipe.objective.draw_sigma(u_N)
 
 
 def flips(recipe: Recipe, positions_N: np.ndarray) -> Tensor:
@@ -167,6 +174,7 @@ def set_up(recipe: Recipe) -> Run:
     with zero.rank_0_first(ranks):
         if ranks.rank == 0:
             begin_folder(recipe, stored)
+    recipe = replace(recipe, objective=recipe.objective.fitted(data))
     network.to(ranks.device)
     sharded = start_sharded(recipe, network, choice, micro)
     run = Run(recipe, choice, ranks, data, facts, network, sharded)

@@ -10,16 +10,19 @@ from torch import Tensor, nn
 
 from duotone.data.refusal import Refused
 from duotone.engine.conditioning.base import Conditioner, Conditioning, combine
+from duotone.engine.model.uncertainty import Uncertainty
 from duotone.engine.model.unet import UNet
+from duotone.engine.objectives.guidance_free import guidance_free
 
 
 class Network(nn.Module):
     """F(c_in x; c_noise, condition)."""
 
-    def __init__(self, unet: UNet, conditioners: list[Conditioner]):
+    def __init__(self, unet: UNet, conditioners: list[Conditioner], uncertainty: Uncertainty | None = None):
         super().__init__()
         self.unet = unet
         self.conditioners = nn.ModuleDict({conditioner.kind: conditioner for conditioner in conditioners})
+        self.uncertainty = uncertainty
         self.refuse_other_channels()
 
     def refuse_other_channels(self) -> None:
@@ -43,8 +46,15 @@ class Network(nn.Module):
         """The ports from each conditioner's tensors and its rows to keep."""
         return combine([c(tensors[kind], keep[kind]) for kind, c in self.conditioners.items()])
 
-    def forward(self, input_NCHW: Tensor, time_N: Tensor, tensors: dict, keep: dict) -> Tensor:
-        return self.predict(input_NCHW, time_N, self.condition(tensors, keep))
+    def forward(self, input_NCHW: Tensor, time_N: Tensor, tensors: dict, keep: dict) -> tuple[Tensor, Tensor | None]:
+        """For training: F and, where it is learned, the loss's log scale u_N."""
+
+        def predict(tensors: dict, keep: dict) -> Tensor:
+            return self.predict(input_NCHW, time_N, self.condition(tensors, keep))
+
+        mixed = "temperature" in self.conditioners
+        output_NCHW = guidance_free(predict, tensors, keep) if mixed else predict(tensors, keep)
+        return output_NCHW, None if self.uncertainty is None else self.uncertainty(time_N)
 
     def predict(
         self,

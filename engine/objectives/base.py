@@ -32,10 +32,21 @@ class Scalings(NamedTuple):
 class Objective(ABC):
     loss: LossKind = "squared"
     """Penalty on F - F*: squared, absolute or huber (transition at 1)."""
+    stratified: bool = False
+    """Spread the noise levels evenly over each global batch instead of drawing every one by itself."""
+    uncertainty: bool = False
+    """Learn the loss's scale at each noise level with the network and divide by it; Karras et al. 2024, equations 14 and 15."""
+
+    time_unit = 0.004
+    """Brings c_noise to a range of a few units (here from 0 .. 1000)."""
 
     @abstractmethod
     def check(self) -> None:
         """Refuses settings that contradict each other, naming the field."""
+
+    def fitted(self, data) -> "Objective":
+        """This objective with what it leaves to be measured from the data set filled in."""
+        return self
 
     @abstractmethod
     def draw_sigma(self, u_N: Tensor) -> Tensor:
@@ -81,9 +92,12 @@ class Objective(ABC):
         """The weight of |F - F*|^2: weight(sigma) c_out^2."""
         return self.weight(sigma_N) * self.scalings(sigma_N).out_N.square()
 
-    def __call__(self, output_NCHW: Tensor, target_NCHW: Tensor, sigma_N: Tensor) -> Tensor:
-        """The mean loss of a batch."""
-        return (self.loss_weight(sigma_N).float() * self.penalty(output_NCHW, target_NCHW)).mean()
+    def __call__(
+        self, output_NCHW: Tensor, target_NCHW: Tensor, sigma_N: Tensor, log_scale_N: Tensor | None = None
+    ) -> Tensor:
+        """The mean loss of a batch; with the network's uncertainty u, loss / exp(u) + u."""
+        loss_N = self.loss_weight(sigma_N).float() * self.penalty(output_NCHW, target_NCHW)
+        return (loss_N if log_scale_N is None else loss_N / log_scale_N.exp() + log_scale_N).mean()
 
 
 def spaced_indices(count: int, steps: int, spacing: str) -> Tensor:

@@ -1,20 +1,21 @@
 """EDM: Karras et al. 2022, table 1, column "Ours"."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from duotone.data.refusal import Refused
 from duotone.engine.objectives.base import Objective, Scalings, karras_sigmas, log_linear_sigmas
+from duotone.engine.objectives.sigma_data import measured_sigma_data
 
 
 @dataclass(frozen=True, kw_only=True)
 class EDM(Objective):
     """log sigma is normal; the network predicts a mix of image and noise whose variance is one at every sigma."""
 
-    sigma_data: float = 0.5
-    """Standard deviation of the pixels, in [-1, 1]."""
+    sigma_data: float | None = 0.5
+    """Standard deviation of the pixels, in [-1, 1]; None = measured from the data when the run begins."""
     log_mean: float = -1.2
     """Mean of log sigma in training (P_mean)."""
     log_std: float = 1.2
@@ -26,14 +27,19 @@ class EDM(Objective):
     rho: float = 7.0
     """Curvature of the sampling noise levels."""
 
+    time_unit = 1.0
+
     def check(self) -> None:
         for name in ("sigma_data", "log_std", "rho"):
-            if getattr(self, name) <= 0:
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise Refused(f"objective.{name} = {getattr(self, name)}: it must be above 0")
         if not 0 < self.sigma_min < self.sigma_max:
             raise Refused(
                 f"objective.sigma_min = {self.sigma_min}, objective.sigma_max = {self.sigma_max}: they must be above 0 and rise"
             )
+
+    def fitted(self, data) -> "EDM":
+        return self if self.sigma_data is not None else replace(self, sigma_data=measured_sigma_data(data))
 
     def draw_sigma(self, u_N: Tensor) -> Tensor:
         sigma_N = (self.log_mean + self.log_std * torch.special.ndtri(u_N)).exp()

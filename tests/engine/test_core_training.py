@@ -7,18 +7,24 @@ import numpy as np
 import pytest
 import torch
 
+from duotone.data import captioned_shapes
 from duotone.data.batch import Batch
+from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
+from duotone.engine import draws
 from duotone.engine.artifact import Model, build
 from duotone.engine.conditioning.attributes import Attributes
 from duotone.engine.conditioning.base import Facts
+from duotone.engine.conditioning.dropout import conditioned
 from duotone.engine.conditioning.image import ClassMap, Hole, LowResolution
 from duotone.engine.conditioning.label import Label
+from duotone.engine.conditioning.temperature import Temperature
 from duotone.engine.conditioning.text import ByteText
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.objectives.flow import Flow
+from duotone.engine.objectives.sigma_data import measured_sigma_data
 from duotone.engine.recipe import Recipe
 from duotone.engine.sample import sample
 from duotone.engine.train import Run, micro_step
@@ -98,7 +104,8 @@ OBJECTIVES = {
     "x0": (DDPM(schedule="cosine", prediction="x0", weighting="min_snr", loss="huber"), "ancestral"),
     "v_zero_snr": (DDPM(prediction="v", rescale_zero_snr=True), "ancestral"),
     "edm": (EDM(sigma_data=0.6), "heun"),
-    "flow": (Flow(), "euler"),
+    "flow": (Flow(stratified=True), "euler"),
+    "edm_uncertainty": (EDM(sigma_data=0.6, uncertainty=True, stratified=True), "heun"),
 }
 
 
@@ -112,6 +119,100 @@ def test_a_network_driven_to_one_image_samples_it_back(name):
     assert np.abs(images.astype(float) - PICTURE).mean() < 12, (losses[0], losses[-1])
 
 
+def test_the_learned_uncertainty_is_the_log_of_the_loss():
+    """Karras et al. 2024, equation 15: where the loss / exp(u) + u is least, exp(u) is the expected loss. Against that loss."""
+    objective = EDM(uncertainty=True)
+    recipe = Recipe(name="t", data=Shards(size=8), model=network_of(), objective=objective, batch_size=256)
+    torch.manual_seed(0)
+    part = build(recipe, FACTS).uncertainty
+    optimizer = torch.optim.Adam(part.parameters(), lr=3e-2)
+    g = torch.Generator().manual_seed(0)
+    expected = lambda sigma: 0.3 * (1 + sigma) / (0.1 + sigma)  # noqa: E731 - any positive function
+    for _ in range(300):
+        sigma_N = objective.draw_sigma(torch.rand(256, generator=g, dtype=torch.float64))
+        time_N = objective.scalings(sigma_N).noise_N.float()
+        error_N = (expected(sigma_N) / objective.loss_weight(sigma_N)).sqrt().float()
+        zero = torch.zeros(256, 3, 2, 2)
+        objective(zero + error_N[:, None, None, None], zero, sigma_N, part(time_N)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    sigma_N = torch.tensor([0.1, 0.3, 1.0], dtype=torch.float64)
+    got = part(objective.scalings(sigma_N).noise_N.float()).exp()
+    torch.testing.assert_close(got, expected(sigma_N).float(), rtol=0.1, atol=0.0)
+
+
+def test_guidance_free_loss_is_its_papers_and_stops_the_gradient():
+    """Chen et al. 2025, algorithm 1: |beta F(c, beta) + (1 - beta) sg F(null, 1) - target|^2, beta 1 where c is dropped."""
+    conditions = (Label(dropout=0.5), Temperature())
+    recipe = Recipe(name="t", data=Shards(size=8), conditioning=conditions, model=network_of(conditions), batch_size=8)
+    torch.manual_seed(0)
+    network = build(recipe, FACTS)
+    torch.nn.init.normal_(network.unet.conv_out.weight, std=0.1)
+    tensors, keep = conditioned(network.conditioners, batch_of(0, 8), 0, torch.zeros(8, dtype=torch.bool), 0.0)
+    assert 0 < keep["label"].sum() < 8
+    x, t = torch.randn(8, 3, 8, 8), torch.rand(8)
+    mixed, _ = network(x, t, tensors, keep)
+    mixed.square().mean().backward()
+    got = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+    network.zero_grad()
+    beta = torch.where(keep["label"], tensors["temperature"]["beta_N"], torch.ones(8))
+    label, time = network.conditioners["label"], network.conditioners["temperature"]
+    every = torch.ones(8, dtype=torch.bool)
+    vector = lambda kept, b: label(tensors["label"], kept).vector_NE + time({"beta_N": b}, every).vector_NE  # noqa: E731
+    guided = network.unet(x, t, vector(keep["label"], beta))
+    null = network.unet(x, t, vector(~every, torch.ones(8))).detach()
+    wide = beta[:, None, None, None]
+    expected = wide * guided + (1 - wide) * null
+    torch.testing.assert_close(mixed, expected)
+    expected.square().mean().backward()
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, dict(network.named_parameters())[name].grad, rtol=1e-4, atol=1e-7)
+
+
+def test_guidance_free_network_is_guided_in_one_forward():
+    """Trained on one image with labels, it samples the image back at any guidance, at the cost of one branch."""
+    conditions = (Label(dropout=0.2), Temperature(low=0.2))
+    recipe = Recipe(
+        name="t",
+        data=Shards(size=8),
+        conditioning=conditions,
+        model=network_of(conditions),
+        objective=EDM(sigma_data=0.6),
+        batch_size=16,
+    )
+    model, _ = trained(recipe, 240)
+    images = sample(model, labels=[0, 1], steps=20, guidance=[1.0, 4.0], seed=1)
+    assert np.abs(images.astype(float) - PICTURE).mean() < 12
+    assert model.forwards == 39, "20 Heun steps: one forward a call"
+    with pytest.raises(Refused, match="guidance-free and takes 1 or more"):
+        sample(model, labels=[0], guidance=0.5, steps=1)
+    with pytest.raises(Refused, match="guidance needs a condition"):
+        sample(model, count=1, guidance=2.0, steps=1)
+
+
+def test_stratified_levels_fall_one_to_a_stratum_in_every_batch():
+    for batch in (1, 2, 16, 96, 100):
+        positions_N = np.arange(3 * batch, 4 * batch)
+        u_N = draws.uniform(0, positions_N, draws.Purpose.SIGMA)[:, 0]
+        spread_N = draws.stratified(u_N, positions_N, batch)
+        assert sorted((spread_N * batch).long().tolist()) == list(range(batch))
+        half = draws.stratified(u_N[batch // 2 :], positions_N[batch // 2 :], batch)
+        assert torch.equal(half, spread_N[batch // 2 :]), "a function of the position"
+    quarter = draws.stratified(u_N, positions_N, 100)[:25]
+    assert abs(quarter.mean().item() - 0.5) < 0.05, "a micro-batch sees all levels"
+
+
+def test_sigma_data_is_measured_from_the_data(tmp_path):
+    captioned_shapes.write(tmp_path / "shapes", count=48, size=16, seed=0)
+    data = Shards(shards=tmp_path / "shapes", size=16).open(torch.device("cpu"))
+    every = data.read(draws.plan(7, np.arange(48), 48)).images_NHWC.double() / 127.5 - 1
+    assert measured_sigma_data(data, at_once=20) == pytest.approx(every.std(correction=0).item(), rel=1e-9)
+    fitted = EDM(sigma_data=None).fitted(data)
+    assert fitted.sigma_data == pytest.approx(every.std().item(), rel=1e-4)
+    assert EDM(sigma_data=0.5).fitted(data).sigma_data == 0.5
+    data.close()
+
+
 CONDITIONS = {
     "text": (ByteText(width=16, layers=1, heads=2, length=16), {"prompts": ["a cat"]}),
     "label": (Label(), {"labels": ["dog"]}),
@@ -120,6 +221,7 @@ CONDITIONS = {
     "class_map": (ClassMap(), {"labels": ["dog"]}),
     "low_resolution": (LowResolution(), {"images": [PICTURE[::4, ::4]]}),
     "hole": (Hole(), {"holes": [(PICTURE, PICTURE[..., 0] > 100)]}),
+    "temperature": (Temperature(), {}),
 }
 PAIRS = [p for p in itertools.combinations(CONDITIONS, 2) if p != ("attributes", "attribute_vector")]
 

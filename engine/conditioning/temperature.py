@@ -1,0 +1,58 @@
+"""The temperature of guidance-free training: how strongly a prediction is guided, as a condition of the network.
+
+N images, E embedding width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duotone.data.batch import Batch
+from duotone.data.refusal import Refused
+from duotone.engine import draws
+from duotone.engine.conditioning.base import Conditioner, Conditioning, Facts
+from duotone.engine.model.blocks import Embedding, sinusoid
+from duotone.engine.model.unet import UNetConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Temperature:
+    """Trains without guidance at sampling (engine/objectives/guidance_free.py): guidance 1 / beta costs one forward."""
+
+    kind = "temperature"
+    port = "vector"
+    dropout = 0.0
+
+    low: float = 0.0
+    """Smallest beta drawn in training, uniform up to 1; 1 / low is the strongest guidance."""
+
+    def build(self, network: UNetConfig, facts: Facts) -> "TemperatureConditioner":
+        if not 0 <= self.low < 1:
+            raise Refused(f"conditioning: Temperature.low = {self.low}: it must lie in [0, 1)")
+        return TemperatureConditioner(self.low, network)
+
+
+class TemperatureConditioner(Conditioner):
+    """beta_N through a sinusoid and two layers, as the time is; 1, plain conditional prediction, is its null state."""
+
+    kind, asked = "temperature", "temperatures"
+    nobody = 1.0
+    dropout = 0.0
+
+    def __init__(self, low: float, network: UNetConfig):
+        super().__init__()
+        self.low, self.width = low, network.channels[0]
+        self.embedding = Embedding(self.width, network.embedding_width)
+
+    def of_batch(self, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
+        u_N = draws.uniform(seed, batch.positions_N, draws.Purpose.TEMPERATURE)[:, 0]
+        return {"beta_N": (self.low + (1 - self.low) * u_N).float()}
+
+    def of_values(self, values: list[float], size: tuple[int, int] | None = None) -> dict[str, Tensor]:
+        return {"beta_N": torch.tensor(values, dtype=torch.float32)}
+
+    def forward(self, tensors: dict[str, Tensor], keep_N: Tensor) -> Conditioning:
+        beta_N = torch.where(keep_N, tensors["beta_N"], 1.0)
+        waves = sinusoid(1000 * beta_N, self.width).to(self.embedding.linear_1.weight.dtype)
+        return Conditioning(vector_NE=self.embedding(waves))

@@ -1,0 +1,34 @@
+"""EDM2's learned uncertainty: how noisy the loss is at each noise level, as a part of the network that is trained with it.
+
+N images, K Fourier features.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class Uncertainty(nn.Module):
+    """u(sigma), the logarithm of the expected loss: Karras et al. 2024, equation 14 and appendix B.3; one linear layer over
+    Fourier features of c_noise, zero at first.
+
+    It lives in the network so that the optimizer, its sharding and the checkpoints know it; sampling never asks it.
+    """
+
+    def __init__(self, time_unit: float, features: int = 128):
+        """`time_unit` brings c_noise to a range of a few units."""
+        super().__init__()
+        self.time_unit = time_unit
+        self.linear = nn.Linear(features, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, time_N: Tensor) -> Tensor:
+        features = self.linear.in_features
+        # Fixed quantiles instead of random numbers: nothing to store, the same on every rank.
+        place_K = (torch.arange(features, device=time_N.device, dtype=torch.float32) + 0.5) / features
+        frequency_K, phase_K = torch.special.ndtri(place_K), (place_K * features * 0.618034) % 1
+        angle_NK = 2 * math.pi * (time_N.float()[:, None] * self.time_unit * frequency_K + phase_K)
+        waves_NK = math.sqrt(2) * angle_NK.cos()
+        return self.linear(waves_NK.to(self.linear.weight.dtype))[:, 0].float()
