@@ -84,7 +84,8 @@ CASES = [
     Case("ten_per_group", (1, 320, 4, 4), 32, "Stable Diffusion's 320 channels: 10 per group"),
     Case("one_pixel", (3, 64, 1, 1), 8, "a 1x1 map: variance over the group's channels alone"),
     Case("chunks", (2, 64, 40, 41), 32, "larger than one program holds: partial statistics merged, ragged last chunk"),
-    Case("chunks_odd_groups", (1, 48, 45, 37), 16, "chunks with 3 channels per group"),
+    Case("chunks_odd_groups", (1, 96, 45, 37), 32, "chunks with 3 channels per group"),
+    Case("idle_lanes", (2, 192, 6, 6), 32, "several programs an image, each with lanes that are another's channels"),
     Case(
         "level_128",
         (64, 128, 128, 128),

@@ -6,6 +6,7 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -49,6 +50,31 @@ def poisoned_and_fresh(request):
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def one_writer(monkeypatch):
+    """Every address is stored once per launch: the interpreter's order of programs would hide a race of two."""
+    if not dispatch.INTERPRETED:
+        return
+    from triton.runtime import interpreter
+
+    store, run = interpreter.InterpreterBuilder.create_masked_store, interpreter.GridExecutor.__call__
+    written = []
+
+    def noting_store(self, pointers, value, mask, *rest):
+        written.append(pointers.data[mask.data])
+        return store(self, pointers, value, mask, *rest)
+
+    def checked_run(self, *arguments, **options):
+        written.clear()
+        run(self, *arguments, **options)
+        addresses = numpy.concatenate(written)
+        twice = addresses.size - numpy.unique(addresses).size
+        assert not twice, f"{self.fn.__name__} stores {twice} elements twice"
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", noting_store)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", checked_run)
 
 
 @pytest.fixture

@@ -119,6 +119,17 @@ def test_statistics_do_not_cancel(name, device, agree, launching):
     compare(case, inputs, torch.randn(case.shape, device=device), agree, launching, arithmetic=3e-4)
 
 
+def test_the_output_on_chip_is_not_limited_by_the_means_last_bit(device, agree, launching):
+    """At 3,000 the mean's last bit is 1e-4 of a deviation; the output is right to a tenth of that."""
+    case = BY_NAME["four_per_group"]
+    inputs = draw(case, device, torch.float32, offset=3000.0)
+    del inputs["add_NC"]
+    with launching(NAME, launches=1), torch.no_grad():
+        y_NCHW = group_norm_silu(**inputs, groups=case.groups)
+    wide = {name: value.double() for name, value in inputs.items()}
+    agree(y_NCHW, group_norm_silu_reference(**wide, groups=case.groups), "y", 1e-5)
+
+
 def test_one_outlier_does_not_cancel(device, agree, launching):
     """A pixel that no shift by a first element or a first row survives."""
     case = BY_NAME["chunks"]
