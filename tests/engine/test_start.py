@@ -1,0 +1,117 @@
+"""What a start needs: a compiler on the CPU, a free lock, the memory estimate, a run's log after a resume."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from duotone.data.refusal import Refused
+from duotone.engine import memory, run_folder, zero
+from duotone.engine.log import Log, Logger, duration
+from duotone.engine.model.unet import UNetConfig
+from duotone.engine.optimizer import AdamW, AdamWEma, Ema, parameter_groups
+from duotone.engine.preview import Previews
+
+
+def test_a_missing_compiler_is_one_line_with_the_remedy(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(Refused, match=r"g\+\+.* not found.*apt-get install g\+\+ ninja-build"):
+        zero.refuse_without_compiler()
+
+
+def test_rows_past_the_resumed_image_are_cut_and_a_torn_last_row_too(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"images": n}) + "\n" for n in (8, 16, 24)) + '{"images": 3')
+    run_folder.keep_rows_up_to(path, 16)
+    assert [json.loads(line)["images"] for line in path.read_text().splitlines()] == [8, 16]
+
+
+def test_a_tracker_that_fails_is_dropped_and_the_metrics_go_on(tmp_path, capsys):
+    logger = Logger(Log(every=1), tmp_path, 16, 0, speaks=True, recipe={})
+
+    def broken(row):
+        raise ConnectionError("no network")
+
+    logger.listeners.append(broken)
+    for step in (1, 2):
+        logger.step(step, 8 * step, 8, False, lambda: {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-3})
+    logger.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert capsys.readouterr().out.count("dropped") == 1
+    assert duration(3725) == "1:02:05"
+
+
+def test_learning_rate_and_ema_are_functions_of_images():
+    schedule = AdamW(lr=1.0, warmup=100, schedule="cosine")
+    assert schedule.lr_at(0, 1100) == 0 and schedule.lr_at(50, 1100) == 0.5 and schedule.lr_at(100, 1100) == 1
+    assert schedule.lr_at(600, 1100) == pytest.approx(0.5) and schedule.lr_at(1100, 1100) == pytest.approx(0)
+    assert AdamW(lr=1.0, warmup=0, schedule="constant").lr_at(7, 8) == 1
+    ema = Ema(half_life=1000, rampup=0.05)
+    assert ema.decay(10**9, 10) ** 100 == pytest.approx(0.5)
+    assert ema.decay(200, 10) == pytest.approx(0.5)  # 5 % of 200 images is one batch of 10
+    power = Ema(power=0.75, max_decay=0.9999)
+    assert power.decay(100, 10) == pytest.approx(1 - 11**-0.75) and power.decay(10**9, 10) == 0.9999
+
+
+def test_the_optimizer_is_torchs_adamw_with_an_ema_beside_it():
+    torch.manual_seed(0)
+    ours, theirs = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
+    theirs.load_state_dict(ours.state_dict())
+    config = AdamW(lr=1e-2, weight_decay=0.1, betas=(0.8, 0.95))
+    mine = config.build(ours)
+    reference = torch.optim.AdamW(parameter_groups(theirs, 0.1), lr=1e-2, betas=(0.8, 0.95))
+    average = [p.detach().double().clone() for p in theirs.parameters()]
+    for _ in range(30):
+        x = torch.randn(4, 5)
+        for network, optimizer in ((ours, mine), (theirs, reference)):
+            optimizer.zero_grad()
+            network(x).square().sum().backward()
+        mine.set(lr=1e-2, ema_decay=0.9)
+        mine.step()
+        reference.step()
+        average = [0.9 * a + 0.1 * p.detach().double() for a, p in zip(average, theirs.parameters())]
+    for p, q, a in zip(ours.parameters(), theirs.parameters(), average):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(mine.state[p]["ema"].double(), a, rtol=1e-5, atol=1e-7)
+    assert isinstance(mine, AdamWEma)
+
+
+def test_memory_is_counted_without_allocating():
+    config = UNetConfig(
+        channels=(16, 32),
+        attention=("none", "cross"),
+        heads=(2, 2),
+        blocks=(1, 1),
+        depth=(1, 1),
+        context_width=8,
+        groups=8,
+    )
+    unet = config.build()
+    small, large = (memory.saved_per_image(unet, side, torch.float32) for side in (16, 32))
+    assert 3.2 < large / small < 6  # pixels quadruple; attention grows faster, weights' share not at all
+    unet.checkpointing = True
+    assert memory.saved_per_image(unet, 32, torch.float32) < large / 2
+    assert all(p.device.type == "cpu" for p in unet.parameters())
+
+
+def test_previews_ask_for_what_the_model_takes():
+    from types import SimpleNamespace
+
+    from duotone.engine.preview import asked_for, guidance_of, repeated
+
+    text = SimpleNamespace(network=SimpleNamespace(conditioners={"text": SimpleNamespace(dropout=0.1)}))
+    assert asked_for(Previews(rows=2), text, ["a", "b", "c"]) == {"prompts": ["a", "b"]}
+    assert asked_for(Previews(prompts=("x",)), text, ["a"]) == {"prompts": ["x"]}
+    assert repeated({"prompts": ["a", "b"]}, 2) == {"prompts": ["a", "a", "b", "b"]}
+    assert guidance_of(Previews(guidance=3.0), text) == 3.0
+    undropped = SimpleNamespace(network=SimpleNamespace(conditioners={"text": SimpleNamespace(dropout=0.0)}))
+    assert guidance_of(Previews(guidance=3.0), undropped) == 1.0
+
+
+def test_an_old_run_is_moved_aside_not_deleted(tmp_path):
+    for n in (1, 2):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "x").write_text(str(n))
+        assert run_folder.move_aside(tmp_path / "run").name == f"run-before-{n}"
+    assert sorted(os.listdir(tmp_path)) == ["run-before-1", "run-before-2"]
