@@ -6,46 +6,19 @@ N images of a micro-batch, C channels, H x W pixels.
 import hashlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from duotone.data import captioned_shapes
 from duotone.data.batch import Batch
-from duotone.data.refusal import Refused
-from duotone.data.shards import Dataset
 from duotone.engine import artifact, checkpoint, draws, preview, run_folder, speed, zero
-from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.dropout import conditioned
-from duotone.engine.log import Logger
-from duotone.engine.memory import Estimate, estimate
-from duotone.engine.model.network import Network
-from duotone.engine.recipe import Recipe, differences, say, to_json
+from duotone.engine.recipe import Recipe
+from duotone.engine.run import Run, plans, save, set_up
 from duotone.kernels.diffuse import diffuse
 from duotone.kernels.dispatch import fallbacks
-
-
-@dataclass
-class Run:
-    """A run in progress."""
-
-    recipe: Recipe
-    choice: speed.Choice
-    ranks: zero.Ranks
-    data: Dataset
-    facts: Facts
-    network: Network
-    sharded: zero.Sharded
-    images: int = 0
-    log: Logger | None = None
-    graphs_at_step_2: int = 0
-
-    @property
-    def step(self) -> int:
-        return self.images // self.recipe.batch_size
 
 
 def train(recipe: Recipe) -> Path:
@@ -151,121 +124,7 @@ def due(run: Run, every: int) -> bool:
     return every > 0 and run.images % every == 0 and run.images < run.recipe.images
 
 
-# ------------------------------------------------------------------------------------------------------- set up
-
-
-def set_up(recipe: Recipe) -> Run:
-    """Everything before the first step: what can be refused comes before what is written."""
-    choice = speed.choose(recipe.speed)
-    speed.set_up(recipe.speed, choice)
-    stored = None if recipe.fresh else run_folder.stored_recipe(recipe.folder)
-    refuse_other_run(recipe, stored)
-    recipe.micro_batch(int(zero.world_size()))
-    ranks = zero.join(choice.device)
-    with zero.rank_0_first(ranks):
-        recipe = with_embedded_data(recipe)
-        data = recipe.data.open(ranks.device, require_captions=wants_captions(recipe))
-    facts = Facts(classes=as_tuple(data.classes), attributes=as_tuple(data.attributes))
-    torch.manual_seed(recipe.seed)
-    network = artifact.build(recipe, facts)
-    network.unet.checkpointing = recipe.speed.gradient_checkpointing
-    micro = recipe.micro_batch(ranks.count)
-    predicted = estimate(network, recipe, micro, choice, ranks.count)
-    with zero.rank_0_first(ranks):
-        if ranks.rank == 0:
-            begin_folder(recipe, stored)
-    recipe = replace(recipe, objective=recipe.objective.fitted(data))
-    network.to(ranks.device)
-    sharded = start_sharded(recipe, network, choice, micro)
-    run = Run(recipe, choice, ranks, data, facts, network, sharded)
-    resumed = resume(run)
-    run.log = Logger(
-        recipe.log, recipe.folder, recipe.images, run.images, speaks=ranks.rank == 0, recipe=to_json(recipe)
-    )
-    announce(run, predicted, resumed)
-    return run
-
-
-def start_sharded(recipe: Recipe, network: Network, choice: speed.Choice, micro: int) -> zero.Sharded:
-    if choice.compile:
-        blocks = speed.compile_blocks(network, recipe.speed.backend)
-        say(f"compiling {blocks} blocks on first use")
-    return zero.Sharded(
-        network,
-        recipe.optimizer.build(network),
-        zero.settings(
-            recipe.zero,
-            batch=recipe.batch_size,
-            micro=micro,
-            accumulation=recipe.accumulation,
-            precision=choice.precision,
-            clip=recipe.optimizer.clip,
-        ),
-    )
-
-
-def refuse_other_run(recipe: Recipe, stored: dict | None) -> None:
-    changed = [] if stored is None else differences(stored, recipe)
-    if changed:
-        raise Refused(
-            f"{recipe.folder} holds another run ({'; '.join(changed)}): give another --out, or --fresh to move it aside"
-        )
-
-
-def begin_folder(recipe: Recipe, stored: dict | None) -> None:
-    if recipe.fresh:
-        run_folder.move_aside(recipe.folder)
-    recipe.folder.mkdir(parents=True, exist_ok=True)
-    if recipe.fresh or stored is None:
-        run_folder.write_json(recipe.folder / "recipe.json", to_json(replace(recipe, fresh=False)))
-
-
-def with_embedded_data(recipe: Recipe) -> Recipe:
-    """Without shards, the embedded captioned shapes, written once as real shards beside the run's folder."""
-    if recipe.data.shards is not None:
-        return recipe
-    folder = recipe.folder.parent / f"captioned_shapes-{recipe.data.size}px"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        captioned_shapes.write(folder, count=4096, size=recipe.data.size, seed=0)
-    return replace(recipe, data=replace(recipe.data, shards=folder))
-
-
-def wants_captions(recipe: Recipe) -> bool:
-    return any("Text" in type(condition).__name__ for condition in recipe.conditioning)
-
-
-def as_tuple(names: list[str] | None) -> tuple[str, ...] | None:
-    return None if names is None else tuple(names)
-
-
-def announce(run: Run, predicted: Estimate, resumed: str | None) -> None:
-    """The plan in one line, then every substitution in one line each."""
-    recipe, choice = run.recipe, run.choice
-    parameters = sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in run.network.parameters())
-    micro = recipe.micro_batch(run.ranks.count)
-    stage, why = zero.stage_taken(recipe.zero, choice.precision, recipe.accumulation)
-    run.log.say(
-        f"{recipe.name}: {parameters / 1e6:.1f} M parameters, {choice.precision} on {choice.device}"
-        f"{', compiled' if choice.compile else ''}, batch {recipe.batch_size} = {micro} x {recipe.accumulation} "
-        f"accumulations x {run.ranks.count} ranks, ZeRO-{stage}, about {predicted.gib:.1f} GiB per rank, "
-        f"{run.data.count:,} samples decoded by {run.data.decoder}, {recipe.images:,} images = {recipe.images // recipe.batch_size:,} steps"
-    )
-    for line in [why, run.data.decoder_note, *run.data.notes, resumed, *speed.substitutions(choice)]:
-        if line:
-            run.log.say(line)
-
-
-# ------------------------------------------------------------------------------------------------ plan and trace
-
-
-def plans(run: Run) -> Iterator:
-    """What this rank reads, micro-batch by micro-batch, from where the run stands to its end."""
-    recipe = run.recipe
-    micro = recipe.micro_batch(run.ranks.count)
-    for first in range(run.images, recipe.images, recipe.batch_size):
-        for positions_N in draws.micro_batches(first, recipe.batch_size, micro, run.ranks.rank, run.ranks.count):
-            yield draws.plan(recipe.seed, positions_N, run.data.count)
+# ----------------------------------------------------------------------------------------------------------- trace
 
 
 def fingerprints(batch: Batch, input_NCHW: Tensor) -> list[tuple[int, str, str]]:
@@ -285,34 +144,7 @@ def trace(run: Run, mine: list[tuple[int, str, str]], loss: float) -> None:
     run.log.trace({"images": run.images, "loss": loss, "keys": [key for _, key, _ in rows], "draws": digest})
 
 
-# ------------------------------------------------------------------------------------------------- save, resume
-
-
-def save(run: Run) -> None:
-    """Publishes a checkpoint, from all ranks; rank 0 writes it."""
-    tensors = {kind: run.sharded.gather(kind) for kind in checkpoint.KINDS}
-    if run.ranks.rank == 0:
-        folder = run.recipe.folder / "checkpoints"
-        facts = {"counters": run.sharded.counters(), "data": run.data.fingerprint}
-        checkpoint.publish(folder, run.images, tensors, facts)
-        checkpoint.retire(folder, run.recipe.checkpoint.keep)
-    zero.wait()
-
-
-def resume(run: Run) -> str | None:
-    """Puts the newest checkpoint that verifies into the run; says what was done."""
-    path, passed_over = checkpoint.newest(run.recipe.folder / "checkpoints")
-    if path is None:
-        return "; ".join(passed_over) or None
-    manifest, tensors = checkpoint.read(path)
-    checkpoint.refuse_other_network(path, tensors["weight"], run.sharded.shapes())
-    if manifest["data"] != run.data.fingerprint:
-        raise Refused(f"{path} was trained on other data than {run.recipe.data.shards} now holds: give another --out")
-    for kind, named in tensors.items():
-        run.sharded.scatter(kind, named)
-    run.sharded.restore_counters(manifest["counters"])
-    run.images = manifest["images"]
-    return "; ".join([*passed_over, f"resumed from {path} at {run.images:,} images"])
+# ------------------------------------------------------------------------------------------ pictures and the end
 
 
 def finish(run: Run) -> None:
