@@ -166,7 +166,10 @@ def export(model: Model, out: Path) -> list[str]:
     scheduler = scheduler_config(model.objective)
     draft = out.with_name(f".{out.name}-{uuid.uuid4().hex[:8]}")
     try:
-        write_folder(draft, config, unet_weights(model.network.state_dict()), scheduler, list(conditioners))
+        weights = unet_weights(model.network.state_dict())
+        if classes:
+            weights["class_embedding.weight"] = conditioners["label"].rows().float().contiguous().cpu()
+        write_folder(draft, config, weights, scheduler, list(conditioners))
         notes = save_text_encoder(draft, model)
         out.parent.mkdir(parents=True, exist_ok=True)
         os.replace(draft, out)

@@ -90,6 +90,11 @@ class LabelConditioner(Conditioner):
     def of_values(self, values: list[int | str], size: tuple[int, int] | None = None) -> dict[str, Tensor]:
         return {"labels_N": torch.tensor([class_index(value, self.classes) for value in values])}
 
+    @torch.no_grad()
+    def rows(self) -> Tensor:
+        """The vector of every class and, last, the null class's: any encoding as the table that an embedding is."""
+        return self.embedding(torch.arange(len(self.classes) + 1, device=next(self.parameters()).device))
+
     def forward(self, tensors: dict[str, Tensor], keep_N: Tensor) -> Conditioning:
         rows_N = torch.where(keep_N, tensors["labels_N"], len(self.classes))
         return Conditioning(vector_NE=self.embedding(rows_N))

@@ -8,6 +8,7 @@ from diffusers import UNet2DModel
 from duotone.data.batch import Batch
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
+from duotone.engine import diffusers_folder
 from duotone.engine.artifact import Model, build
 from duotone.engine.conditioning.attributes import Attributes, attribute_row
 from duotone.engine.conditioning.base import Facts
@@ -174,6 +175,32 @@ def test_label_encodings_differ_by_class_and_have_a_null(encoding):
     rows = ours(labels, torch.tensor([True, True, True, False, False])).vector_NE
     assert torch.equal(rows[3], rows[4])
     assert len({tuple(row.tolist()) for row in rows}) == 4
+
+
+@pytest.mark.parametrize("encoding", ["one_hot", "sinusoid"])
+def test_every_label_encoding_exports_to_diffusers_as_its_table(encoding, tmp_path):
+    model = model_of(
+        Label(encoding=encoding),
+        network=UNetConfig(
+            **{
+                **vars(PLAIN),
+                "channels": (16, 16),
+                "attention": ("none", "none"),
+                "middle": "self",
+                "heads": (2, 2),
+                "blocks": (1, 1),
+                "depth": (1, 1),
+            }
+        ),
+    )
+    diffusers_folder.export(model, tmp_path / "out")
+    theirs = UNet2DModel.from_pretrained(tmp_path / "out" / "unet").eval()
+    x, t, labels = torch.randn(4, 3, 8, 8), torch.tensor([1.0, 50.0, 300.0, 900.0]), torch.tensor([0, 1, 2, 3])
+    with torch.no_grad():
+        expected = theirs(x, t, class_labels=labels).sample
+        condition = model.network.conditioners["label"]({"labels_N": labels}, torch.ones(4, dtype=torch.bool))
+        got = model.network.predict(x, t, condition)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------- images
