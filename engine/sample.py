@@ -72,7 +72,7 @@ def sample(
     seeds = seeds_of(seed, number)
     height_width = image_shape(model, size)[1:]
     solver = sampler if callable(sampler) else solver_named(sampler)
-    sigmas = falling(model.objective.sampling_sigmas(steps, *([spacing] if spacing else [])))
+    sigmas = sampling_sigmas(model, steps, spacing)
     negatives = negative_values(model, negative, number)
     steering = Steering(interval=interval, rescale=rescale, rule=rule, guide=guide)
     steering.check(model, negatives)
@@ -244,6 +244,17 @@ def solver_named(name: str) -> Callable:
     if name not in SAMPLERS:
         raise Refused(f"sampler {name!r} is unknown: there are {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
+
+
+def sampling_sigmas(model: Model, steps: int, spacing: str | None) -> Tensor:
+    known = model.objective.spacings
+    if steps < 1:
+        raise Refused(f"steps = {steps}: it must be at least 1")
+    if spacing not in (None, *known):
+        raise Refused(
+            f"spacing {spacing!r} is unknown to {type(model.objective).__name__}: there are {', '.join(known)}"
+        )
+    return falling(model.objective.sampling_sigmas(steps, spacing or known[0]))
 
 
 def falling(sigmas: Tensor) -> Tensor:

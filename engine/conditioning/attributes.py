@@ -34,6 +34,8 @@ class Attributes:
     """Share of single attributes made unknown in training, each by itself."""
 
     def build(self, network: UNetConfig, facts: Facts) -> "AttributesConditioner":
+        if not 0 <= self.attribute_dropout <= 1:
+            raise Refused(f"conditioning: attribute_dropout = {self.attribute_dropout}: it must lie in [0, 1]")
         if not facts.attributes:
             raise Refused(
                 "conditioning by attributes needs their names, and the data has none: prepare it with attributes"

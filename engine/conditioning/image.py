@@ -34,6 +34,8 @@ class ClassMap:
     """Share of labels replaced by the null class in training."""
 
     def build(self, network: UNetConfig, facts: Facts) -> "ClassMapConditioner":
+        if self.width < 1:
+            raise Refused(f"conditioning: ClassMap.width = {self.width}: it must be at least 1")
         return ClassMapConditioner(self, classes_of(facts))
 
 
@@ -51,7 +53,7 @@ class LowResolution:
 
     def build(self, network: UNetConfig, facts: Facts) -> "LowResolutionConditioner":
         if self.factor < 1:
-            raise Refused(f"conditioning factor = {self.factor}: a low-resolution image is at least 1 time smaller")
+            raise Refused(f"conditioning: LowResolution.factor = {self.factor}: it must be at least 1")
         return LowResolutionConditioner(self, network.in_channels)
 
 

@@ -37,6 +37,8 @@ class Objective(ABC):
     uncertainty: bool = False
     """Learn the loss's scale at each noise level with the network and divide by it; Karras et al. 2024, equations 14 and 15."""
 
+    spacings = ("karras", "log-linear")
+    """How sampling_sigmas can place its noise levels; the first is its default."""
     time_unit = 0.004
     """Brings c_noise to a range of a few units (here from 0 .. 1000)."""
 

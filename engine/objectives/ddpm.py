@@ -71,6 +71,8 @@ class DDPM(Objective):
     rescale_zero_snr: bool = False
     """Rescale the schedule so that its last noise level is infinite, pure noise; needs v or x0. Lin et al. 2024."""
 
+    spacings = ("trailing", "leading", "linspace", "karras", "log-linear")
+
     def check(self) -> None:
         if self.steps < 2:
             raise Refused(f"objective.steps = {self.steps}: it must be at least 2")

@@ -31,6 +31,8 @@ class Flow(Objective):
     shift: float = 1.0
     """Multiplies every noise level in sampling; above 1 for more pixels. Esser et al. 2024, equation 23."""
 
+    spacings = ("trailing", "linspace", "karras", "log-linear")
+
     def check(self) -> None:
         for name in ("logit_std", "shift"):
             if getattr(self, name) <= 0:

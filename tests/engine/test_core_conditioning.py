@@ -15,6 +15,7 @@ from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.dropout import conditioned
 from duotone.engine.conditioning.image import ClassMap, Hole, LowResolution, rectangles
 from duotone.engine.conditioning.label import Label
+from duotone.engine.conditioning.temperature import Temperature
 from duotone.engine.conditioning.text import EncoderText
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.recipe import Recipe
@@ -225,6 +226,27 @@ def test_extra_channels_that_do_not_match_are_refused_in_one_line(extra):
         model_of(config, network=network_for(config, extra))
     with pytest.raises(Refused, match=r"extra_channels = 2, but the conditioning adds 0 channels \(none\)"):
         model_of(Label(), network=network_for(Label(), 2))
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (Attributes(attribute_dropout=1.5), "attribute_dropout = 1.5"),
+        (ClassMap(width=0), "ClassMap.width = 0"),
+        (LowResolution(factor=0), "LowResolution.factor = 0"),
+        (Temperature(low=1.0), "Temperature.low = 1.0"),
+    ],
+    ids=lambda v: type(v).__name__,
+)
+def test_settings_out_of_range_are_refused(config, says):
+    with pytest.raises(Refused, match=says):
+        config.build(PLAIN, FACTS)
+
+
+@pytest.mark.parametrize("config", [Attributes(), Label(), ClassMap()], ids=lambda c: c.kind)
+def test_data_without_names_is_refused(config):
+    with pytest.raises(Refused, match="the data has none"):
+        config.build(PLAIN, Facts())
 
 
 def test_low_resolution_is_the_shrunk_image_mirrored_as_the_network_sees_it():

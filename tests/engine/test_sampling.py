@@ -150,6 +150,8 @@ def test_any_size_and_ddpm_spacings():
     ("asked", "says"),
     [
         (dict(labels=[0], sampler="euler9"), "sampler 'euler9' is unknown: there are euler"),
+        (dict(labels=[0], spacing="trailing"), "spacing 'trailing' is unknown to EDM: there are karras, log-linear"),
+        (dict(labels=[0], steps=0), "steps = 0"),
         (dict(labels=["wolf"]), "'wolf' is no class"),
         (dict(labels=[3]), "3 is no class"),
         (dict(prompts=["a cat"]), "takes no prompts: it takes labels"),
@@ -163,7 +165,7 @@ def test_any_size_and_ddpm_spacings():
 )
 def test_what_does_not_fit_is_refused(asked, says):
     with pytest.raises(Refused, match=says):
-        sample(model_of(Label()), steps=2, **asked)
+        sample(model_of(Label()), **{"steps": 2} | asked)
 
 
 def test_guidance_without_a_null_state_is_refused_with_the_reason():
