@@ -10,6 +10,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
 from duotone.engine.artifact import Model, build
+from duotone.engine.conditioning.attributes import Attributes
 from duotone.engine.conditioning.base import Conditioning, Facts
 from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.text import ByteText
@@ -25,7 +26,7 @@ from duotone.engine.sample import sample, sweep
 from duotone.engine.samplers.euler import euler
 from duotone.engine.samplers.heun import heun
 
-FACTS = Facts(classes=("cat", "dog", "bird"))
+FACTS = Facts(classes=("cat", "dog", "bird"), attributes=("Bald", "Male"))
 SIZES = dict(heads=(2, 2, 2), blocks=(1, 1, 1), depth=(1, 1, 1), context_width=16, groups=8, zero_init=False)
 PLAIN = UNetConfig(channels=(16, 16, 16), attention=("none",) * 3, middle="self", **SIZES)
 TEXT = UNetConfig(channels=(16, 16, 16), attention=("none", "cross", "cross"), **SIZES)
@@ -73,6 +74,25 @@ def test_rescale_is_diffusers_on_the_networks_output(prediction):
     mixed = f_null + scale_N[:, None, None, None] * (f_cond - f_null)
     expected = skip * x + out * rescale_noise_cfg(mixed, f_cond, guidance_rescale=0.7)
     torch.testing.assert_close(denoise(x, sigma), expected, rtol=2e-4, atol=2e-4)
+
+
+def test_a_single_attribute_is_guided_by_a_negative_that_leaves_it_unknown():
+    """D = D(all but one) + scale (D(all) - D(all but one)), each D by a forward of its own, one Euler step."""
+    model = model_of(Attributes(port="vector"), PLAIN)
+    conditioner = model.network.conditioners["attributes"]
+
+    def plain(row, x, sigma):
+        with torch.inference_mode():
+            one = conditioner(conditioner.of_values([row]), torch.tensor([True]))
+        return GuidedDenoiser(model.network, model.objective, one, None)(x, sigma)
+
+    seen = []
+    asked = dict(attributes=[[1, 0]], negative={"attributes": [[None, 0]]}, guidance=4.0, sampler="euler", steps=2)
+    sample(model, **asked, on_step=lambda i, x, d: seen.append((x, d)))
+    x, sigma = seen[0][0], model.objective.sampling_sigmas(2)[1].item()
+    apart = plain([None, 0], x, sigma)
+    expected = apart + 4 * (plain([1, 0], x, sigma) - apart)
+    assert (seen[1][1] - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1)
 
 
 # ----------------------------------------------------------------------------------------------- shared layers
