@@ -33,13 +33,15 @@ class Previews:
 def asked_for(config: Previews, model, captions: list[str]) -> dict[str, list]:
     """The conditions of one column: keyword arguments of sample()."""
     rows: dict[str, list] = {}
-    kinds = model.network.conditioners
-    if "text" in kinds:
+    asked = {conditioner.asked for conditioner in model.network.conditioners.values()}
+    if "prompts" in asked:
         rows["prompts"] = list(config.prompts or captions)[: config.rows]
-    if "label" in kinds:
+    if "labels" in asked:
         rows["labels"] = list(range(len(model.facts.classes)))
-        if "text" not in kinds:
+        if "prompts" not in asked:
             rows["labels"] = rows["labels"][: max(config.rows, 10)]
+    if "attributes" in asked:
+        rows["attributes"] = [{name: 1} for name in model.facts.attributes[: config.rows]]
     if not rows:
         return {"count": config.rows}
     count = min(len(v) for v in rows.values())
@@ -52,7 +54,10 @@ def repeated(rows: dict, columns: int) -> dict:
 
 
 def guidance_of(config: Previews, model) -> float:
-    drops = [conditioner.dropout for conditioner in model.network.conditioners.values()]
+    conditioners = model.network.conditioners
+    if "temperature" in conditioners or model.recipe.drop_together > 0:
+        return config.guidance
+    drops = [conditioner.dropout for conditioner in conditioners.values()]
     return config.guidance if drops and min(drops) > 0 else 1.0
 
 

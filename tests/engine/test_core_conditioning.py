@@ -8,7 +8,7 @@ from diffusers import UNet2DModel
 from duotone.data.batch import Batch
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
-from duotone.engine import diffusers_folder
+from duotone.engine import diffusers_folder, preview
 from duotone.engine.artifact import Model, build
 from duotone.engine.conditioning.attributes import Attributes, attribute_row
 from duotone.engine.conditioning.base import Facts
@@ -305,6 +305,16 @@ def test_every_condition_samples_without_being_given(config):
     for name, value in vars(out).items():
         assert value is None or torch.equal(value, vars(again)[name])
     assert sample(model, count=1, steps=1, sampler="euler").shape == (1, 8, 8, 3)
+
+
+@pytest.mark.parametrize("config", [ClassMap(), Attributes(), Label(dropout=0.0)], ids=lambda c: c.kind)
+def test_previews_ask_for_what_the_model_is_conditioned_on(config, tmp_path):
+    model = model_of(config, drop_together=0.1)
+    settings = preview.Previews(columns=2, rows=2, steps=1, sampler="euler", strips=True)
+    rows = preview.asked_for(settings, model, [])
+    assert rows in ({"labels": [0, 1, 2]}, {"attributes": [{"Bald": 1}, {"Male": 1}]})
+    assert preview.guidance_of(settings, model) == settings.guidance, "dropped together, they have a null state"
+    assert len(preview.draw(settings, model, [], tmp_path, "p")) == 3
 
 
 # --------------------------------------------------------------------------------------------------------- text
