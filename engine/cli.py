@@ -132,7 +132,8 @@ class Evaluate:
         if self.json:
             from duotone.engine.run_folder import write_json
 
-            write_json(self.json, {**values, "checker": checker, "guidance": self.guidance, "steps": self.steps})
+            command = f"duotone evaluate RUN --per-caption {self.per_caption} --guidance {self.guidance} --steps {self.steps}"
+            write_json(self.json, {"command": f"{command} --seed {self.seed}", **values, "checker": checker})
 
 
 COMMANDS = {"sample": Sample, "export": Export, "evaluate": Evaluate}

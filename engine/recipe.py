@@ -246,6 +246,7 @@ def flat(value, prefix: str = "") -> dict[str, object]:
 
 
 FREE = (
+    "data.shards",
     "out",
     "fresh",
     "log.",

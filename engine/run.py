@@ -14,6 +14,7 @@ from duotone.engine.log import Logger
 from duotone.engine.memory import Estimate, estimate
 from duotone.engine.model.network import Network
 from duotone.engine.recipe import Recipe, differences, say, to_json
+from duotone.kernels.self_test import self_test
 
 
 @dataclass
@@ -121,6 +122,11 @@ def as_tuple(names: list[str] | None) -> tuple[str, ...] | None:
     return None if names is None else tuple(names)
 
 
+def kernel_faults(device: torch.device) -> list[str]:
+    """On a GPU every kernel is held against its definition once; one that disagrees is switched off, with a line."""
+    return self_test(device) if device.type == "cuda" else []
+
+
 def announce(run: Run, predicted: Estimate, resumed: str | None) -> None:
     """The plan in one line, then every substitution in one line each."""
     recipe, choice = run.recipe, run.choice
@@ -133,7 +139,14 @@ def announce(run: Run, predicted: Estimate, resumed: str | None) -> None:
         f"accumulations x {run.ranks.count} ranks, ZeRO-{stage}, about {predicted.gib:.1f} GiB per rank, "
         f"{run.data.count:,} samples decoded by {run.data.decoder}, {recipe.images:,} images = {recipe.images // recipe.batch_size:,} steps"
     )
-    for line in [why, run.data.decoder_note, *run.data.notes, resumed, *speed.substitutions(choice)]:
+    for line in [
+        why,
+        run.data.decoder_note,
+        *run.data.notes,
+        resumed,
+        *speed.substitutions(choice),
+        *kernel_faults(run.ranks.device),
+    ]:
         if line:
             run.log.say(line)
 

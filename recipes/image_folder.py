@@ -7,17 +7,15 @@ After KetanMann's class-conditioned DDPM script: its network, schedule, weight a
 entered as a sinusoid (one embedding row per class here), and its classes were never dropped, so it could not be guided.
 """
 
-from dataclasses import replace
-
 from duotone.data.shards import Shards
 from duotone.engine import Recipe, main
 from duotone.engine.checkpoint import Checkpoints
 from duotone.engine.conditioning.label import Label
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.ddpm import DDPM
-from duotone.engine.objectives.edm import EDM
 from duotone.engine.optimizer import AdamW, Ema
 from duotone.engine.preview import Previews
+from duotone.engine.small import small_label
 from duotone.engine.speed import Speed
 
 recipe = Recipe(
@@ -43,26 +41,5 @@ recipe = Recipe(
     preview=Previews(every=32_000, columns=8, rows=8, steps=50, guidance=1.5),
 )
 
-embedded = replace(
-    recipe,
-    name="image_folder_shapes",
-    data=Shards(size=32),
-    objective=EDM(sigma_data=0.6, log_mean=0.0, log_std=1.4),
-    model=UNetConfig(
-        channels=(32, 64, 64),
-        attention=("none", "none", "self"),
-        middle="self",
-        heads=(4, 8, 8),
-        blocks=(1, 1, 1),
-        depth=(1, 1, 1),
-    ),
-    optimizer=AdamW(lr=1e-3, warmup=1600),
-    ema=Ema(half_life=3_200),
-    speed=Speed(),
-    images=9_600,
-    checkpoint=Checkpoints(every=3_200, keep=2),
-    preview=Previews(every=0, columns=8, steps=12, guidance=1.5),
-)
-
 if __name__ == "__main__":
-    main(recipe, embedded)
+    main(recipe, small_label)

@@ -62,7 +62,7 @@ def any_config(draw: random.Random) -> UNetConfig:
 def theirs_of(config: UNetConfig, size: int):
     theirs = diffusers_folder.to_config(config, size)
     cls = CLASSES[theirs.pop("_class_name")]
-    return cls(**{k: v for k, v in theirs.items()}).eval()
+    return cls(**theirs).eval()
 
 
 def inputs_of(config: UNetConfig, size: int, seed: int) -> dict:

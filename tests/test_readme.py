@@ -1,0 +1,60 @@
+"""The README against the project: tables made from results, commands that parse, pictures that exist, links that lead somewhere."""
+
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from duotone.engine import cli
+from duotone.engine.command_line import parse
+from duotone.engine.recipe import Recipe
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands() -> list[str]:
+    """Every command of a fenced block, continuation lines joined and remarks cut off."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```\n(.*?)```", page.read_text(), re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                line = line.split("  #")[0].strip()
+                if line.startswith(("duotone ", "deepspeed ", "python ")):
+                    found.append(line)
+    return found
+
+
+def test_tables_are_those_of_the_results():
+    done = subprocess.run([sys.executable, "bench/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_and_pictures_exist(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_documented_command_is_one_that_the_parser_takes(command):
+    words = shlex.split(command)
+    if words[0] in ("deepspeed", "python"):
+        script = next(word for word in words if word.endswith(".py"))
+        assert (ROOT / script).exists()
+        flags = words[words.index(script) + 1 :]
+        if script.startswith("recipes/") and "--help" not in flags:
+            module = runpy.run_path(str(ROOT / script), run_name="readme")
+            small = next(value for name, value in module.items() if name.startswith("small_"))
+            base = small if "--small" in flags or "--data.shards" not in flags else module["recipe"]
+            parse(Recipe, [flag for flag in flags if flag != "--small"], default=base).check()
+    elif words[1] == "prepare":
+        module, cls, _ = cli.PREPARE[words[2]]
+        assert cli.flags_of(getattr(__import__(module, fromlist=[cls]), cls), words[3:], "duotone prepare")
+    else:
+        assert cli.flags_of(cli.COMMANDS[words[1]], words[3:], "duotone")

@@ -1,0 +1,73 @@
+"""Every recipe from start to export: its small network on the embedded data, and its own on real images, for two steps."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+SHORT = [
+    "--checkpoint.every",
+    "0",
+    "--preview.every",
+    "0",
+    "--preview.rows",
+    "2",
+    "--preview.columns",
+    "1",
+    "--preview.steps",
+    "2",
+]
+
+
+def started(recipe: Path, cwd: Path, *flags: str) -> Path:
+    """Runs a recipe as a user does; its folder."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(recipe), "--out", "run", "--speed.threads", "1", *SHORT, *flags]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return cwd / "run"
+
+
+def check(folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows and all(np.isfinite(row["loss"]) and row["skipped"] == 0 for row in rows)
+    assert (folder / "ema.safetensors").exists() and list((folder / "previews").glob("*.png"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_a_recipe_is_at_most_sixty_lines(recipe):
+    assert len(recipe.read_text().splitlines()) <= 60
+
+
+@pytest.mark.parametrize("recipe", [p for p in RECIPES if p.stem != "coco_clip"], ids=lambda p: p.stem)
+def test_the_small_network_runs_on_the_embedded_data(recipe, tmp_path):
+    check(started(recipe, tmp_path, "--images", "32"))
+
+
+@pytest.fixture(scope="module")
+def clothes(tmp_path_factory):
+    """A few hundred real photographs in MNIST's format, as shards."""
+    if not FASHION.exists():
+        pytest.skip("Fashion-MNIST is not here: apt-get install dataset-fashion-mnist")
+    from duotone.data.prepare.idx import PrepareIdx
+
+    out = tmp_path_factory.mktemp("clothes") / "shards"
+    images, labels = (FASHION / f"train-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1"))
+    PrepareIdx(images=images, labels=labels, names="fashion-mnist", out=out, limit=300).run()
+    with gzip.open(images) as file:
+        assert file.read(4) == b"\0\0\x08\x03"
+    return out
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist_edm", "mnist_concat"])
+def test_the_published_network_runs_on_real_images(name, clothes, tmp_path):
+    flags = ["--data.shards", str(clothes), "--batch-size", "8", "--images", "16"]
+    check(started(ROOT / "recipes" / f"{name}.py", tmp_path, *flags))
