@@ -5,10 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := runs/captioned_shapes
-# Without a GPU, one rank a core: small networks gain more from it than from threads. The draws are the same either way.
-RANKS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo --num_accelerators $$(nproc | awk '{print ($$1 > 1) ? 2 : 1}'))
 
-.PHONY: env demo test gpu lint clean-demo
+.PHONY: env demo test gpu lint
 .DEFAULT_GOAL := test
 
 env: $(VENV)/.ready
@@ -23,7 +21,7 @@ $(VENV)/.ready: setup.py constraints.txt
 	touch $@
 
 demo: env
-	$(if $(RANKS),DS_ACCELERATOR=cpu) $(BIN)/deepspeed $(RANKS) recipes/coco_clip.py
+	$(BIN)/deepspeed recipes/coco_clip.py
 	$(BIN)/duotone export $(RUN) --format safetensors --out $(RUN)/exported-$$(date +%s).safetensors
 	$(BIN)/duotone sample $$(ls -t $(RUN)/exported-*.safetensors | head -n 1) --overwrite --out $(RUN)/sample.png --count 8 \
 		--prompt "a red circle on a blue background" "a yellow triangle on a black background" "a white square on a green background"

@@ -35,9 +35,9 @@ small_text = Recipe(
     optimizer=AdamW(lr=1e-3, weight_decay=1e-4, clip=1.0, warmup=1600),
     ema=Ema(half_life=6_400, rampup=0.1),
     batch_size=16,
-    images=28_800,
-    checkpoint=Checkpoints(every=9_600, keep=2),
-    preview=Previews(every=9_600, guidance=2.0, steps=12),
+    images=24_000,
+    checkpoint=Checkpoints(every=8_000, keep=2),
+    preview=Previews(every=8_000, guidance=2.0, steps=12),
 )
 
 small_label = replace(
