@@ -133,20 +133,15 @@ def announce(run: Run, predicted: Estimate, resumed: str | None) -> None:
     parameters = sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in run.network.parameters())
     micro = recipe.micro_batch(run.ranks.count)
     stage, why = zero.stage_taken(recipe.zero, choice.precision, recipe.accumulation)
+    faults = kernel_faults(run.ranks.device)
+    fused, sites = speed.kernel_sites(run.network, run.ranks.device)
     run.log.say(
         f"{recipe.name}: {parameters / 1e6:.1f} M parameters, {choice.precision} on {choice.device}"
         f"{', compiled' if choice.compile else ''}, batch {recipe.batch_size} = {micro} x {recipe.accumulation} "
         f"accumulations x {run.ranks.count} ranks, ZeRO-{stage}, about {predicted.gib:.1f} GiB per rank, "
-        f"{run.data.count:,} samples decoded by {run.data.decoder}, {recipe.images:,} images = {recipe.images // recipe.batch_size:,} steps"
+        f"fused kernels at {fused} of {sites} sites, {run.data.count:,} samples decoded by {run.data.decoder}, {recipe.images:,} images = {recipe.images // recipe.batch_size:,} steps"
     )
-    for line in [
-        why,
-        run.data.decoder_note,
-        *run.data.notes,
-        resumed,
-        *speed.substitutions(choice),
-        *kernel_faults(run.ranks.device),
-    ]:
+    for line in [why, run.data.decoder_note, *run.data.notes, resumed, *speed.substitutions(choice), *faults]:
         if line:
             run.log.say(line)
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from duotone.data.refusal import Refused
-from duotone.engine.model.blocks import ResBlock, SelfAttention, Transformer
+from duotone.engine.model.blocks import Attention, GroupNormSiLU, ResBlock, SelfAttention, Transformer
+from duotone.kernels.dispatch import runs_kernel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,14 @@ def substitutions(choice: Choice) -> list[str]:
     if choice.device == "cpu":
         return ["no CUDA device: the CPU runs the kernels' plain PyTorch definitions"]
     return []
+
+
+def kernel_sites(network: nn.Module, device: torch.device) -> tuple[int, int]:
+    """How many group norms and attentions of the network run our kernels on this device, and how many there are."""
+    kernels = {GroupNormSiLU: "group_norm_silu", Attention: "attention"}
+    names = [name for module in network.modules() for kind, name in kernels.items() if isinstance(module, kind)]
+    probe = torch.empty(0, device=device)
+    return sum(runs_kernel(name, probe) for name in names), len(names)
 
 
 def compiled_graphs() -> int:
