@@ -92,6 +92,9 @@ def build_communication_operator() -> None:
         builder.load(verbose=False)
 
 
+SET_HERE: dict[str, str] = {}  # what a process without a launcher was given, to be taken back when its run ends
+
+
 def single_process_defaults() -> None:
     """What the launcher sets, for a plain `python recipes/X.py`."""
     if "RANK" in os.environ:
@@ -99,7 +102,8 @@ def single_process_defaults() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    SET_HERE.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(SET_HERE)
 
 
 def quiet() -> None:
@@ -326,5 +330,10 @@ def world_size() -> int:
 
 
 def leave() -> None:
-    if dist.is_initialized():
+    """Ends the run's process group. A group of one stays, since a later run in the same process joins it again."""
+    if SET_HERE:
+        for name in SET_HERE:
+            os.environ.pop(name, None)
+        SET_HERE.clear()
+    elif dist.is_initialized():
         dist.destroy_process_group()

@@ -174,8 +174,9 @@ def test_label_encodings_differ_by_class_and_have_a_null(encoding):
     ours = Label(encoding=encoding).build(PLAIN, FACTS)
     labels = {"labels_N": torch.tensor([0, 1, 2, 0, 1])}
     rows = ours(labels, torch.tensor([True, True, True, False, False])).vector_NE
-    assert torch.equal(rows[3], rows[4])
-    assert len({tuple(row.tolist()) for row in rows}) == 4
+    # Rows of one matrix product may differ in their last bit by where they stand in it.
+    torch.testing.assert_close(rows[3], rows[4], rtol=1e-6, atol=1e-6)
+    assert torch.pdist(rows[:4]).min() > 1e-3
 
 
 @pytest.mark.parametrize("encoding", ["one_hot", "sinusoid"])

@@ -100,13 +100,16 @@ def test_previews_ask_for_what_the_model_takes():
 
     from duotone.engine.preview import asked_for, guidance_of, repeated
 
-    text = SimpleNamespace(network=SimpleNamespace(conditioners={"text": SimpleNamespace(dropout=0.1)}))
-    assert asked_for(Previews(rows=2), text, ["a", "b", "c"]) == {"prompts": ["a", "b"]}
-    assert asked_for(Previews(prompts=("x",)), text, ["a"]) == {"prompts": ["x"]}
+    def model(dropout: float):
+        conditioner = SimpleNamespace(dropout=dropout, asked="prompts")
+        network = SimpleNamespace(conditioners={"text": conditioner})
+        return SimpleNamespace(network=network, recipe=SimpleNamespace(drop_together=0.0))
+
+    assert asked_for(Previews(rows=2), model(0.1), ["a", "b", "c"]) == {"prompts": ["a", "b"]}
+    assert asked_for(Previews(prompts=("x",)), model(0.1), ["a"]) == {"prompts": ["x"]}
     assert repeated({"prompts": ["a", "b"]}, 2) == {"prompts": ["a", "a", "b", "b"]}
-    assert guidance_of(Previews(guidance=3.0), text) == 3.0
-    undropped = SimpleNamespace(network=SimpleNamespace(conditioners={"text": SimpleNamespace(dropout=0.0)}))
-    assert guidance_of(Previews(guidance=3.0), undropped) == 1.0
+    assert guidance_of(Previews(guidance=3.0), model(0.1)) == 3.0
+    assert guidance_of(Previews(guidance=3.0), model(0.0)) == 1.0
 
 
 def test_an_old_run_is_moved_aside_not_deleted(tmp_path):
