@@ -140,6 +140,7 @@ def zenchiyu_losses(recipe: Recipe) -> list[float]:
 
 
 PAIRS = {"mnist_concat": notebook_losses, "fashion_mnist_edm": zenchiyu_losses}
+BOUNDS = {"mnist_concat": 1e-4, "fashion_mnist_edm": 1e-5}
 
 
 def compare(name: str, clothes: Path, out: Path, steps: int, batch: int) -> None:
@@ -150,7 +151,7 @@ def compare(name: str, clothes: Path, out: Path, steps: int, batch: int) -> None
     print(f"{name}: {steps} losses, {theirs[0]:.4f} to {theirs[-1]:.4f}, largest relative difference {apart.max():.1e}")
     # Two fp32 programs drift apart under Adam, fastest where a gradient is zero but for rounding; a fault shows at once.
     assert apart[0] <= 1e-6
-    assert apart.max() <= 1e-4
+    assert apart.max() <= BOUNDS[name]
 
 
 @pytest.mark.parametrize("name", PAIRS)
