@@ -1,12 +1,12 @@
-"""The `duotone` command: prepare, sample, export, evaluate, estimate, doctor. Each is a dataclass whose fields are its flags."""
+"""The `duotone` command: finds the class of a sub-command, fills it from the flags, runs it.
 
-import dataclasses
+Each sub-command is a dataclass whose fields are its flags, in a file of engine/commands or data/prepare, imported when asked for.
+"""
+
 import importlib
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from duotone.data.refusal import Refused
 
@@ -18,132 +18,16 @@ PREPARE = {
     "celeba": ("duotone.data.prepare.celeba", "PrepareCeleba", "CelebA with its attributes"),
 }
 
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """Draw pictures with a trained model."""
-
-    prompt: tuple[str, ...] = ()
-    """Captions to draw, for a text model."""
-    label: tuple[str, ...] = ()
-    """Classes to draw, by name or number."""
-    negative: str | None = None
-    """Caption to steer away from."""
-    count: int = 1
-    """Pictures of each prompt or label."""
-    guidance: float = 2.0
-    """Guidance scale: 1 = none."""
-    steps: int = 25
-    sampler: str = "heun"
-    """euler, heun, dpmpp_2m, ancestral or stochastic_heun."""
-    seed: int = 0
-    size: int | None = None
-    """Side in pixels; by default as trained."""
-    columns: int | None = None
-    """Pictures per row of the sheet."""
-    out: Path = Path("sample.png")
-    """Where the sheet goes; refused if it exists."""
-    overwrite: bool = False
-    """Replace an existing sheet."""
-
-    def run(self, path: Path) -> None:
-        from duotone.engine import pictures
-        from duotone.engine.artifact import load
-        from duotone.engine.sample import sample
-
-        if self.out.exists() and not self.overwrite:
-            raise Refused(f"{self.out} exists: give another --out, or --overwrite")
-        if self.count < 1:
-            raise Refused(f"count = {self.count}: it must be at least 1")
-        model = load(path)
-        asked: dict = {}
-        for name, values in (("prompts", self.prompt), ("labels", self.label)):
-            if values:
-                asked[name] = [v for v in values for _ in range(self.count)]
-        images = len(next(iter(asked.values()))) if asked else self.count
-        negative = {"prompts": [self.negative] * images} if self.negative else None
-        guidance = self.guidance if asked else 1.0
-        drawn = sample(
-            model,
-            **(asked or {"count": images}),
-            negative=negative,
-            guidance=guidance,
-            steps=self.steps,
-            sampler=self.sampler,
-            seed=self.seed,
-            size=self.size,
-        )
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        pictures.grid(drawn, self.columns or min(images, max(self.count, 8))).save(self.out)
-        print(f"{images} pictures in {self.out}, {model.forwards:.1f} forward passes each")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Export:
-    """Hand a model on: one safetensors file, or a folder that diffusers loads."""
-
-    out: Path
-    """File or folder to write; refused if it exists."""
-    format: Literal["safetensors", "diffusers"] = "diffusers"
-
-    def run(self, path: Path) -> None:
-        from duotone.engine import artifact, diffusers_folder
-
-        if self.out.exists():
-            raise Refused(f"{self.out} exists: give another --out, nothing was written")
-        model = artifact.load(path, "cpu")
-        if self.format == "safetensors":
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            named = {name: p.detach() for name, p in model.network.named_parameters()}
-            artifact.save(self.out, named, model.recipe, model.facts, model.images)
-            notes = []
-        else:
-            notes = diffusers_folder.export(model, self.out)
-        print(f"written: {self.out}")
-        for note in notes:
-            print(f"note: {note}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluate:
-    """Measure a model trained on the embedded captioned shapes: does each picture show what its caption says?"""
-
-    per_caption: int = 1
-    """Pictures of each caption."""
-    guidance: float = 2.0
-    steps: int = 18
-    seed: int = 1
-    json: Path | None = None
-    """Also write the result here."""
-
-    def run(self, path: Path) -> None:
-        from duotone.engine.artifact import load
-        from duotone.engine.evaluate.captioned_shapes import obedience
-
-        result = obedience(
-            load(path), per_caption=self.per_caption, guidance=self.guidance, steps=self.steps, seed=self.seed
-        )
-        values = dataclasses.asdict(result)
-        checker = values.pop("checker")
-        print(f"{result.samples} pictures, one for each caption, guidance {self.guidance}")
-        for name, value in list(values.items())[1:]:
-            own = f"   (checker on real renders: {checker[name]:.1%})" if name in checker else ""
-            print(f"  {name.replace('_', ' '):24} {value:6.1%}{own}")
-        if self.json:
-            from duotone.engine.run_folder import write_json
-
-            command = f"duotone evaluate RUN --per-caption {self.per_caption} --guidance {self.guidance} --steps {self.steps}"
-            write_json(self.json, {"command": f"{command} --seed {self.seed}", **values, "checker": checker})
-
-
-COMMANDS = {"sample": Sample, "export": Export, "evaluate": Evaluate}
+COMMANDS = {
+    "sample": ("Sample", "draw pictures with a trained model (a run's folder or its ema.safetensors)"),
+    "export": ("Export", "one safetensors file, or a folder that diffusers loads"),
+    "evaluate": ("Evaluate", "does each picture show what its caption says?"),
+}
 
 USAGE = f"""usage: duotone COMMAND [flags]
 
   prepare WHAT    make WebDataset shards: {", ".join(PREPARE)}
-  sample RUN      draw pictures with a trained model (a run's folder or its ema.safetensors)
-  export RUN      one safetensors file, or a folder that diffusers loads
-  evaluate RUN    does each picture show what its caption says?
+{chr(10).join(f"  {name + ' RUN':15} {text}" for name, (_, text) in COMMANDS.items())}
 
 duotone COMMAND --help lists the flags."""
 
@@ -179,7 +63,8 @@ def on_a_model(command: str, rest: list[str]) -> None:
     if not wants_help and (not rest or rest[0].startswith("-")):
         raise Refused(f"duotone {command} needs a run's folder or an ema.safetensors as its first word")
     flags = [a for a in rest if a in ("-h", "--help")] if wants_help else rest[1:]
-    flags_of(COMMANDS[command], flags, f"duotone {command} RUN").run(None if wants_help else Path(rest[0]))
+    cls = getattr(importlib.import_module(f"duotone.engine.commands.{command}"), COMMANDS[command][0])
+    flags_of(cls, flags, f"duotone {command} RUN").run(None if wants_help else Path(rest[0]))
 
 
 def prepare(rest: list[str]) -> None:

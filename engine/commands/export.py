@@ -1,0 +1,33 @@
+"""`duotone export RUN`: hand a model on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from duotone.data.refusal import Refused
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Hand a model on: one safetensors file, or a folder that diffusers loads."""
+
+    out: Path
+    """File or folder to write; refused if it exists."""
+    format: Literal["safetensors", "diffusers"] = "diffusers"
+
+    def run(self, path: Path) -> None:
+        from duotone.engine import artifact, diffusers_folder
+
+        if self.out.exists():
+            raise Refused(f"{self.out} exists: give another --out, nothing was written")
+        model = artifact.load(path, "cpu")
+        if self.format == "safetensors":
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            named = {name: p.detach() for name, p in model.network.named_parameters()}
+            artifact.save(self.out, named, model.recipe, model.facts, model.images)
+            notes = []
+        else:
+            notes = diffusers_folder.export(model, self.out)
+        print(f"written: {self.out}")
+        for note in notes:
+            print(f"note: {note}")
