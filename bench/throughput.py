@@ -31,7 +31,7 @@ from harness import (
     write_json,
 )
 
-from duotone.kernels import adamw_ema, attention, diffuse, group_norm_silu, guided_step
+from duotone.kernels import adamw_ema, attention, diffuse, group_norm_silu, guided_step, squared_norm
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODULATION = ("add_NC", "scale_NC", "shift_NC")
@@ -200,6 +200,14 @@ def _torch_update():
     return call
 
 
+def _draw_gradient(case, dtype, device):
+    return {"grad": torch.randn(case.parameters, device=device).to(case.grad)}
+
+
+def _sum_of_squares(function):
+    return lambda i: function(i["grad"])
+
+
 def _one_image(case):
     if hasattr(case, "parameters"):
         return replace(case, parameters=min(case.parameters, 2**18))
@@ -290,6 +298,15 @@ SUBJECTS = {
             _update_floor,
             _one_image,
             peers={"torch fused + EMA + cast": _torch_update},
+        ),
+        Subject(
+            squared_norm,
+            _draw_gradient,
+            _sum_of_squares(squared_norm.squared_norm),
+            _sum_of_squares(squared_norm.squared_norm_reference),
+            lambda case, dtype: case.grad.itemsize * case.parameters,
+            _one_image,
+            peers={"torch vector_norm": lambda: lambda i: torch.linalg.vector_norm(i["grad"], dtype=torch.float32)},
         ),
     ]
 }

@@ -18,6 +18,7 @@ from duotone.kernels.dispatch import (
     runs_kernel,
     tl,
     triton,
+    triton_op,
     wrap_triton,
 )
 
@@ -43,7 +44,9 @@ def adamw_ema_reference_(
     ema_decays=(),
     weights_out=None,
 ):
-    """The definition in plain PyTorch, in place; `step` counts from 1."""
+    """The definition in plain PyTorch, in place; `step` counts from 1, a `grad_scale` of NaN skips the step."""
+    if grad_scale != grad_scale:
+        return
     beta1, beta2 = betas
     grad_P = grad_P.to(master_P.dtype) * grad_scale
     master_P.mul_(1 - lr * weight_decay)
@@ -86,15 +89,6 @@ CASES = [
 
 # --------------------------------------------------------------------------------------------------- device code
 # fmt: off
-
-
-@triton.jit
-def _number(value, ON_DEVICE: tl.constexpr):
-    """A number given by the host, or read where a captured graph finds the current one."""
-    if ON_DEVICE:
-        return tl.load(value).to(tl.float32)
-    else:
-        return value
 
 
 @triton.jit
@@ -152,32 +146,31 @@ def _update(
 
 @triton.jit
 def _kernel(
-    master, grad, exp_avg, exp_avg_sq, first, second, weights,
-    lr, step, grad_scale, first_share, second_share,
+    master, grad, exp_avg, exp_avg_sq, first, second, weights, numbers,
     parameters, log_beta1, log_beta2, share1, share2, eps, weight_decay,
-    LR: tl.constexpr, STEP: tl.constexpr, GRAD_SCALE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
     TRACKS: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """Upper-case switches say which numbers live on the device; shares are 1 - decay (1 - beta) where the host knows."""
+    """`numbers` is (lr, step, grad_scale, 1 - decay of each track), where a captured graph finds the current ones."""
     first_of_block = tl.program_id(0).to(tl.int64) * BLOCK
     at_P = first_of_block + tl.arange(0, BLOCK)
-    rate, scale, count = _number(lr, LR), _number(grad_scale, GRAD_SCALE), _number(step, STEP)
+    rate, count, scale = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)
+    towards_first, towards_second = tl.load(numbers + 3), tl.load(numbers + 4)
     correction1, correction2 = _debias(log_beta1, count), _debias(log_beta2, count)
-    towards_first = 1.0 - _number(first_share, FIRST) if FIRST else first_share
-    towards_second = 1.0 - _number(second_share, SECOND) if SECOND else second_share
-    # A mask that ends anywhere would narrow every access to one value: only the last program has one.
-    if first_of_block + BLOCK <= parameters:
-        _update(
-            master, grad, exp_avg, exp_avg_sq, first, second, weights,
-            rate, scale, towards_first, towards_second, correction1, correction2,
-            at_P, parameters, share1, share2, eps, weight_decay, TRACKS, WEIGHTS, True,
-        )
-    else:
-        _update(
-            master, grad, exp_avg, exp_avg_sq, first, second, weights,
-            rate, scale, towards_first, towards_second, correction1, correction2,
-            at_P, parameters, share1, share2, eps, weight_decay, TRACKS, WEIGHTS, False,
-        )
+    # A scale that is no number marks a step to be skipped, known on the device alone.
+    if scale == scale:
+        # A mask that ends anywhere would narrow every access to one value: only the last program has one.
+        if first_of_block + BLOCK <= parameters:
+            _update(
+                master, grad, exp_avg, exp_avg_sq, first, second, weights,
+                rate, scale, towards_first, towards_second, correction1, correction2,
+                at_P, parameters, share1, share2, eps, weight_decay, TRACKS, WEIGHTS, True,
+            )
+        else:
+            _update(
+                master, grad, exp_avg, exp_avg_sq, first, second, weights,
+                rate, scale, towards_first, towards_second, correction1, correction2,
+                at_P, parameters, share1, share2, eps, weight_decay, TRACKS, WEIGHTS, False,
+            )
 
 
 # fmt: on
@@ -187,33 +180,42 @@ def _kernel(
 _BLOCK = 1024
 
 
-def _numbers(**values):
-    """Each number beside the switch that says whether it is a tensor on the device."""
-    switches = {name.removesuffix("_share").upper(): isinstance(value, Tensor) for name, value in values.items()}
-    return {name: v if isinstance(v, Tensor) else float(v) for name, v in values.items()} | switches
-
-
-def _share(decays, index):
-    """1 - decay where the host knows it, in double precision; the decay itself where the device does."""
-    if index >= len(decays):
-        return 0.0
-    return decays[index] if isinstance(decays[index], Tensor) else 1.0 - decays[index]
-
-
-def _launch(master_P, grad_P, exp_avg_P, exp_avg_sq_P, emas, weights_out, numbers, betas, eps, weight_decay):
+@triton_op("duotone::adamw_ema_", mutates_args={"master_P", "exp_avg_P", "exp_avg_sq_P", "emas", "weights_out"})
+def _launch(
+    master_P: Tensor,
+    grad_P: Tensor,
+    exp_avg_P: Tensor,
+    exp_avg_sq_P: Tensor,
+    emas: list[Tensor],
+    weights_out: Tensor | None,
+    numbers: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
     tracks = [*emas, master_P, master_P][:2]
     tensors = {"master": master_P, "grad": grad_P, "exp_avg": exp_avg_P, "exp_avg_sq": exp_avg_sq_P}
     tensors |= {"first": tracks[0], "second": tracks[1], "weights": master_P if weights_out is None else weights_out}
-    constants = {"log_beta1": _logarithm(betas[0]), "log_beta2": _logarithm(betas[1]), "eps": eps}
-    constants |= {"share1": 1 - betas[0], "share2": 1 - betas[1], "weight_decay": weight_decay}
+    constants = {"log_beta1": _logarithm(beta1), "log_beta2": _logarithm(beta2), "eps": eps}
+    constants |= {"share1": 1 - beta1, "share2": 1 - beta2, "weight_decay": weight_decay}
     switches = {"TRACKS": len(emas), "WEIGHTS": weights_out is not None, "BLOCK": _BLOCK, "num_warps": 4}
     parameters = master_P.numel()
-    arguments = tensors | numbers | constants | switches | {"parameters": parameters}
+    arguments = tensors | {"numbers": numbers} | constants | switches | {"parameters": parameters}
     launch(NAME, wrap_triton(_kernel), (-(-parameters // _BLOCK),), arguments)
 
 
 def _logarithm(beta):
     return math.log(beta) if beta > 0 else -1e30
+
+
+def _numbers(lr, step, grad_scale, decays, device):
+    """(lr, step, grad_scale, 1 - decay of each track) as fp32 on the device; the shares are formed in fp64 before."""
+    values = [lr, step, grad_scale, *(1.0 - decay for decay in decays), 0.0, 0.0][:5]
+    if not any(isinstance(value, Tensor) for value in values):
+        return torch.tensor(values, dtype=torch.float32, device=device)
+    placed = [v if isinstance(v, Tensor) else torch.full((), v, dtype=torch.float64, device=device) for v in values]
+    return torch.stack([value.double() for value in placed]).float()
 
 
 # -------------------------------------------------------------------------------------------------------- public
@@ -238,25 +240,15 @@ def adamw_ema_(
     """Update flat fp32 tensors in place: AdamW on grad * grad_scale, up to two EMA tracks, optional 16-bit weights.
 
     `lr`, `step` (from 1), `grad_scale` and `ema_decays` are numbers or 0-dimensional tensors on the same device, so
-    that a captured graph can be replayed with new values. Raises ValueError on what does not fit.
+    that a captured graph can be replayed with new values; a `grad_scale` of NaN leaves everything as it was. Raises
+    ValueError on what does not fit.
     """
     _validate(master_P, grad_P, {"exp_avg_P": exp_avg_P, "exp_avg_sq_P": exp_avg_sq_P}, emas, ema_decays, weights_out)
     reason = _unsupported(grad_P, weights_out) if runs_kernel(NAME, master_P) else ""
     if reason is None:
-        numbers = _numbers(lr=lr, step=step, grad_scale=grad_scale)
-        numbers |= _numbers(first_share=_share(ema_decays, 0), second_share=_share(ema_decays, 1))
-        _launch(
-            master_P,
-            grad_P,
-            exp_avg_P,
-            exp_avg_sq_P,
-            emas,
-            weights_out,
-            numbers,
-            betas,
-            float(eps),
-            float(weight_decay),
-        )
+        numbers = _numbers(lr, step, grad_scale, ema_decays, master_P.device)
+        constants = (*betas, float(eps), float(weight_decay))
+        _launch(master_P, grad_P, exp_avg_P, exp_avg_sq_P, list(emas), weights_out, numbers, *constants)
         return
     if reason:
         count_fallback(NAME, reason, *master_P.shape)

@@ -5,7 +5,7 @@ Compilers have given silently wrong gradients for exactly these shapes; a wrong 
 
 import torch
 
-from duotone.kernels import adamw_ema, attention, diffuse, dispatch, group_norm_silu, guided_step
+from duotone.kernels import adamw_ema, attention, diffuse, dispatch, group_norm_silu, guided_step, squared_norm
 
 _ALLOWED = 0.02
 
@@ -113,10 +113,16 @@ def _check_adamw_ema(device):
     yield from zip(("exp_avg", "exp_avg_sq", "ema"), mine[2:], truth[2:])
 
 
+def _check_squared_norm(device):
+    grad_P = torch.randn(20_011, device=device).bfloat16()
+    yield "the sum", squared_norm.squared_norm(grad_P), squared_norm.squared_norm_reference(grad_P)
+
+
 _CHECKS = {
     group_norm_silu.NAME: _check_group_norm_silu,
     attention.NAME: _check_attention,
     diffuse.NAME: _check_diffuse,
     guided_step.NAME: _check_guided_step,
     adamw_ema.NAME: _check_adamw_ema,
+    squared_norm.NAME: _check_squared_norm,
 }

@@ -107,3 +107,23 @@ def test_refuses_what_cannot_fit(change, argument, device):
     flat = {name: torch.ones(8) for name in ("master_P", "grad_P", "exp_avg_P", "exp_avg_sq_P")}
     with pytest.raises(ValueError, match=f"^{argument} must be"):
         adamw_ema_(**(flat | OPTIONS | change))
+
+
+@pytest.mark.parametrize("tensors", [False, True], ids=["numbers", "device_tensors"])
+def test_a_step_marked_by_nan_leaves_everything_as_it_was(tensors, device, launching):
+    state, emas, weights = draw(CASES[0], device)
+    weights.fill_(3.0)
+    held = [*state, *emas, weights]
+    before = [value.clone() for value in held]
+    options = OPTIONS | {"grad_scale": float("nan")}
+    with launching(NAME, launches=1):
+        adamw_ema_(
+            *state,
+            emas,
+            **(on_device(options, device) if tensors else options),
+            ema_decays=DECAYS,
+            weights_out=weights,
+        )
+    assert all(value.equal(was) for value, was in zip(held, before))
+    adamw_ema_reference_(*state, emas, **options, ema_decays=DECAYS, weights_out=weights)
+    assert all(value.equal(was) for value, was in zip(held, before))

@@ -8,6 +8,7 @@ import torch
 
 from duotone.kernels import attention, diffuse, group_norm_silu, guided_step
 from duotone.kernels.self_test import self_test
+from duotone.kernels.squared_norm import squared_norm
 
 pytestmark = pytest.mark.gpu
 
@@ -50,6 +51,19 @@ def test_operators_are_sound():
     per_image = [torch.ones(2, device="cuda") for _ in range(3)]
     prediction, x_NCHW = (torch.randn(n, 3, 8, 8, device="cuda") for n in (4, 2))
     torch.library.opcheck(torch.ops.duotone.guided_step.default, (prediction, x_NCHW, *per_image, 0.7))
+
+
+def test_update_operators_are_sound():
+    flat = [torch.rand(5000, device="cuda") for _ in range(5)]
+    numbers, weights = torch.rand(5, device="cuda"), torch.empty(5000, device="cuda", dtype=torch.bfloat16)
+    options = (flat[4:], weights, numbers, 0.9, 0.999, 1e-8, 0.1)
+    torch.library.opcheck(torch.ops.duotone.adamw_ema_.default, (*flat[:4], *options))
+    torch.library.opcheck(torch.ops.duotone.squared_norm.default, (flat[0],))
+
+
+def test_norm_of_gradients_gives_the_same_bits_again():
+    grad_P = torch.randn(2**22 + 7, device="cuda").bfloat16()
+    assert all(squared_norm(grad_P).equal(squared_norm(grad_P)) for _ in range(5))
 
 
 @pytest.mark.parametrize("side", [8, 64], ids=["on_chip", "chunks"])
