@@ -33,7 +33,6 @@ class Window:
     began: float
     images: int = 0
     waited: float = 0.0
-    skipped: int = 0
 
 
 class Logger:
@@ -58,10 +57,9 @@ class Logger:
     def waited(self, seconds: float) -> None:
         self.window.waited += seconds
 
-    def step(self, step: int, images: int, batch: int, skipped: bool, numbers) -> None:
+    def step(self, step: int, images: int, batch: int, numbers) -> None:
         """Counts one optimizer step; `numbers()` is only asked for (a device synchronisation) when a line is due."""
         self.window.images += batch
-        self.window.skipped += skipped
         due = step % self.config.every == 0 or images >= self.total or step == 1
         if due:
             values = numbers()
@@ -76,7 +74,6 @@ class Logger:
             **values,
             "images_per_second": self.window.images / seconds,
             "data_wait": self.window.waited / seconds,
-            "skipped": self.window.skipped,
         }
         self.window = Window(time.monotonic())
         self.metrics.write(json.dumps(row) + "\n")

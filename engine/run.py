@@ -14,6 +14,7 @@ from duotone.engine.log import Logger
 from duotone.engine.memory import Estimate, estimate
 from duotone.engine.model.network import Network
 from duotone.engine.recipe import Recipe, differences, say, to_json
+from duotone.engine.sharded import Sharded
 from duotone.kernels.self_test import self_test
 
 
@@ -27,7 +28,7 @@ class Run:
     data: Dataset
     facts: Facts
     network: Network
-    sharded: zero.Sharded
+    sharded: Sharded
     images: int = 0
     log: Logger | None = None
     graphs_at_step_2: int = 0
@@ -69,11 +70,11 @@ def set_up(recipe: Recipe) -> Run:
     return run
 
 
-def start_sharded(recipe: Recipe, network: Network, choice: speed.Choice, micro: int) -> zero.Sharded:
+def start_sharded(recipe: Recipe, network: Network, choice: speed.Choice, micro: int) -> Sharded:
     if choice.compile:
         blocks = speed.compile_blocks(network, recipe.speed.backend)
         say(f"compiling {blocks} blocks on first use")
-    return zero.Sharded(
+    return Sharded(
         network,
         recipe.optimizer.build(network),
         zero.settings(

@@ -51,14 +51,14 @@ def train_step(run: Run, batches: Iterator[Batch]) -> None:
     run.sharded.optimizer.set(
         lr=recipe.optimizer.lr_at(began, recipe.images), ema_decay=recipe.ema.decay(run.images, recipe.batch_size)
     )
-    losses, traced, skipped = [], [], False
+    losses, traced = [], []
     for _ in range(recipe.accumulation):
         waiting = time.monotonic()
         batch = next(batches)
         run.log.waited(time.monotonic() - waiting)
         loss, input_NCHW = micro_step(run, batch)
         losses.append(loss.detach())
-        skipped |= run.sharded.step()
+        run.sharded.step()
         if recipe.log.trace:
             traced += fingerprints(batch, input_NCHW)
 
@@ -67,11 +67,12 @@ def train_step(run: Run, batches: Iterator[Batch]) -> None:
             "loss": zero.mean(torch.stack(losses).mean()).item(),
             "grad_norm": run.sharded.grad_norm(),
             "learning_rate": recipe.optimizer.lr_at(began, recipe.images),
+            "skipped": run.sharded.skipped,
         }
 
     if recipe.log.trace:
         trace(run, traced, zero.mean(torch.stack(losses).mean()).item())
-    run.log.step(run.step, run.images, recipe.batch_size, skipped, numbers)
+    run.log.step(run.step, run.images, recipe.batch_size, numbers)
     if run.step == 2:
         run.graphs_at_step_2 = speed.compiled_graphs()
 

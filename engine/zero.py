@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO: starts the engine, and gathers and scatters its sharded state by parameter name.
+"""DeepSpeed ZeRO: joins the process group, sets the engine up, and what ranks tell each other.
 
 The only file that imports deepspeed, and only inside functions: a configuration is refused before it is loaded.
 """
@@ -9,7 +9,6 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,9 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from duotone.data.refusal import Refused
-from duotone.engine.optimizer import AdamWEma
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,150 +149,24 @@ def settings(zero: Zero, *, batch: int, micro: int, accumulation: int, precision
     }
 
 
-class Sharded:
-    """A network under ZeRO: forward, backward, step, and its state by name."""
+def start(network: nn.Module, optimizer: Optimizer, config: dict):
+    """DeepSpeed's engine around a network."""
+    import deepspeed
 
-    def __init__(self, network: nn.Module, optimizer: AdamWEma, config: dict):
-        import deepspeed
-
-        self.optimizer = optimizer
-        self.stage = config["zero_optimization"]["stage"]
-        self.names = {id(p): name for name, p in network.named_parameters() if p.requires_grad}
-        self.engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=config)
-        self.device = self.engine.device
-
-    def __call__(self, *inputs):
-        return self.engine(*inputs)
-
-    def backward(self, loss: Tensor) -> None:
-        self.engine.backward(loss)
-
-    def step(self) -> bool:
-        """One micro-step; at the end of an accumulation the update. True if the update was skipped."""
-        before = self.engine.skipped_steps
-        self.engine.step()
-        return self.engine.skipped_steps > before
-
-    def grad_norm(self) -> float:
-        return float(self.engine.get_global_grad_norm() or 0.0)
-
-    @property
-    def loss_scale(self) -> float:
-        return float(self.engine.optimizer.loss_scale)
-
-    # State by name. A flat shard holds pieces of parameters; Piece says which.
-
-    def shards(self) -> Iterator[tuple[Tensor, list["Piece"]]]:
-        """Every flat fp32 shard of this rank, with the parameters laid out in it."""
-        zero = self.engine.optimizer
-        if self.stage == 3:
-            for shard, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups):
-                yield shard, self.pieces_of_stage_3(parameters)
-        else:
-            for group, shard in enumerate(zero.single_partition_of_fp32_groups):
-                parameters = zero.round_robin_bit16_groups[group]
-                offsets = zero.round_robin_bit16_offsets[group]
-                yield shard, [Piece(self.names[id(p)], tuple(p.shape), o, None) for p, o in zip(parameters, offsets)]
-
-    def pieces_of_stage_3(self, parameters: list) -> list["Piece"]:
-        pieces, offset = [], 0
-        for p in parameters:
-            pieces.append(Piece(self.names[id(p)], tuple(p.ds_shape), offset, p.partition_numel()))
-            offset += p.partition_numel()
-        return pieces
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every trained parameter's shape by name."""
-        return {piece.name: piece.shape for _, pieces in self.shards() for piece in pieces}
-
-    def gather(self, kind: str, *, to_rank_0: bool = True) -> dict[str, Tensor]:
-        """All of `weight`, `exp_avg`, `exp_avg_sq` or `ema`, by name, fp32 on the CPU; empty on other ranks."""
-        named: dict[str, Tensor] = {}
-        for shard, pieces in self.shards():
-            values = shard.detach() if kind == "weight" else self.optimizer.state_of(shard)[kind]
-            parts_RP = self.all_gather(values)
-            if dist.get_rank() == 0 or not to_rank_0:
-                named |= {piece.name: piece.cut(parts_RP) for piece in pieces}
-        return named
-
-    def all_gather(self, values: Tensor) -> Tensor:
-        """The shards of every rank, (ranks, elements), on the CPU."""
-        parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, values.contiguous())
-        return torch.stack([part.cpu() for part in parts])
-
-    @torch.no_grad()
-    def scatter(self, kind: str, named: dict[str, Tensor]) -> None:
-        """Puts named tensors into this rank's shards; every rank must hold them."""
-        rank, ranks = dist.get_rank(), dist.get_world_size()
-        for shard, pieces in self.shards():
-            target = shard.data if kind == "weight" else self.optimizer.state_of(shard)[kind]
-            parts_RP = target.new_zeros(ranks, target.numel(), device="cpu")
-            for piece in pieces:
-                piece.paste(parts_RP, named[piece.name])
-            target.copy_(parts_RP[rank])
-        if kind == "weight":
-            self.refresh_weights()
-
-    def refresh_weights(self) -> None:
-        """The network's own weights from the fp32 shards."""
-        zero = self.engine.optimizer
-        if self.stage == 3:
-            for i in range(len(zero.fp32_partitioned_groups_flat)):
-                zero.fp16_partitioned_groups_flat[i].data.copy_(zero.fp32_partitioned_groups_flat[i].data)
-                zero._unflatten_partitioned_parameters(i)
-        else:
-            zero.update_lp_params()
-
-    def counters(self) -> dict:
-        """The integers of the optimizer's state."""
-        shard, _ = next(iter(self.shards()))
-        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
-        scale = {
-            k: getattr(scaler, k)
-            for k in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-            if hasattr(scaler, k)
-        }
-        return {
-            "adam_steps": self.optimizer.state_of(shard)["step"],
-            "skipped": self.engine.skipped_steps,
-            "scaler": scale,
-        }
-
-    def restore_counters(self, counters: dict) -> None:
-        for shard, _ in self.shards():
-            self.optimizer.state_of(shard)["step"] = counters["adam_steps"]
-        self.engine.skipped_steps = counters["skipped"]
-        for name, value in counters["scaler"].items():
-            setattr(self.engine.optimizer.loss_scaler, name, value)
+    return deepspeed.initialize(model=network, optimizer=optimizer, config=config)[0]
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Where a parameter lies in the shards: at `offset` of all of them end to end (stages 1 and 2), or, at stage 3,
-    `per_rank` elements at `offset` of each."""
+def gather_weights(partitioned) -> None:
+    """Stages 1 and 2: every rank's part of the network's weights to all the others."""
+    from deepspeed.runtime.utils import all_gather_dp_groups
 
-    name: str
-    shape: tuple[int, ...]
-    offset: int
-    per_rank: int | None
-
-    @property
-    def size(self) -> int:
-        return torch.Size(self.shape).numel()
-
-    def cut(self, parts_RP: Tensor) -> Tensor:
-        if self.per_rank is None:
-            return parts_RP.flatten()[self.offset : self.offset + self.size].view(self.shape).clone()
-        return parts_RP[:, self.offset : self.offset + self.per_rank].flatten()[: self.size].view(self.shape).clone()
-
-    def paste(self, parts_RP: Tensor, value: Tensor) -> None:
-        if self.per_rank is None:
-            parts_RP.view(-1)[self.offset : self.offset + self.size] = value.flatten()
-            return
-        padded = parts_RP.new_zeros(parts_RP.shape[0] * self.per_rank)
-        padded[: self.size] = value.flatten()
-        parts_RP[:, self.offset : self.offset + self.per_rank] = padded.view(parts_RP.shape[0], self.per_rank)
+    all_gather_dp_groups(
+        groups_flat=partitioned.bit16_groups_flat,
+        partitioned_param_groups=partitioned.parallel_partitioned_bit16_groups,
+        dp_process_group=partitioned.real_dp_process_group,
+        start_alignment_factor=partitioned.nccl_start_alignment_factor,
+        allgather_bucket_size=partitioned.allgather_bucket_size,
+    )
 
 
 @contextmanager

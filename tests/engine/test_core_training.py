@@ -38,7 +38,7 @@ PICTURE[5:, :] = 240
 
 
 class InProcess:
-    """The network as zero.Sharded presents it, without DeepSpeed."""
+    """The network as Sharded presents it, without DeepSpeed."""
 
     device = torch.device("cpu")
 

@@ -1,0 +1,169 @@
+"""A network under ZeRO: forward, backward, update, and its sharded state gathered and scattered by parameter name."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from duotone.engine import zero
+from duotone.engine.optimizer import AdamWEma
+from duotone.engine.update import Update
+
+
+class Sharded:
+    """A network under ZeRO: forward, backward, step, and its state by name."""
+
+    def __init__(self, network: nn.Module, optimizer: AdamWEma, config: dict):
+        self.optimizer = optimizer
+        self.stage = config["zero_optimization"]["stage"]
+        self.names = {id(p): name for name, p in network.named_parameters() if p.requires_grad}
+        self.engine = zero.start(network, optimizer, config)
+        self.device = self.engine.device
+        self.update = None
+        if self.stage < 3:
+            self.update = Update(self.engine.optimizer, optimizer, clip=config["gradient_clipping"])
+            self.engine.optimizer.step = self.update
+
+    def __call__(self, *inputs):
+        return self.engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+
+    def step(self) -> None:
+        """One micro-step; at the end of an accumulation the update, which gradients that are not finite skip."""
+        self.engine.step()
+
+    @property
+    def skipped(self) -> int:
+        """Updates skipped so far; asking waits for the device."""
+        return int(self.update.skipped) if self.update else self.engine.skipped_steps
+
+    def grad_norm(self) -> float:
+        return float(self.engine.get_global_grad_norm() or 0.0)
+
+    @property
+    def loss_scale(self) -> float:
+        return float(self.engine.optimizer.loss_scale)
+
+    # State by name. A flat shard holds pieces of parameters; Piece says which.
+
+    def shards(self) -> Iterator[tuple[Tensor, list["Piece"]]]:
+        """Every flat fp32 shard of this rank, with the parameters laid out in it."""
+        partitioned = self.engine.optimizer
+        if self.stage == 3:
+            for shard, parameters in zip(partitioned.fp32_partitioned_groups_flat, partitioned.fp16_groups):
+                yield shard, self.pieces_of_stage_3(parameters)
+        else:
+            for group, shard in enumerate(partitioned.single_partition_of_fp32_groups):
+                parameters = partitioned.round_robin_bit16_groups[group]
+                offsets = partitioned.round_robin_bit16_offsets[group]
+                yield shard, [Piece(self.names[id(p)], tuple(p.shape), o, None) for p, o in zip(parameters, offsets)]
+
+    def pieces_of_stage_3(self, parameters: list) -> list["Piece"]:
+        pieces, offset = [], 0
+        for p in parameters:
+            pieces.append(Piece(self.names[id(p)], tuple(p.ds_shape), offset, p.partition_numel()))
+            offset += p.partition_numel()
+        return pieces
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every trained parameter's shape by name."""
+        return {piece.name: piece.shape for _, pieces in self.shards() for piece in pieces}
+
+    def gather(self, kind: str, *, to_rank_0: bool = True) -> dict[str, Tensor]:
+        """All of `weight`, `exp_avg`, `exp_avg_sq` or `ema`, by name, fp32 on the CPU; empty on other ranks."""
+        named: dict[str, Tensor] = {}
+        for shard, pieces in self.shards():
+            values = shard.detach() if kind == "weight" else self.optimizer.state_of(shard)[kind]
+            parts_RP = self.all_gather(values)
+            if dist.get_rank() == 0 or not to_rank_0:
+                named |= {piece.name: piece.cut(parts_RP) for piece in pieces}
+        return named
+
+    def all_gather(self, values: Tensor) -> Tensor:
+        """The shards of every rank, (ranks, elements), on the CPU."""
+        parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, values.contiguous())
+        return torch.stack([part.cpu() for part in parts])
+
+    @torch.no_grad()
+    def scatter(self, kind: str, named: dict[str, Tensor]) -> None:
+        """Puts named tensors into this rank's shards; every rank must hold them."""
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        for shard, pieces in self.shards():
+            target = shard.data if kind == "weight" else self.optimizer.state_of(shard)[kind]
+            parts_RP = target.new_zeros(ranks, target.numel(), device="cpu")
+            for piece in pieces:
+                piece.paste(parts_RP, named[piece.name])
+            target.copy_(parts_RP[rank])
+        if kind == "weight":
+            self.refresh_weights()
+
+    def refresh_weights(self) -> None:
+        """The network's own weights from the fp32 shards."""
+        partitioned = self.engine.optimizer
+        if self.stage == 3:
+            for i, shard in enumerate(partitioned.fp32_partitioned_groups_flat):
+                partitioned.fp16_partitioned_groups_flat[i].data.copy_(shard.data)
+                partitioned._unflatten_partitioned_parameters(i)
+        else:
+            partitioned.update_lp_params()
+
+    def counters(self) -> dict:
+        """The integers of the optimizer's state."""
+        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
+        scale = {
+            k: getattr(scaler, k)
+            for k in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+            if hasattr(scaler, k)
+        }
+        return {
+            "adam_steps": int(self.update.steps) if self.update else self.steps_of_stage_3(),
+            "skipped": self.skipped,
+            "scaler": scale,
+        }
+
+    def steps_of_stage_3(self) -> int:
+        shard, _ = next(iter(self.shards()))
+        return self.optimizer.state_of(shard)["step"]
+
+    def restore_counters(self, counters: dict) -> None:
+        if self.update:
+            self.update.steps.fill_(counters["adam_steps"])
+            self.update.skipped.fill_(counters["skipped"])
+        for shard, _ in self.shards():
+            self.optimizer.state_of(shard)["step"] = counters["adam_steps"]
+        self.engine.skipped_steps = counters["skipped"]
+        for name, value in counters["scaler"].items():
+            setattr(self.engine.optimizer.loss_scaler, name, value)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where a parameter lies in the shards: at `offset` of all of them end to end (stages 1 and 2), or, at stage 3,
+    `per_rank` elements at `offset` of each."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    per_rank: int | None
+
+    @property
+    def size(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    def cut(self, parts_RP: Tensor) -> Tensor:
+        if self.per_rank is None:
+            return parts_RP.flatten()[self.offset : self.offset + self.size].view(self.shape).clone()
+        return parts_RP[:, self.offset : self.offset + self.per_rank].flatten()[: self.size].view(self.shape).clone()
+
+    def paste(self, parts_RP: Tensor, value: Tensor) -> None:
+        if self.per_rank is None:
+            parts_RP.view(-1)[self.offset : self.offset + self.size] = value.flatten()
+            return
+        padded = parts_RP.new_zeros(parts_RP.shape[0] * self.per_rank)
+        padded[: self.size] = value.flatten()
+        parts_RP[:, self.offset : self.offset + self.per_rank] = padded.view(parts_RP.shape[0], self.per_rank)

@@ -1,0 +1,100 @@
+"""The update of ZeRO stages 1 and 2: two passes over the shard instead of DeepSpeed's check, cast, clip, copy and cast back.
+
+The first pass sums the squares of the reduced gradients; the second reads each gradient once more and writes weights, moments,
+EMA and the network's own weights. Whether a step is skipped is known on the device alone, so nothing waits for it.
+P parameters of one rank's shard of one group.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from duotone.engine import zero
+from duotone.engine.optimizer import AdamWEma
+from duotone.kernels.adamw_ema import adamw_ema_
+from duotone.kernels.squared_norm import squared_norm
+
+
+class Update:
+    """Takes the place of `step` of DeepSpeed's partitioned optimizer."""
+
+    def __init__(self, partitioned, optimizer: AdamWEma, *, clip: float):
+        self.partitioned, self.optimizer, self.clip = partitioned, optimizer, clip
+        # Numbers live on the device, so that a captured step can be replayed with new ones.
+        number = {"dtype": torch.float64, "device": partitioned.device}
+        self.lr, self.decay = torch.zeros((), **number), torch.zeros((), **number)
+        self.steps, self.skipped = torch.zeros((), **number), torch.zeros((), **number)
+        self.flats: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, closure=None) -> None:
+        gradients = [self.gradient(group) for group in range(len(self.partitioned.bit16_groups))]
+        squares = sum(squared_norm(grad_P) for grad_P in gradients)
+        dist.all_reduce(squares, group=self.partitioned.dp_process_group)
+        scale = self.scale(squares)
+        for group, grad_P in enumerate(gradients):
+            self.update(group, grad_P, scale)
+            self.release(group)
+        if dist.get_world_size() > 1:
+            zero.gather_weights(self.partitioned)
+        self.tell(squares)
+
+    def gradient(self, group: int) -> Tensor:
+        """grad_P: flat already where DeepSpeed adds micro-batches up in fp32, else its pieces in a row."""
+        flat_P = self.partitioned._get_preflattened_grad_partition(group)
+        if flat_P is not None:
+            return flat_P
+        pieces = [piece.reshape(-1) for piece in self.partitioned.averaged_gradients[group]]
+        if group not in self.flats:
+            self.flats[group] = pieces[0].new_zeros(self.shard(group).numel())
+        torch.cat(pieces, out=self.flats[group][: sum(piece.numel() for piece in pieces)])
+        return self.flats[group]
+
+    def shard(self, group: int) -> Tensor:
+        return self.partitioned.single_partition_of_fp32_groups[group]
+
+    def scale(self, squares: Tensor) -> Tensor:
+        """What gradients are multiplied with: unscaled, clipped to the largest norm, NaN where they are not finite."""
+        finite = squares.isfinite()
+        self.steps += finite
+        self.skipped += ~finite
+        loss_scale = self.partitioned.loss_scale
+        norm = squares.sqrt() / loss_scale
+        clipped = ((norm + 1e-6) / self.clip).clamp(min=1.0) if self.clip > 0 else torch.ones_like(norm)
+        return torch.where(finite, 1 / (loss_scale * clipped), torch.nan)
+
+    def update(self, group: int, grad_P: Tensor, scale: Tensor) -> None:
+        shard, options = self.shard(group), self.optimizer.param_groups[group]
+        state = self.optimizer.state_of(shard)
+        self.lr.fill_(options["lr"])
+        self.decay.fill_(options["ema_decay"])
+        adamw_ema_(
+            shard.data,
+            grad_P,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            [state["ema"]],
+            lr=self.lr,
+            betas=options["betas"],
+            eps=options["eps"],
+            weight_decay=options["weight_decay"],
+            step=self.steps,
+            grad_scale=scale,
+            ema_decays=[self.decay],
+            weights_out=self.partitioned.parallel_partitioned_bit16_groups[group][dist.get_rank()].data,
+        )
+
+    def release(self, group: int) -> None:
+        """Gradients are freed as DeepSpeed frees them."""
+        partitioned = self.partitioned
+        partitioned.free_grad_in_param_list(partitioned.params_in_partition[group])
+        partitioned.free_grad_in_param_list(partitioned.params_not_in_partition[group])
+        partitioned._release_preflattened_grad_buffers(group)
+        partitioned.averaged_gradients[group] = None
+        partitioned.all_grad_tensors[group] = None
+
+    def tell(self, squares: Tensor) -> None:
+        """What DeepSpeed reads afterwards; only a dynamic loss scale needs to know now whether the step was skipped."""
+        self.partitioned._global_grad_norm = squares.sqrt() / self.partitioned.loss_scale
+        self.partitioned.overflow = self.partitioned.dtype == torch.float16 and not squares.isfinite().item()
+        self.partitioned._update_scale(self.partitioned.overflow)

@@ -1,0 +1,128 @@
+"""The update of ZeRO 1 and 2 against DeepSpeed's own on the same gradients, and what it no longer does."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from duotone.engine import zero
+from duotone.engine.optimizer import AdamW
+from duotone.engine.sharded import Sharded
+
+ROWS = 8
+CONFIG = AdamW(lr=1e-2, weight_decay=0.1, clip=0.5, warmup=0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group_of_one():
+    zero.join("cpu")
+    yield
+    zero.leave()
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(7, 33), nn.SiLU(), nn.LayerNorm(33), nn.Linear(33, 5))
+
+
+def sharded(network: nn.Module, *, stage: int, precision: str, accumulation: int = 1, ours: bool = True) -> Sharded:
+    config = zero.settings(
+        zero.Zero(stage=stage),
+        batch=ROWS * accumulation,
+        micro=ROWS,
+        accumulation=accumulation,
+        precision=precision,
+        clip=CONFIG.clip,
+    )
+    made = Sharded(network, CONFIG.build(network), config)
+    if not ours:
+        del made.engine.optimizer.step
+        made.update = None
+    return made
+
+
+def run(made: Sharded, steps: int, accumulation: int = 1, spoilt: tuple[int, ...] = ()) -> list[float]:
+    """Gradient norms of `steps` updates; at the spoilt ones an input is infinite."""
+    norms, dtype = [], next(made.engine.module.parameters()).dtype
+    for step in range(steps):
+        made.optimizer.set(lr=1e-2 / (1 + step), ema_decay=0.9)
+        for micro in range(accumulation):
+            g = torch.Generator().manual_seed(100 * step + micro)
+            x, wanted = torch.randn(ROWS, 7, generator=g), torch.randn(ROWS, 5, generator=g)
+            if step in spoilt:
+                x[0, 0] = float("inf")
+            loss = 3 * (made(x.to(dtype)).float() - wanted).square().sum(1).mean()
+            made.backward(loss)
+            made.step()
+        norms.append(made.grad_norm())
+    return norms
+
+
+def state(made: Sharded) -> dict[str, torch.Tensor]:
+    named = {kind: made.gather(kind) for kind in ("weight", "exp_avg", "exp_avg_sq", "ema")}
+    return {f"{kind}/{name}": value for kind, values in named.items() for name, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    "stage,precision,accumulation", [(1, "fp32", 1), (1, "bf16", 1), (2, "bf16", 3), (2, "fp32", 2)]
+)
+def test_equals_deepspeeds_own(stage, precision, accumulation):
+    """Clipped at every step, with decay, three rates."""
+    options = {"stage": stage, "precision": precision, "accumulation": accumulation}
+    mine, theirs = (sharded(small_network(), **options, ours=ours) for ours in (True, False))
+    norms = [run(made, 5, accumulation) for made in (mine, theirs)]
+    assert min(norms[0]) > CONFIG.clip
+    # DeepSpeed rounds the norm of bf16 gradients' sum in fp32, and multiplies them by 1 / scale.
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    for name, value in state(theirs).items():
+        torch.testing.assert_close(state(mine)[name], value, rtol=2e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+    for (name, a), b in zip(mine.engine.module.named_parameters(), theirs.engine.module.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-2 if precision == "bf16" else 2e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradients_that_are_not_finite_change_nothing_and_are_counted(precision):
+    made = sharded(small_network(), stage=1, precision=precision)
+    run(made, 2)
+    before, steps = copy.deepcopy(state(made)), made.counters()["adam_steps"]
+    run(made, 2, spoilt=(0, 1))
+    assert made.skipped == 2 and made.counters()["adam_steps"] == steps
+    assert all(value.equal(before[name]) for name, value in state(made).items())
+    run(made, 1)
+    assert made.counters()["adam_steps"] == steps + 1
+    assert not state(made)["weight/0.weight"].equal(before["weight/0.weight"])
+
+
+class Written(TorchDispatchMode):
+    """Elements that operators write, of tensors as large as a shard."""
+
+    def __init__(self, at_least: int):
+        super().__init__()
+        self.at_least, self.operators = at_least, []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        out = function(*arguments, **(options or {}))
+        if isinstance(out, torch.Tensor) and out.numel() >= self.at_least and not function.is_view:
+            self.operators.append(str(function.overloadpacket))
+        return out
+
+
+def whole_passes(ours: bool) -> list[str]:
+    """Operators over the whole shard outside the kernel's own work."""
+    made = sharded(nn.Linear(64, 64, bias=False), stage=1, precision="bf16", ours=ours)
+    made.optimizer.update = lambda *_: None
+    for _ in range(2):  # the first makes the state and the buffer
+        made.backward(made(torch.randn(ROWS, 64, dtype=torch.bfloat16)).float().square().mean())
+        with Written(64 * 64) as seen:
+            made.step()
+    return seen.operators
+
+
+def test_deepspeeds_cast_clip_and_copy_passes_are_gone(monkeypatch):
+    monkeypatch.setattr("duotone.engine.update.adamw_ema_", lambda *_, **__: None)
+    monkeypatch.setattr("duotone.engine.update.squared_norm", lambda grad_P: torch.ones((), dtype=torch.float64))
+    mine, theirs = whole_passes(True), whole_passes(False)
+    assert mine == ["aten.cat"], mine
+    assert len(theirs) >= 4, theirs  # two casts, the clip, the copy
