@@ -1,28 +1,108 @@
 """`duotone evaluate RUN`: measure a trained model."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from duotone.data.refusal import Refused
+from duotone.engine.evaluate.classifier import ClassifierConfig
+from duotone.engine.evaluate.features import FeaturesConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the real images are; size, channels and framing are the run's own."""
+
+    shards: Path | None = None
+    """Folder of shards: by default the run's own, where it is still there."""
+    threads: int = 2
+    """Threads that decode."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Measure a model trained on the embedded captioned shapes: does each picture show what its caption says?"""
+    """Measure a trained model against its data: Frechet and kernel distance, precision and recall, whether a classifier sees
+    what was asked for, the loss by noise level and class, the nearest training image of every sample.
 
-    per_caption: int = 1
-    """Pictures of each caption."""
+    A model of the embedded captioned shapes is read from its pixels instead, unless --data.shards is given: does each
+    picture show what its caption says?
+    """
+
+    data: Data = Data()
+    test: Path | None = None
+    """Shards of the test set; by default DIR/test where it exists, else a tenth of the training set is held out."""
+    samples: int = 1000
+    """Pictures drawn, with the conditions of as many training images."""
     guidance: float = 2.0
     steps: int = 18
+    sampler: str = "heun"
+    """euler, heun, dpmpp_2m, ancestral or stochastic_heun."""
     seed: int = 1
+    features: FeaturesConfig = FeaturesConfig()
+    classifier: ClassifierConfig = ClassifierConfig()
+    loss_images: int = 512
+    """Held-out images of the table of losses; 0 = no table."""
+    loss_levels: int = 8
+    """Noise levels of that table."""
+    most: int = 60_000
+    """Most images read of each set."""
+    cache: Path | None = None
+    """Folder for the trained classifier and the features of real images; by default ~/.cache/duotone."""
+    out: Path | None = None
+    """Folder for evaluation.json and the pictures; by default `evaluation` in the run's folder."""
     json: Path | None = None
     """Also write the result here."""
+    per_caption: int = 1
+    """For the embedded captioned shapes: pictures of each caption."""
 
     def run(self, path: Path) -> None:
         from duotone.engine.artifact import load
+
+        model = load(path)
+        if self.data.shards is None and draws_captioned_shapes(model):
+            self.obedience(model)
+        else:
+            self.against_data(path, model)
+
+    def against_data(self, path: Path, model) -> None:
+        from duotone.engine.evaluate import evaluation, images, report
+        from duotone.engine.run_folder import write_json
+
+        folder = path if path.is_dir() else path.parent
+        if self.most < 2 or self.samples < 1:
+            raise Refused(f"most = {self.most}, samples = {self.samples}: give --most 2 and --samples 1 or more")
+        shards = self.data.shards or shards_of(folder)
+        framed = dataclasses.replace(model.recipe.data, shards=shards, threads=self.data.threads)
+        splits = images.read_splits(framed, self.test, self.most)
+        result = evaluation.evaluate(model, splits, self.settings())
+        print(report.table(result, splits))
+        out = self.out or folder / "evaluation"
+        written = report.draw(result, splits, out)
+        values = {"command": self.command(), **evaluation.to_json(result, splits, model)}
+        for target in [out / "evaluation.json", *([self.json] if self.json else [])]:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_json(target, values)
+        print(f"\nwritten: {out / 'evaluation.json'}, {', '.join(str(p) for p in written)}")
+
+    def settings(self):
+        from duotone.engine.evaluate.evaluation import Settings
+
+        shared = {field.name for field in dataclasses.fields(Settings)} - {"cache"}
+        return Settings(**{name: getattr(self, name) for name in shared}, cache=self.cache or default_cache())
+
+    def command(self) -> str:
+        """The command without the paths of this machine."""
+        test = " --test DIR" if self.test else ""
+        numbers = f"--samples {self.samples} --guidance {self.guidance} --steps {self.steps} --sampler {self.sampler}"
+        return f"duotone evaluate RUN --data.shards DIR{test} {numbers} --seed {self.seed}"
+
+    def obedience(self, model) -> None:
+        """The captioned shapes, read back from their pixels."""
         from duotone.engine.evaluate.captioned_shapes import obedience
 
         result = obedience(
-            load(path), per_caption=self.per_caption, guidance=self.guidance, steps=self.steps, seed=self.seed
+            model, per_caption=self.per_caption, guidance=self.guidance, steps=self.steps, seed=self.seed
         )
         values = dataclasses.asdict(result)
         checker = values.pop("checker")
@@ -37,3 +117,29 @@ class Evaluate:
                 f"duotone evaluate RUN --per-caption {self.per_caption} --guidance {self.guidance} --steps {self.steps}"
             )
             write_json(self.json, {"command": f"{command} --seed {self.seed}", **values, "checker": checker})
+
+
+def draws_captioned_shapes(model) -> bool:
+    """Whether it is told captions, and its data named what the embedded set names."""
+    from duotone.data.captioned_shapes import ATTRIBUTES, SHAPES
+
+    told = {conditioner.asked for conditioner in model.network.conditioners.values()}
+    facts = model.facts
+    return told == {"prompts"} and (facts.classes, facts.attributes) == (tuple(SHAPES), tuple(ATTRIBUTES))
+
+
+def shards_of(folder: Path) -> Path:
+    """The data that a run's folder says it was trained on; raises Refused where that is not known or gone."""
+    from duotone.engine import run_folder
+
+    stored = run_folder.stored_recipe(folder) if (folder / "recipe.json").exists() else None
+    named = stored["data"]["shards"] if stored else None
+    if named is None:
+        raise Refused(f"{folder} does not say what data it was trained on: give --data.shards DIR")
+    if not Path(named).is_dir():
+        raise Refused(f"{folder} was trained on {named}, which is not there: give --data.shards DIR")
+    return Path(named)
+
+
+def default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "duotone"

@@ -1,0 +1,290 @@
+"""A small classifier of the data set itself: it judges samples, and its penultimate layer is a feature network.
+
+N images of H x W pixels and C channels, D features, K classes or attributes.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from duotone.data.refusal import Refused
+from duotone.engine.evaluate.images import Images, Splits
+from duotone.engine.evaluate.progress import Progress
+from duotone.engine.evaluate.shares import Share
+from duotone.engine.recipe import say
+from duotone.engine.run_folder import write_json
+
+CHUNK = 512
+VERSION = 1  # of network and training: part of the key of what is stored
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    """How the classifier is trained: the same settings and data give the same judge."""
+
+    width: int = 128
+    """Features of its penultimate layer."""
+    epochs: int = 3
+    """Passes over the training set."""
+    batch_size: int = 128
+    """Images per step."""
+    lr: float = 3e-3
+    """Highest learning rate; it rises over the first fifth and falls to 0."""
+    weight_decay: float = 0.01
+    """AdamW's."""
+    flip: bool = True
+    """Mirror images at random; not for digits and letters."""
+    shift: int = 2
+    """Move images by up to so many pixels."""
+    seed: int = 0
+    """Of its weights, order and augmentation."""
+
+    def check(self) -> None:
+        for name in ("width", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise Refused(f"classifier.{name} = {getattr(self, name)}: it must be at least 1")
+        if self.lr <= 0 or self.shift < 0:
+            raise Refused(f"classifier.lr = {self.lr}, classifier.shift = {self.shift}: give lr > 0 and shift >= 0")
+
+
+class Classifier(nn.Module):
+    """Convolutions with max-pooling down to 3 x 3, then D features, then K logits."""
+
+    def __init__(self, channels: int, side: int, width: int, outputs: int):
+        super().__init__()
+        halvings = max(1, round(np.log2(side / 3.5)))
+        widths = [channels, *(min(32 * 2**i, 128) for i in range(halvings))]
+        self.stages = nn.Sequential(*(stage(i, o) for i, o in zip(widths, widths[1:])))
+        self.pool = nn.AdaptiveAvgPool2d(3)
+        self.features = nn.Linear(9 * widths[-1], width)
+        self.head = nn.Linear(width, outputs)
+
+    def embed(self, x_NCHW: Tensor) -> Tensor:
+        """The penultimate layer, features_ND."""
+        return F.relu(self.features(self.pool(self.stages(x_NCHW)).flatten(1)))
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        return self.head(self.embed(x_NCHW))
+
+
+def stage(width: int, out_width: int) -> nn.Sequential:
+    """Half the side; the norm comes after pooling, where it is a quarter of the work."""
+    convolution = nn.Conv2d(width, out_width, 3, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.MaxPool2d(2), nn.BatchNorm2d(out_width), nn.ReLU())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """A trained classifier and how well it does on real images it has not seen."""
+
+    network: Classifier
+    names: tuple[str, ...]
+    """Of classes, or of attributes."""
+    attributes: bool
+    """Whether an image has several names at once."""
+    accuracy: Share
+    by_name: dict[str, Share]
+    key: str
+    """Of data and settings."""
+    folder: Path
+    """Where it is stored."""
+
+    def logits(self, images_NHWC: np.ndarray) -> np.ndarray:
+        return self.run(self.network, images_NHWC)
+
+    def features(self, images_NHWC: np.ndarray) -> np.ndarray:
+        return self.run(self.network.embed, images_NHWC)
+
+    @torch.inference_mode()
+    def run(self, function, images_NHWC: np.ndarray) -> np.ndarray:
+        device = self.network.head.weight.device
+        parts = [function(unit(part, device)).cpu() for part in chunks(images_NHWC)]
+        return torch.cat(parts).numpy()
+
+    def shares(self, images_NHWC: np.ndarray, wanted: np.ndarray) -> tuple[Share, dict[str, Share]]:
+        """How often it sees what was wanted, labels_N or attributes_NK: over all, and by name."""
+        return shares(self.logits(images_NHWC), wanted, self.names)
+
+
+def unit(images_NHWC: np.ndarray, device: torch.device) -> Tensor:
+    """uint8 to [-1, 1], channels-last."""
+    x_NHWC = torch.from_numpy(images_NHWC).to(device).float() / 127.5 - 1
+    return x_NHWC.permute(0, 3, 1, 2)
+
+
+def chunks(images_NHWC: np.ndarray) -> list[np.ndarray]:
+    return [images_NHWC[i : i + CHUNK] for i in range(0, len(images_NHWC), CHUNK)]
+
+
+def shares(logits_NK: np.ndarray, wanted: np.ndarray, names: tuple[str, ...]) -> tuple[Share, dict[str, Share]]:
+    """Shares of right answers; unknown attributes do not count."""
+    if wanted.ndim == 1:
+        right_N = logits_NK.argmax(1) == wanted
+        by_name = {name: Share.of(right_N[wanted == k]) for k, name in enumerate(names)}
+        return Share.of(right_N), by_name
+    right_NK, known_NK = (logits_NK > 0) == (wanted == 1), wanted >= 0
+    by_name = {name: Share.of(right_NK[known_NK[:, k], k]) for k, name in enumerate(names)}
+    return Share.of(right_NK[known_NK]), by_name
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+def judge_of(splits: Splits, config: ClassifierConfig, cache: Path, device: torch.device) -> Judge:
+    """The classifier of these images from the cache, or trained and stored there; raises Refused without labels."""
+    config.check()
+    names, several = names_of(splits.train)
+    key = key_of(splits, config)
+    folder = cache / f"classifier-{key}"
+    network = network_of(splits.train, config, names).to(device)
+    stored = read(folder, network)
+    if stored is None:
+        say(f"training a classifier on {len(splits.train):,} images, {config.epochs} epochs: once for this data")
+        train(network, splits.train, config, device)
+        stored = write(folder, network, splits, config, names)
+    else:
+        say(f"the classifier of this data is in {folder}: test accuracy {stored['accuracy']['value']:.1%}")
+    network.eval().requires_grad_(False)
+    return Judge(
+        network=network,
+        names=names,
+        attributes=several,
+        accuracy=Share.from_json(stored["accuracy"]),
+        by_name={name: Share.from_json(share) for name, share in stored["by_name"].items()},
+        key=key,
+        folder=folder,
+    )
+
+
+def names_of(images: Images) -> tuple[tuple[str, ...], bool]:
+    """What the classifier is to tell apart, and whether an image has several; classes before attributes."""
+    if images.labels_N is not None:
+        highest = int(images.labels_N.max()) + 1
+        return images.classes or tuple(str(k) for k in range(highest)), False
+    if images.attributes_NK is not None:
+        return images.attributes, True
+    raise Refused(
+        "the data has neither labels nor attributes, so no classifier can judge samples of it: prepare it with labels, "
+        "or give --features.network inception or dinov2"
+    )
+
+
+def wanted(images: Images) -> np.ndarray:
+    """What is to be seen on each image: labels_N, or attributes_NK."""
+    return images.labels_N if images.labels_N is not None else images.attributes_NK
+
+
+def key_of(splits: Splits, config: ClassifierConfig) -> str:
+    said = json.dumps([VERSION, splits.fingerprint, asdict(config)])
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+def network_of(images: Images, config: ClassifierConfig, names: tuple[str, ...]) -> Classifier:
+    _, side, _, channels = images.images_NHWC.shape
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network = Classifier(channels, side, config.width, len(names))
+    return network.to(memory_format=torch.channels_last)
+
+
+def train(network: Classifier, images: Images, config: ClassifierConfig, device: torch.device) -> None:
+    """AdamW over a triangle of learning rates."""
+    network.train()
+    random = torch.Generator().manual_seed(config.seed)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    per_epoch = -(-len(images) // config.batch_size)
+    progress = Progress("training the classifier", config.epochs * len(images))
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: triangle(step, config.epochs * per_epoch))
+    for epoch in range(config.epochs):
+        order_N = torch.randperm(len(images), generator=random).numpy()
+        for first in range(0, len(images), config.batch_size):
+            places_M = order_N[first : first + config.batch_size]
+            if len(places_M) > 1 or len(images) == 1:  # a batch norm of one image has no variance
+                step(network, optimizer, images.take(places_M), config, random, device)
+            rates.step()
+            progress.at(epoch * len(images) + first + len(places_M))
+
+
+def step(network, optimizer, images: Images, config: ClassifierConfig, random: torch.Generator, device) -> None:
+    x_NCHW = augmented(unit(images.images_NHWC, device), config, random)
+    loss = loss_of(network(x_NCHW), torch.from_numpy(wanted(images)).to(device))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def triangle(step: int, steps: int) -> float:
+    """The learning rate's share at a step: up over the first fifth, then down to 0."""
+    progress = (step + 1) / (steps + 1)
+    return progress / 0.2 if progress < 0.2 else (1 - progress) / 0.8
+
+
+def loss_of(logits_NK: Tensor, wanted: Tensor) -> Tensor:
+    """Cross entropy of labels_N, or the binary one of the known entries of attributes_NK."""
+    if wanted.ndim == 1:
+        return F.cross_entropy(logits_NK, wanted)
+    known_NK = wanted >= 0
+    loss_NK = F.binary_cross_entropy_with_logits(logits_NK, wanted.clamp(min=0).float(), reduction="none")
+    return (loss_NK * known_NK).sum() / known_NK.sum().clamp(min=1)
+
+
+def augmented(x_NCHW: Tensor, config: ClassifierConfig, random: torch.Generator) -> Tensor:
+    """A batch moved by one shift, filled up with black, and half of it mirrored."""
+    s = config.shift
+    if config.flip:
+        flip_N = torch.rand(len(x_NCHW), generator=random).to(x_NCHW.device) < 0.5
+        x_NCHW = torch.where(flip_N[:, None, None, None], x_NCHW.flip(3), x_NCHW)
+    if s:
+        top, left = torch.randint(0, 2 * s + 1, (2,), generator=random).tolist()
+        height, width = x_NCHW.shape[2:]
+        x_NCHW = F.pad(x_NCHW, (s, s, s, s), value=-1.0)[:, :, top : top + height, left : left + width]
+    return x_NCHW.contiguous(memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------------------------------------------------ cache
+
+
+def read(folder: Path, network: Classifier) -> dict | None:
+    """What is stored of a classifier, its weights put into the network; None where there is none that can be read."""
+    weights, facts = folder / "classifier.safetensors", folder / "classifier.json"
+    if not (weights.exists() and facts.exists()):
+        return None
+    try:
+        stored = json.loads(facts.read_text())
+        network.load_state_dict(load_file(weights))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        say(f"{folder} cannot be read ({str(error).splitlines()[0]}): training the classifier again")
+        return None
+    return stored
+
+
+def write(folder: Path, network: Classifier, splits: Splits, config: ClassifierConfig, names: tuple[str, ...]) -> dict:
+    """Stores weights and test accuracy; the JSON last, since it makes the pair count."""
+    network.eval()
+    judge = Judge(
+        network=network, names=names, attributes=False, accuracy=Share(0, 0), by_name={}, key="", folder=folder
+    )
+    accuracy, by_name = judge.shares(splits.held_out.images_NHWC, wanted(splits.held_out))
+    facts = {
+        "accuracy": accuracy.to_json(),
+        "by_name": {name: share.to_json() for name, share in by_name.items()},
+        "tested_on": splits.held_out_is,
+        "settings": asdict(config),
+        "data": splits.fingerprint,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
+    draft = folder / ".classifier.draft"
+    save_file(tensors, draft)
+    draft.replace(folder / "classifier.safetensors")
+    write_json(folder / "classifier.json", facts)
+    say(f"classifier: accuracy {accuracy} on {len(splits.held_out):,} images of the {splits.held_out_is}; in {folder}")
+    return facts

@@ -1,0 +1,268 @@
+"""A trained model against real images: samples drawn as the data asks, and everything that is measured of them.
+
+N samples, M real images, D features.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from duotone.data.refusal import Refused
+from duotone.engine.artifact import Model
+from duotone.engine.evaluate.classifier import ClassifierConfig, Judge, judge_of, wanted
+from duotone.engine.evaluate.distances import Distance, distance, refuse_too_few
+from duotone.engine.evaluate.features import FeaturesConfig, RealFeatures, choose, real_features
+from duotone.engine.evaluate.images import Images, Splits
+from duotone.engine.evaluate.loss_table import Loss, loss_table
+from duotone.engine.evaluate.nearest import Nearest, flat, nearest
+from duotone.engine.evaluate.progress import Progress
+from duotone.engine.evaluate.shares import Share
+from duotone.engine.recipe import say
+from duotone.engine.sample import sample, sampling_sigmas
+
+CHUNK = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How samples are drawn and measured."""
+
+    samples: int = 1000
+    guidance: float = 2.0
+    steps: int = 18
+    sampler: str = "heun"
+    seed: int = 1
+    loss_images: int = 512
+    loss_levels: int = 8
+    features: FeaturesConfig = FeaturesConfig()
+    classifier: ClassifierConfig = ClassifierConfig()
+    cache: Path = Path(".")
+    """Folder of trained classifiers and of features."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Against:
+    """Distances from one reference: of the samples and, as the floor, of as many real images."""
+
+    samples: Distance
+    real: Distance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copies:
+    """How many samples lie closer to a training image than one training image in a hundred does to another."""
+
+    samples: Nearest
+    real: float | None
+    """The share of images that were not trained on; None where there are none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """All that was measured."""
+
+    settings: Settings
+    forwards: float
+    """Forward passes of each sample."""
+    samples_NHWC: np.ndarray
+    asked_for: Images
+    """The training images whose conditions were asked for, in the order of the samples."""
+    judge: Judge | None
+    features: str
+    width: int
+    distances: dict[str, Against]
+    """From "train" and from "held_out"."""
+    accuracy: Share | None
+    by_name: dict[str, Share]
+    losses: list[Loss]
+    copies: dict[str, Copies]
+    """By "pixels" and by "features"."""
+
+
+def evaluate(model: Model, splits: Splits, settings: Settings) -> Evaluation:
+    """Measures a model; what can be refused is, before the first sample is drawn."""
+    refuse_unfit(model, splits, settings)
+    has_names = splits.train.labels_N is not None or splits.train.attributes_NK is not None
+    judge = judge_of(splits, settings.classifier, settings.cache, model.device) if has_names else None
+    network = choose(settings.features, judge, model.device)
+    real = real_features(network, splits, settings.cache)
+    refuse_too_few(settings.samples, real.train_ND.shape[1])
+    asked_for = splits.train.drawn(settings.samples)
+    samples_NHWC = drawn(model, asked_for, settings)
+    made_ND = network(samples_NHWC, "features of the samples")
+    accuracy, by_name = judge.shares(samples_NHWC, wanted(asked_for)) if judge and conditioned(model) else (None, {})
+    held_out = splits.held_out.drawn(settings.loss_images)
+    return Evaluation(
+        settings=settings,
+        forwards=model.forwards,
+        samples_NHWC=samples_NHWC,
+        asked_for=asked_for,
+        judge=judge,
+        features=network.name,
+        width=made_ND.shape[1],
+        distances=distances_of(made_ND, real, splits),
+        accuracy=accuracy,
+        by_name=by_name,
+        losses=loss_table(model, held_out, levels=settings.loss_levels, seed=settings.seed) if len(held_out) else [],
+        copies=copies_of(samples_NHWC, made_ND, splits, real),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
+
+
+def refuse_unfit(model: Model, splits: Splits, settings: Settings) -> None:
+    """Settings, model and data that do not go together."""
+    if settings.loss_images < 0:
+        raise Refused(f"loss_images = {settings.loss_images}: it must not be negative (0 = no table of losses)")
+    sampling_sigmas(model, settings.steps, None)
+    conditions(model, splits.train)
+    for name, images in (("training set", splits.train), ("held-out set", splits.held_out)):
+        if len(images) < settings.samples:
+            raise Refused(
+                f"the {name} has {len(images)} images and samples = {settings.samples}: the floor needs as many real "
+                f"images as samples; give --samples {len(images)} or less, or more images with --test"
+            )
+
+
+def refuse_other_names(model: Model, images: Images) -> None:
+    """A model asked for class 3 must mean what the data means by it."""
+    for asked, name in (("labels", "classes"), ("attributes", "attributes")):
+        ours, theirs = getattr(model.facts, name), getattr(images, name)
+        if asked in takes(model) and ours != theirs:
+            raise Refused(
+                f"the model was trained on the {name} {listed(ours)}, and the data has {listed(theirs)}: "
+                "give --data.shards the data it was trained on"
+            )
+
+
+def listed(names: tuple[str, ...] | None) -> str:
+    return ", ".join(names) if names else "(none)"
+
+
+# ------------------------------------------------------------------------------------------------------- sampling
+
+
+def takes(model: Model) -> set[str]:
+    """What it can be asked for."""
+    return {conditioner.asked for conditioner in model.network.conditioners.values()} - {"temperatures"}
+
+
+def conditioned(model: Model) -> bool:
+    return bool(takes(model))
+
+
+def conditions(model: Model, images: Images) -> dict:
+    """Keyword arguments of sample() that ask for what these images show; raises Refused where the data does not say."""
+    refuse_other_names(model, images)
+    said = {
+        "labels": None if images.labels_N is None else images.labels_N.tolist(),
+        "prompts": images.captions,
+        "attributes": None if images.attributes_NK is None else images.attributes_NK.tolist(),
+    }
+    for name in sorted(takes(model)):
+        if name not in said:
+            raise Refused(f"this model takes {name}: evaluate knows labels, prompts and attributes")
+        if said[name] is None:
+            raise Refused(f"this model takes {name}, and the data has none: give --data.shards data with {name}")
+    return {name: said[name] for name in takes(model)} or {"count": len(images)}
+
+
+def drawn(model: Model, asked_for: Images, settings: Settings) -> np.ndarray:
+    """One sample for each image, asked for as that one is."""
+    say(f"drawing {len(asked_for):,} samples, guidance {settings.guidance}, {settings.steps} {settings.sampler} steps")
+    parts = math.ceil(len(asked_for) / CHUNK)
+    progress, steps = Progress("sampling", parts * settings.steps), iter(range(1, parts * settings.steps + 1))
+    return sample(
+        model,
+        **conditions(model, asked_for),
+        guidance=settings.guidance if conditioned(model) else 1.0,
+        steps=settings.steps,
+        sampler=settings.sampler,
+        seed=settings.seed,
+        chunk=CHUNK,
+        on_step=lambda *_: progress.at(next(steps)),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- measures
+
+
+def distances_of(made_ND: np.ndarray, real: RealFeatures, splits: Splits) -> dict[str, Against]:
+    """From both sets of real images, with the other set's own distance as the floor."""
+    n = len(made_ND)
+    train_ND, held_out_ND = (some(features, n, images) for features, images in pairs_of(real, splits))
+    return {
+        "train": Against(
+            samples=distance(made_ND, real.train_ND, train_ND), real=distance(held_out_ND, real.train_ND, train_ND)
+        ),
+        "held_out": Against(
+            samples=distance(made_ND, real.held_out_ND, held_out_ND),
+            real=distance(train_ND, real.held_out_ND, held_out_ND),
+        ),
+    }
+
+
+def pairs_of(real: RealFeatures, splits: Splits) -> list[tuple[np.ndarray, Images]]:
+    return [(real.train_ND, splits.train), (real.held_out_ND, splits.held_out)]
+
+
+def some(features_MD: np.ndarray, count: int, images: Images) -> np.ndarray:
+    """Features of `count` images in which every class keeps its share."""
+    return features_MD[images.spread()[:count]]
+
+
+def copies_of(samples_NHWC: np.ndarray, made_ND: np.ndarray, splits: Splits, real: RealFeatures) -> dict[str, Copies]:
+    say(f"looking for the nearest of {len(splits.seen):,} training images")
+    n = len(made_ND)
+    unseen = splits.held_out_is == "test"
+    spaces = {
+        "pixels": (flat(samples_NHWC), flat(splits.seen.images_NHWC), flat(splits.held_out.images_NHWC[:n])),
+        "features": (made_ND, real.seen_ND, real.held_out_ND[:n]),
+    }
+    return {
+        name: Copies(samples=nearest(made, seen), real=nearest(held_out, seen).closer if unseen else None)
+        for name, (made, seen, held_out) in spaces.items()
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- as JSON
+
+
+def to_json(result: Evaluation, splits: Splits, model: Model) -> dict:
+    """Everything measured, and what a reader must know to repeat it; no path is among it."""
+    settings = asdict(result.settings)
+    settings.pop("cache")
+    settings["features"] = {"network": settings["features"]["network"]}
+    return {
+        "run": model.recipe.name,
+        "trained_images": model.images,
+        "settings": settings,
+        "forwards_per_sample": result.forwards,
+        "data": {
+            "train": len(splits.train),
+            "held_out": len(splits.held_out),
+            "held_out_is": splits.held_out_is,
+            "fingerprint": splits.fingerprint,
+        },
+        "features": {"name": result.features, "width": result.width},
+        "classifier": None if result.judge is None else result.judge.accuracy.to_json(),
+        "distances": {name: asdict(against) for name, against in result.distances.items()},
+        "accuracy": None if result.accuracy is None else result.accuracy.to_json(),
+        "accuracy_by_name": {name: share.to_json() for name, share in result.by_name.items()},
+        "losses": [asdict(loss) for loss in result.losses],
+        "nearest": {name: copies_json(copies) for name, copies in result.copies.items()},
+    }
+
+
+def copies_json(copies: Copies) -> dict:
+    found = copies.samples
+    return {
+        "closer": found.closer,
+        "closer_real": copies.real,
+        "threshold": found.threshold,
+        "smallest": float(found.distances_N.min()),
+        "median": float(np.median(found.distances_N)),
+    }

@@ -1,0 +1,207 @@
+"""Feature networks: uint8 images to vectors in which distances mean something. One is chosen by name, and named in the result.
+
+N images of H x W pixels and C channels, D features.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from duotone.data.refusal import Refused
+from duotone.engine.evaluate.classifier import Judge
+from duotone.engine.evaluate.images import Splits
+from duotone.engine.evaluate.progress import Progress
+from duotone.engine.recipe import say
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CHUNK = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig:
+    """Which network turns images into features."""
+
+    network: Literal["auto", "classifier", "inception", "dinov2"] = "auto"
+    """auto: the classifier where the data has labels or attributes, otherwise Inception."""
+    weights: Path | None = None
+    """inception: torchvision's inception_v3 weights (.pth), by default where torch.hub keeps them; dinov2: a folder that
+    transformers loads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureNetwork:
+    """The contract: a name, what identifies its weights, and a function."""
+
+    name: str
+    key: str
+    embed: Callable[[np.ndarray], np.ndarray]
+    """uint8 (N, H, W, C) to features (N, D) fp32."""
+
+    def __call__(self, images_NHWC: np.ndarray, what: str = "features") -> np.ndarray:
+        """features_ND in float64."""
+        progress, parts = Progress(what, len(images_NHWC)), []
+        for first in range(0, len(images_NHWC), 8 * CHUNK):
+            parts.append(self.embed(images_NHWC[first : first + 8 * CHUNK]))
+            progress.at(first + len(parts[-1]))
+        return np.concatenate(parts).astype(np.float64)
+
+
+def choose(config: FeaturesConfig, judge: Judge | None, device: torch.device) -> FeatureNetwork:
+    """The network asked for, with one line that says which and why; raises Refused where it cannot be had."""
+    if config.network == "auto":
+        name = "classifier" if judge else "inception"
+        why = "the data has labels or attributes" if judge else "the data has neither labels nor attributes"
+    else:
+        name, why = config.network, "as asked for"
+    try:
+        network = BUILD[name](config, judge, device)
+    except Refused as refusal:
+        raise (
+            refusal if config.network != "auto" else Refused(f"{why}, so no classifier gives features; {refusal}")
+        ) from None
+    say(f"features: {network.name} ({why}; --features.network chooses)")
+    return network
+
+
+def from_classifier(config: FeaturesConfig, judge: Judge | None, device: torch.device) -> FeatureNetwork:
+    if judge is None:
+        raise Refused(
+            "--features.network classifier needs labels or attributes, and the data has none: give inception or dinov2"
+        )
+    width = judge.network.head.in_features
+    return FeatureNetwork(
+        name=f"the data's own classifier, penultimate layer ({width})",
+        key=f"classifier-{judge.key}",
+        embed=judge.features,
+    )
+
+
+def inception(config: FeaturesConfig, judge: Judge | None, device: torch.device) -> FeatureNetwork:
+    """torchvision's Inception v3: the 2048 averages before its last layer. Not the TensorFlow weights of published FIDs."""
+    path = config.weights or newest_inception()
+    if find_spec("torchvision") is None:
+        raise Refused("Inception features need torchvision, which is not installed: pip install torchvision")
+    if path is None or not path.is_file():
+        raise Refused(
+            f"Inception's weights are not at {path or hub_folder()}: fetch torchvision's inception_v3_google-*.pth, and "
+            "give --features.weights FILE"
+        )
+    from torchvision.models import inception_v3
+
+    network = inception_v3(weights=None, init_weights=False, transform_input=True)
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    network.fc = torch.nn.Identity()
+    network = network.to(device).eval().requires_grad_(False)
+    return FeatureNetwork(
+        name="Inception v3 of torchvision (2048)", key=f"inception-{hash_of(path)}", embed=resized(network, 299, device)
+    )
+
+
+def hub_folder() -> Path:
+    return Path(os.environ.get("TORCH_HOME", Path.home() / ".cache" / "torch")) / "hub" / "checkpoints"
+
+
+def newest_inception() -> Path | None:
+    found = sorted(hub_folder().glob("inception_v3_google-*.pth"))
+    return found[-1] if found else None
+
+
+def dinov2(config: FeaturesConfig, judge: Judge | None, device: torch.device) -> FeatureNetwork:
+    """DINOv2 (Oquab et al. 2023) from a folder: the class token after the last norm."""
+    if config.weights is None or not config.weights.is_dir():
+        raise Refused(
+            f"DINOv2's folder is not there ({config.weights}): give --features.weights a folder that transformers loads"
+        )
+    from transformers import AutoModel
+
+    try:
+        network = AutoModel.from_pretrained(config.weights, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise Refused(f"{config.weights} holds no model that transformers loads ({first_line(error)})") from None
+    if network.config.model_type != "dinov2":
+        raise Refused(f"{config.weights} holds a {network.config.model_type} and no dinov2: give another folder")
+    network = network.to(device).eval().requires_grad_(False)
+    weights = sorted(config.weights.glob("*.safetensors")) or sorted(config.weights.glob("*.bin"))
+    return FeatureNetwork(
+        name=f"DINOv2 ({network.config.hidden_size})",
+        key=f"dinov2-{hash_of(weights[0])}",
+        embed=resized(lambda x_NCHW: network(pixel_values=x_NCHW).last_hidden_state[:, 0], 224, device),
+    )
+
+
+BUILD = {"classifier": from_classifier, "inception": inception, "dinov2": dinov2}
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def hash_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def resized(network: Callable, side: int, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
+    """A network of colour photographs: three channels, `side` pixels (bicubic, antialiased), ImageNet's mean and deviation."""
+    mean_C11 = torch.tensor(IMAGENET_MEAN, device=device)[:, None, None]
+    std_C11 = torch.tensor(IMAGENET_STD, device=device)[:, None, None]
+
+    def prepared(images_NHWC: np.ndarray) -> Tensor:
+        x_NCHW = torch.from_numpy(images_NHWC).to(device).permute(0, 3, 1, 2).float() / 255
+        x_NCHW = x_NCHW.expand(-1, 3, -1, -1)
+        x_NCHW = F.interpolate(x_NCHW, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
+        return (x_NCHW.clamp(0, 1) - mean_C11) / std_C11
+
+    @torch.inference_mode()
+    def embed(images_NHWC: np.ndarray) -> np.ndarray:
+        parts = [images_NHWC[i : i + CHUNK] for i in range(0, len(images_NHWC), CHUNK)]
+        return torch.cat([network(prepared(part)).float().cpu() for part in parts]).numpy()
+
+    return embed
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealFeatures:
+    """Features of the real images, float64."""
+
+    train_ND: np.ndarray
+    held_out_ND: np.ndarray
+    seen_ND: np.ndarray
+
+
+def real_features(network: FeatureNetwork, splits: Splits, cache: Path) -> RealFeatures:
+    """From the cache, keyed by data and network, or made and stored there in fp32, which they were made in."""
+    said = f"{splits.fingerprint} {network.key}"
+    path = cache / f"features-{hashlib.sha256(said.encode()).hexdigest()[:16]}.safetensors"
+    found = load_file(path) if path.exists() else made(network, splits, path)
+    train_ND, held_out_ND = found["train"].double().numpy(), found["held_out"].double().numpy()
+    is_apart = splits.held_out_is == "test"
+    seen_ND = train_ND if is_apart else np.concatenate([train_ND, held_out_ND])
+    return RealFeatures(train_ND=train_ND, held_out_ND=held_out_ND, seen_ND=seen_ND)
+
+
+def made(network: FeatureNetwork, splits: Splits, path: Path) -> dict[str, Tensor]:
+    say(f"features of {len(splits.train) + len(splits.held_out):,} real images: once for this data and network")
+    parts = {"train": splits.train, "held_out": splits.held_out}
+    found = {
+        name: torch.from_numpy(network(images.images_NHWC, f"features, {name.replace('_', ' ')}")).float()
+        for name, images in parts.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.draft")
+    save_file(found, draft)
+    draft.replace(path)
+    return found

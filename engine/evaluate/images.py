@@ -1,0 +1,161 @@
+"""Real images and what is said of them, read whole into memory: what a model is measured against.
+
+N images of H x W pixels and C channels, K attributes.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from duotone.data.batch import Batch, Plan
+from duotone.data.dataset import Dataset
+from duotone.data.order import samples_at
+from duotone.data.refusal import Refused
+from duotone.data.shards import Shards
+from duotone.engine.evaluate.progress import Progress
+
+CHUNK = 512
+SHARE_HELD_OUT = 10  # one in so many, where there is no test set
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """N images with their labels, attributes and captions, where the data has them."""
+
+    images_NHWC: np.ndarray  # uint8
+    fingerprint: str
+    """Changes when the data or its framing does."""
+    labels_N: np.ndarray | None = None
+    attributes_NK: np.ndarray | None = None  # 1 present, 0 absent, -1 unknown
+    captions: list[str] | None = None
+    classes: tuple[str, ...] | None = None
+    attributes: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.images_NHWC)
+
+    def take(self, places_M: np.ndarray) -> "Images":
+        """These images, in this order."""
+        return replace(
+            self,
+            images_NHWC=self.images_NHWC[places_M],
+            labels_N=None if self.labels_N is None else self.labels_N[places_M],
+            attributes_NK=None if self.attributes_NK is None else self.attributes_NK[places_M],
+            captions=None if self.captions is None else [self.captions[i] for i in places_M.tolist()],
+        )
+
+    def spread(self) -> np.ndarray:
+        """An order whose beginnings all hold the classes in their shares; the given order where there are none."""
+        return np.arange(len(self)) if self.labels_N is None else spread(self.labels_N)
+
+    def drawn(self, count: int) -> "Images":
+        """`count` of them, every class with its share."""
+        return self.take(self.spread()[:count])
+
+    def batch(self, rows: slice, device: torch.device) -> Batch:
+        """Some of them as a training batch; positions are places in this set."""
+        places_M = np.arange(len(self))[rows]
+        return Batch(
+            positions_N=places_M,
+            keys=[str(place) for place in places_M.tolist()],
+            images_NHWC=torch.from_numpy(self.images_NHWC[rows]).to(device),
+            captions=None if self.captions is None else self.captions[rows],
+            labels_N=None if self.labels_N is None else torch.from_numpy(self.labels_N[rows]),
+            attributes_NK=None if self.attributes_NK is None else torch.from_numpy(self.attributes_NK[rows]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splits:
+    """What the model was trained on, and real images to compare with."""
+
+    train: Images
+    """The reference: training images, without those that are held out."""
+    held_out: Images
+    held_out_is: str
+    """"test", or that these are training images too."""
+    seen: Images
+    """Every image that the model may have seen."""
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.train.fingerprint}-{len(self.train)}-{self.held_out.fingerprint}-{len(self.held_out)}"
+
+
+def spread(labels_N: np.ndarray) -> np.ndarray:
+    """Places by how far through its own class each image stands: any beginning holds the classes in their shares."""
+    rank_N = np.empty(len(labels_N))
+    for label in np.unique(labels_N):
+        places_M = np.flatnonzero(labels_N == label)
+        rank_N[places_M] = (np.arange(len(places_M)) + 0.5) / len(places_M)
+    return np.argsort(rank_N, kind="stable")
+
+
+def read_splits(shards: Shards, test: Path | None, most: int) -> Splits:
+    """Both sets, at most `most` images of each; without a test set a tenth of the training set stands in for it."""
+    inside = shards.shards / "test" if shards.shards and (shards.shards / "test").is_dir() else None
+    seen = read_images(shards, most, "training set")
+    folder = test or inside
+    if folder is None:
+        middle = len(seen) - len(seen) // SHARE_HELD_OUT
+        order_N = np.arange(len(seen))
+        held_out = seen.take(order_N[middle:])
+        name = "a tenth of the training set (seen in training)"
+        return Splits(train=seen.take(order_N[:middle]), held_out=held_out, held_out_is=name, seen=seen)
+    held_out = read_images(replace(shards, shards=folder), most, "test set")
+    refuse_other_names(shards.shards, seen, folder, held_out)
+    return Splits(train=seen, held_out=held_out, held_out_is="test", seen=seen)
+
+
+def refuse_other_names(folder: Path, train: Images, test_folder: Path, test: Images) -> None:
+    for name in ("classes", "attributes"):
+        ours, theirs = getattr(train, name), getattr(test, name)
+        if ours != theirs:
+            raise Refused(f"{test_folder} has other {name} than {folder} ({theirs} and {ours}): give matching sets")
+
+
+def read_images(shards: Shards, most: int, what: str) -> Images:
+    """At most `most` images in the order of a shuffle of their own; raises Refused on data that cannot be used."""
+    data = shards.open(torch.device("cpu"))
+    try:
+        count = min(data.count, most)
+        order_N = samples_at(0, np.arange(count), data.count)
+        progress = Progress(f"reading the {what}", count)
+        batches = []
+        for first in range(0, count, CHUNK):
+            batches.append(data.read(centred(order_N[first : first + CHUNK])))
+            progress.at(min(first + CHUNK, count))
+    finally:
+        data.close()
+    return joined(batches, data, framing(shards))
+
+
+def centred(samples_N: np.ndarray) -> Plan:
+    """These samples, cut from the middle, with the first caption."""
+    n = len(samples_N)
+    return Plan(positions_N=np.arange(n), samples_N=samples_N, crops_N2=np.full((n, 2), 0.5), captions_N=np.zeros(n))
+
+
+def framing(shards: Shards) -> str:
+    """What makes other pixels of the same data."""
+    return f"{shards.size}-{shards.pad}-{shards.channels}-{shards.resize}-{shards.crop}"
+
+
+def joined(batches: list[Batch], data: Dataset, frame: str) -> Images:
+    first = batches[0]
+
+    def column(name: str) -> np.ndarray | None:
+        parts = [getattr(batch, name) for batch in batches]
+        return None if parts[0] is None else torch.cat(parts).numpy()
+
+    return Images(
+        images_NHWC=column("images_NHWC"),
+        fingerprint=f"{data.fingerprint}-{frame}",
+        labels_N=column("labels_N"),
+        attributes_NK=column("attributes_NK"),
+        captions=None if first.captions is None else [text for batch in batches for text in batch.captions],
+        classes=tuple(data.classes) if data.classes else None,
+        attributes=tuple(data.attributes) if data.attributes else None,
+    )

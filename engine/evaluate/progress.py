@@ -1,0 +1,24 @@
+"""Lines that say how far a long job is: one every few seconds, and none for a short one."""
+
+import datetime
+import time
+
+from duotone.engine.recipe import say
+
+SECONDS_BETWEEN = 10.0
+
+
+class Progress:
+    """Says "what: done of total" now and then."""
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total = what, total
+        self.began = self.last = time.monotonic()
+
+    def at(self, done: int) -> None:
+        now = time.monotonic()
+        if now - self.last < SECONDS_BETWEEN or done >= self.total:
+            return
+        self.last = now
+        left = datetime.timedelta(seconds=round((now - self.began) / max(1, done) * (self.total - done)))
+        say(f"{self.what}: {done:,} of {self.total:,}, {left} left")

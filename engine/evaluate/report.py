@@ -1,0 +1,105 @@
+"""An evaluation as a table for the terminal and as pictures."""
+
+from pathlib import Path
+
+import numpy as np
+
+from duotone.engine import pictures
+from duotone.engine.evaluate.evaluation import Copies, Evaluation
+from duotone.engine.evaluate.images import Images, Splits
+from duotone.engine.evaluate.nearest import pairs
+from duotone.engine.evaluate.shares import Share
+
+COLUMNS = 10
+MEASURES = {"frechet": "Frechet distance", "kernel": "kernel distance", "precision": "precision", "recall": "recall"}
+
+
+def table(result: Evaluation, splits: Splits) -> str:
+    """Lines of text: every figure beside its floor."""
+    blocks = [distance_lines(result, splits), accuracy_lines(result, splits), copy_lines(result), loss_lines(result)]
+    return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def distance_lines(result: Evaluation, splits: Splits) -> list[str]:
+    n = result.settings.samples
+    lines = [f"{n:,} samples, {result.forwards:.1f} forward passes each; features: {result.features}"]
+    for name, against in result.distances.items():
+        there = "training set" if name == "train" else splits.held_out_is
+        other = splits.held_out_is if name == "train" else "training set"
+        lines.append(f"  {'from the ' + there:34} {'samples':>10} {'real':>10}   (real: {n:,} of the {other})")
+        for field, title in MEASURES.items():
+            made, real = getattr(against.samples, field), getattr(against.real, field)
+            times = f"   {made / real:.2f} x" if field == "frechet" and real > 0 else ""
+            lines.append(f"    {title:32} {made:10.4g} {real:10.4g}{times}")
+    return lines
+
+
+def accuracy_lines(result: Evaluation, splits: Splits) -> list[str]:
+    if result.accuracy is None:
+        return []
+    head = f"  {'seen by the classifier as asked':34} {'samples':24} real ({splits.held_out_is})"
+    rows = {"all": (result.accuracy, result.judge.accuracy)}
+    rows |= {name: (share, result.judge.by_name[name]) for name, share in result.by_name.items()}
+    return [head, *(accuracy_line(name, *pair) for name, pair in rows.items())]
+
+
+def accuracy_line(name: str, made: Share, real: Share) -> str:
+    return f"    {name:32} {made!s:24} {real}"
+
+
+def copy_lines(result: Evaluation) -> list[str]:
+    head = (
+        f"  {'closer than 1 % of training pairs':34} {'samples':>10} {'real':>10}   (about 1 % where nothing is copied)"
+    )
+    return [head, *(copy_line(name, copies) for name, copies in result.copies.items())]
+
+
+def copy_line(name: str, copies: Copies) -> str:
+    real = "-" if copies.real is None else f"{copies.real:.1%}"
+    smallest = copies.samples.distances_N.min()
+    return (
+        f"    by {name:29} {copies.samples.closer:10.1%} {real:>10}   (nearest {smallest:.3g}, threshold "
+        f"{copies.samples.threshold:.3g})"
+    )
+
+
+def loss_lines(result: Evaluation) -> list[str]:
+    """A row for each noise level: the mean with its interval, then the classes'."""
+    if not result.losses:
+        return []
+    sigmas = list(dict.fromkeys(loss.sigma for loss in result.losses))
+    names = list(dict.fromkeys(loss.name for loss in result.losses))[:12]
+    found = {(loss.sigma, loss.name): loss for loss in result.losses}
+    lines = [f"  loss at sigma, {found[sigmas[0], 'all'].images} held-out images, 95 % interval"]
+    lines.append(f"  {'sigma':>9}  {'all':24} " + " ".join(f"{name[:10]:>10}" for name in names[1:]))
+    for sigma in sigmas:
+        whole = found[sigma, "all"]
+        spread = f"{whole.loss:.4f} [{whole.low:.4f}, {whole.high:.4f}]"
+        cells = [f"{found[sigma, name].loss:10.4f}" for name in names[1:]]
+        lines.append(f"  {sigma:9.4g}  {spread:24} " + " ".join(cells))
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------------- pictures
+
+
+def draw(result: Evaluation, splits: Splits, folder: Path) -> list[Path]:
+    """samples.png: a row for each class; nearest-*.png: the samples nearest to a training image, which stands below each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    zoom = max(1, 64 // result.samples_NHWC.shape[1])
+    written = [folder / "samples.png"]
+    pictures.grid(by_class(result.samples_NHWC, result.asked_for), COLUMNS, zoom=zoom).save(written[0])
+    for name, copies in result.copies.items():
+        sheet, columns = pairs(result.samples_NHWC, splits.seen.images_NHWC, copies.samples)
+        written.append(folder / f"nearest-{name}.png")
+        pictures.grid(sheet, columns, zoom=zoom).save(written[-1])
+    return written
+
+
+def by_class(images_NHWC: np.ndarray, asked_for: Images) -> np.ndarray:
+    """Ten of each class, at most twelve classes; without labels the first hundred."""
+    labels_N = asked_for.labels_N
+    if labels_N is None:
+        return images_NHWC[: COLUMNS**2]
+    rows = [images_NHWC[labels_N == label][:COLUMNS] for label in np.unique(labels_N)[:12]]
+    return np.concatenate([row for row in rows if len(row) == COLUMNS] or [images_NHWC[: COLUMNS**2]])
