@@ -1,12 +1,13 @@
 """fuse(unet): our kernels inside any diffusers UNet2DModel or UNet2DConditionModel instance; state dict unchanged.
 
-An instance's norms, residual blocks and attention processors are given classes of their own: nothing is wrapped or copied,
-so the UNet can be moved, cast, compiled, copied and saved as before, and unfuse(unet) undoes it.
+An instance's residual blocks, transformers, attentions and a few more parts are given classes of their own: nothing is
+wrapped, copied or hooked, so the UNet can be moved, cast, compiled, copied and saved as before, and unfuse(unet) undoes it.
 """
 
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from duotone.data.refusal import Refused
@@ -45,8 +46,9 @@ def fuse(unet: nn.Module, *, quiet: bool = False) -> Fused:
     fused = Fused()
     for name, module in unet.named_modules():
         fuse_module(name, module, fused)
+    # The weights keep their layout, so that saving and sharding work as before.
+    unet.conv_in.__class__ = ChannelsLast.of(type(unet.conv_in))
     fuse_end(unet, fused)
-    unet.register_forward_pre_hook(channels_last_sample, with_kwargs=True)
     return report(fused, quiet)
 
 
@@ -57,10 +59,6 @@ def unfuse(unet: nn.Module) -> None:
             module.__class__ = type(module).original
         if isinstance(getattr(module, "processor", None), FusedAttention):
             module.processor = module.processor.original
-    for key, hook in list(unet._forward_pre_hooks.items()):
-        if hook is channels_last_sample:
-            del unet._forward_pre_hooks[key]
-            unet._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def is_fused(unet: nn.Module) -> bool:
@@ -77,24 +75,19 @@ def report(fused: Fused, quiet: bool) -> Fused:
 
 
 def fuse_module(name: str, module: nn.Module, fused: Fused) -> None:
-    kind = type(module).__name__
-    if kind == "ResnetBlock2D":
-        why = why_not_residual(module)
-        if why:
-            fused.left[name] = why
-        else:
-            module.__class__ = FusedResnetBlock.of(type(module))
-            fused.count("residual blocks")
-    elif kind == "Transformer2DModel" and isinstance(module.norm, nn.GroupNorm):
-        module.norm.__class__ = FusedGroupNorm.of(type(module.norm))
-        fused.count("group norms")
-    elif kind == "Attention":
-        why = why_not_attention(module)
-        if why:
-            fused.left[name] = why
-        else:
-            module.processor = FusedAttention(module.processor)
-            fused.count("attentions")
+    """Gives one part its fused class, or notes why not."""
+    if type(module).__name__ not in PARTS:
+        return
+    why_not, part, called = PARTS[type(module).__name__]
+    why = why_not(module)
+    if why:
+        fused.left[name] = why
+        return
+    fused.count(called)
+    if part is FusedAttention:
+        module.processor = FusedAttention(module.processor)
+    else:
+        module.__class__ = part.of(type(module))
 
 
 def fuse_end(unet: nn.Module, fused: Fused) -> None:
@@ -134,6 +127,20 @@ def why_not_attention(block: nn.Module) -> str | None:
     return None
 
 
+def why_not_transformer(block: nn.Module) -> str | None:
+    if not getattr(block, "is_input_continuous", False) or not isinstance(block.norm, nn.GroupNorm):
+        return "it does not begin with a group norm of an image"
+    if not hasattr(block, "_operate_on_continuous_inputs") or not hasattr(block, "_get_output_for_continuous_inputs"):
+        return "this version of diffusers has no separate beginning and end of a transformer"
+    return None
+
+
+def why_not_upsample(block: nn.Module) -> str | None:
+    if block.norm is not None or block.use_conv_transpose or not block.interpolate:
+        return "it does more than repeat pixels"
+    return None
+
+
 # ---------------------------------------------------------------------------------------------- the fused parts
 
 
@@ -151,14 +158,16 @@ class FusedPart:
         return cls.made[key]
 
 
-class FusedGroupNorm(FusedPart):
+class ChannelsLast(FusedPart):
+    """The first convolution: what it gives is channels-last, and all that follows keeps that."""
+
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        return group_norm_silu(x_NCHW, self.weight, self.bias, self.num_groups, self.eps, silu=False)
+        return super().forward(x_NCHW.contiguous(memory_format=torch.channels_last))
 
 
 class FusedGroupNormSiLU(FusedPart):
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        return group_norm_silu(x_NCHW, self.weight, self.bias, self.num_groups, self.eps)
+        return normed(self, x_NCHW)
 
 
 class Nothing(FusedPart):
@@ -190,8 +199,56 @@ class FusedResnetBlock(FusedPart):
         return {"scale_NC": scale_NC, "shift_NC": shift_NC}
 
 
-def normed(norm: nn.GroupNorm, x_NCHW: Tensor, **modulation: Tensor) -> Tensor:
-    return group_norm_silu(x_NCHW, norm.weight, norm.bias, norm.num_groups, norm.eps, **modulation)
+def normed(norm: nn.GroupNorm, x_NCHW: Tensor, *, silu: bool = True, **modulation: Tensor) -> Tensor:
+    return group_norm_silu(x_NCHW, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu, **modulation)
+
+
+class FusedTransformer(FusedPart):
+    """Its beginning and end over tokens: theirs turns every output back to planes, and each later part runs on those."""
+
+    def _operate_on_continuous_inputs(self, x_NCHW: Tensor) -> tuple[Tensor, int]:
+        tokens_NLC = tokens_of(normed(self.norm, x_NCHW, silu=False))
+        h_NLC = projected(self.proj_in, tokens_NLC, x_NCHW.shape[2:])
+        return h_NLC, h_NLC.shape[-1]
+
+    def _get_output_for_continuous_inputs(
+        self, hidden_states, residual, batch_size, height, width, inner_dim
+    ) -> Tensor:
+        return residual + image_of(projected(self.proj_out, hidden_states, (height, width)), (height, width))
+
+
+class FusedUpsample(FusedPart):
+    """Every pixel four times, then the convolution, in the layout that came: theirs goes to planes from 64 images on."""
+
+    def forward(self, x_NCHW: Tensor, output_size: tuple[int, int] | None = None, *args, **kwargs) -> Tensor:
+        height, width = output_size or [2 * side for side in x_NCHW.shape[2:]]
+        if x_NCHW.shape[0] * x_NCHW.shape[1] * height * width >= 2**31:
+            x_NCHW = x_NCHW.contiguous()  # torch's channels-last kernel counts in 32 bits
+        x_NCHW = F.interpolate(x_NCHW, size=(height, width), mode="nearest")
+        if not self.use_conv:
+            return x_NCHW
+        return self.conv(x_NCHW) if self.name == "conv" else self.Conv2d_0(x_NCHW)
+
+
+def tokens_of(x_NCHW: Tensor) -> Tensor:
+    """The image as tokens_NLC: a view of a channels-last image."""
+    return x_NCHW.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def image_of(tokens_NLC: Tensor, size: tuple[int, int]) -> Tensor:
+    return tokens_NLC.unflatten(1, size).permute(0, 3, 1, 2)
+
+
+def projected(layer: nn.Module, tokens_NLC: Tensor, size: tuple[int, int]) -> Tensor:
+    """A linear layer, or a 1 x 1 convolution: over channels-last pixels that is the same matrix product."""
+    if type(layer) is nn.Conv2d:
+        return F.linear(tokens_NLC, layer.weight.flatten(1), layer.bias)
+    # What an adapter put around a convolution takes images.
+    return layer(tokens_NLC) if is_linear(layer) else tokens_of(layer(image_of(tokens_NLC, size)))
+
+
+def is_linear(layer: nn.Module) -> bool:
+    return layer.weight.ndim == 2
 
 
 class FusedAttention:
@@ -213,35 +270,41 @@ class FusedAttention:
         out = self.attended(attn, hidden_states, encoder_hidden_states, attention_mask)
         out = attn.to_out[1](attn.to_out[0](out))
         if pixels:
-            out = out.unflatten(1, residual.shape[2:]).permute(0, 3, 1, 2)
+            out = image_of(out, residual.shape[2:])
         if attn.residual_connection:
             out = out + residual
         return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
 
     @staticmethod
     def normed_pixels(attn, x_NCHW: Tensor) -> Tensor:
-        """tokens_NLC after the block's own group norm: a view of a channels-last image."""
-        norm = attn.group_norm
-        if norm is not None:
-            x_NCHW = group_norm_silu(x_NCHW, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=False)
-        return x_NCHW.permute(0, 2, 3, 1).flatten(1, 2)
+        """tokens_NLC after the block's own group norm."""
+        return tokens_of(x_NCHW if attn.group_norm is None else normed(attn.group_norm, x_NCHW, silu=False))
 
     @staticmethod
     def attended(attn, x_NLC: Tensor, context_NMD: Tensor | None, bias_N1M: Tensor | None) -> Tensor:
-        context_NMD = x_NLC if context_NMD is None else context_NMD
-        q, k, v = (
-            layer(x).unflatten(-1, (attn.heads, -1))
-            for layer, x in ((attn.to_q, x_NLC), (attn.to_k, context_NMD), (attn.to_v, context_NMD))
-        )
+        if context_NMD is None:
+            q, k, v = packed(attn.heads, x_NLC, attn.to_q, attn.to_k, attn.to_v)
+        else:
+            (q,) = packed(attn.heads, x_NLC, attn.to_q)
+            k, v = packed(attn.heads, context_NMD, attn.to_k, attn.to_v)
         # Their bias is 0 where a key counts and -10000 where it does not.
         mask_NM = None if bias_N1M is None else bias_N1M[:, 0] > -5000
         return attention(q, k, v, mask_NM=mask_NM, scale=attn.scale).flatten(2)
 
 
-def channels_last_sample(unet: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Channels-last activations begin with the sample; the weights keep their layout, so that saving works."""
-    if args:
-        args = (args[0].contiguous(memory_format=torch.channels_last), *args[1:])
-    else:
-        kwargs["sample"] = kwargs["sample"].contiguous(memory_format=torch.channels_last)
-    return args, kwargs
+def packed(heads: int, x_NLC: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """Projections of the same tokens, each (N, L, heads, width): one matrix product where all are plain linear layers."""
+    if len(layers) == 1 or any(type(layer) is not nn.Linear for layer in layers):
+        return tuple(layer(x_NLC).unflatten(-1, (heads, -1)) for layer in layers)
+    weight = torch.cat([layer.weight for layer in layers])
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    return F.linear(x_NLC, weight, bias).unflatten(-1, (len(layers), heads, -1)).unbind(2)
+
+
+PARTS = {
+    "ResnetBlock2D": (why_not_residual, FusedResnetBlock, "residual blocks"),
+    "Transformer2DModel": (why_not_transformer, FusedTransformer, "transformers"),
+    "Attention": (why_not_attention, FusedAttention, "attentions"),
+    "Upsample2D": (why_not_upsample, FusedUpsample, "upsamplings"),
+}
+"""Their class: why an instance is left, what takes its place, what a count of them is called."""

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from duotone.data.refusal import Refused
 from duotone.engine.fuse import fuse, is_fused, unfuse
@@ -56,7 +57,7 @@ def call(unet) -> torch.Tensor:
     g = torch.Generator().manual_seed(1)
     dtype = next(unet.parameters()).dtype
     x, t = torch.randn(2, 3, 16, 16, generator=g).to(dtype), torch.tensor([3, 500])
-    if isinstance(unet, UNet2DConditionModel):
+    if "cross_attention_dim" in unet.config:
         tokens = torch.randn(2, 5, 12, generator=g).to(dtype)
         mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
         return unet(x, t, tokens, encoder_attention_mask=mask).sample
@@ -115,13 +116,105 @@ def test_it_can_be_copied_cast_and_saved(tmp_path):
     assert (call(again) - expected).abs().max() <= 1e-6
 
 
-def test_it_compiles_in_one_graph():
-    unet = plain()
+@pytest.mark.parametrize("name", ["plain", "conditioned"])
+def test_it_compiles_in_one_graph(name):
+    unet = NETWORKS[name]()
     expected = call(unet)
     fuse(unet, quiet=True)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert (call(torch.compile(unet, backend=backend)) - expected).abs().max() <= 1e-5
+    assert len(graphs) == 1
+    torch._dynamo.reset()
     compiled = torch.compile(unet, backend="aot_eager", fullgraph=True)
-    x, t = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([3, 500])
-    assert (compiled(x, t).sample - expected).abs().max() <= 1e-5
+    assert (call(compiled) - expected).abs().max() <= 1e-5
+
+
+def test_fewer_operators_run_than_before():
+    class Counting(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.calls += not function.is_view
+            return function(*args, **(kwargs or {}))
+
+    def calls(unet) -> int:
+        with Counting() as counting:
+            call(unet).sum().backward()
+        unet.zero_grad()
+        return counting.calls
+
+    unet = plain()
+    before = calls(unet)
+    fuse(unet, quiet=True)
+    assert calls(unet) < before
+
+
+@pytest.mark.parametrize("name", ["plain", "conditioned", "linear", "film"])
+def test_no_part_leaves_channels_last(name):
+    unet = NETWORKS[name]()
+    fuse(unet, quiet=True)
+    seen = []
+    for part in unet.modules():
+        part.register_forward_hook(lambda part, inputs, output: seen.append((type(part).__name__, output)))
+    call(unet)
+    images = [(kind, out) for kind, out in seen if isinstance(out, torch.Tensor) and out.ndim == 4 and out.shape[2] > 1]
+    assert len(images) > 20
+    assert not {kind for kind, out in images if not out.is_contiguous(memory_format=torch.channels_last)}
+
+
+def test_many_images_keep_their_layout():
+    """From 64 images on, theirs upsamples planes."""
+    unet = plain()
+    block = next(part for part in unet.modules() if type(part).__name__ == "Upsample2D")
+    x_NCHW = torch.randn(64, block.channels, 4, 4).contiguous(memory_format=torch.channels_last)
+    before = block(x_NCHW), block(x_NCHW, (7, 7))
+    fuse(unet, quiet=True)
+    after = block(x_NCHW), block(x_NCHW, (7, 7))
+    assert all((a - b).abs().max() <= 1e-5 for a, b in zip(after, before))
+    assert after[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_an_adapter_around_a_projection_is_run():
+    """What LoRA puts in a layer's place has a weight too: it must be called, not read."""
+
+    class Adapter(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        @property
+        def weight(self):
+            return self.layer.weight
+
+        def forward(self, x):
+            return 1.5 * self.layer(x)
+
+    unet = conditioned()
+    for transformer in [part for part in unet.modules() if type(part).__name__ == "Transformer2DModel"]:
+        transformer.proj_in, transformer.proj_out = Adapter(transformer.proj_in), Adapter(transformer.proj_out)
+        attention = transformer.transformer_blocks[0].attn1
+        attention.to_k = Adapter(attention.to_k)
+    expected = call(unet)
+    fuse(unet, quiet=True)
+    assert (call(unet) - expected).abs().max() <= 1e-5
+
+
+def test_it_can_be_moved():
+    unet = conditioned()
+    expected = call(unet)
+    fuse(unet, quiet=True)
+    ghost = copy.deepcopy(unet).to("meta")
+    assert is_fused(ghost) and all(p.device.type == "meta" for p in ghost.parameters())
+    ghost = ghost.to_empty(device="cpu")
+    ghost.load_state_dict(unet.state_dict())
+    assert (call(ghost) - expected).abs().max() <= 1e-5
 
 
 def test_anything_else_is_refused_by_name():
