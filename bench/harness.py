@@ -1,30 +1,24 @@
-"""What every measurement here shares: launches as they would happen, what the compiler makes of them, bytes, clocks.
+"""Launches as they would happen, what the compiler makes of them, and the bytes they ask for.
 
 Nothing in this file knows a kernel by name. A launch is recorded by letting the operator run on tensors without storage
 and noting what it would have launched; the same arguments are then compiled for real chips without one being present.
 """
 
 import contextlib
-import datetime
-import json
-import os
-import platform
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 import torch
 import triton
+from clocks import copy_bandwidth, spread, time_interleaved, time_on_cpu  # noqa: F401 - kernels' benches find all here
+from record import RESULTS, machine, table, write_json  # noqa: F401
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-RESULTS = Path(__file__).parent / "results"
 
 # ------------------------------------------------------------------------------------------------------ recording
 
@@ -250,110 +244,3 @@ def _traffic(name, touched):
         for size in {size for size, _ in seen}:
             distinct += size * numpy.unique(numpy.concatenate([a.ravel() for s, a in seen if s == size])).size
     return Traffic(name, totals["load"], totals["store"], distinct)
-
-
-# ---------------------------------------------------------------------------------------------------------- clocks
-
-
-def time_interleaved(contenders: dict, rounds: int = 30) -> dict[str, list[float]]:
-    """Milliseconds of each contender, one after another in every round, the level-2 cache emptied before each."""
-    flush = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
-    runs = {name: _captured(call) for name, call in contenders.items()}
-    milliseconds = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            flush.zero_()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            milliseconds[name].append(begin.elapsed_time(end))
-    return milliseconds
-
-
-def _captured(call):
-    """The call as a graph replay, so that launch latency on the host is in nobody's time."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
-def copy_bandwidth() -> float:
-    """Gigabytes per second, read plus written, of the device's own copy: the ceiling of this process."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    milliseconds = time_interleaved({"copy": lambda: target.copy_(source)})["copy"]
-    return 2 * source.numel() / statistics.median(milliseconds) / 1e6
-
-
-def time_on_cpu(call, rounds: int = 5) -> float:
-    """Milliseconds of the fastest of a few calls on one core, which a busy machine disturbs least."""
-    torch.set_num_threads(1)
-    call()
-    times = []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - begin) * 1e3)
-    return min(times)
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, median, high = statistics.quantiles(values, n=4)
-    return {"median": median, "low": low, "high": high}
-
-
-# ---------------------------------------------------------------------------------------------------------- record
-
-
-def machine() -> dict:
-    """What a reader must know to repeat a figure."""
-    record = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
-    record |= {"commit": _git("rev-parse", "HEAD"), "date": datetime.date.today().isoformat()}
-    if not torch.cuda.is_available():
-        return record | {"device": "cpu", "cores": os.cpu_count()}
-    properties = torch.cuda.get_device_properties(0)
-    record |= {"device": properties.name, "capability": f"{properties.major}.{properties.minor}"}
-    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
-    with contextlib.suppress(OSError):
-        record["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-    return record
-
-
-def _git(*arguments):
-    result = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return result.stdout.strip()
-
-
-def write_json(path: Path, value) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1) + "\n")
-
-
-def table(rows: list[dict]) -> str:
-    """Rows as aligned columns, in the order of the first row's keys."""
-    if not rows:
-        return ""
-    columns = list(rows[0])
-    cells = [columns, *([_cell(row.get(column, "")) for column in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells)
-
-
-def _cell(value):
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float) and abs(value) < 1000
-        else f"{value:.0f}"
-        if isinstance(value, float)
-        else str(value)
-    )

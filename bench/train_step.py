@@ -1,55 +1,49 @@
-"""The training step of one network three ways: diffusers eager, the same with fuse(), and compiled; same weights, same batch.
+"""The training step of one network several ways: diffusers eager, the same with fuse(), and on a GPU both compiled.
 
-    python bench/train_step.py                          # the reference text network (a small one on a CPU)
+    python bench/train_step.py                          # the reference text network; on a CPU a small one
+    python bench/train_step.py --unet sd15              # Stable Diffusion 1.5's shape
     python bench/train_step.py --unet PATH              # a diffusers UNet folder of your own
     python bench/train_step.py --steps 200 --json out.json
 
-Interleaved rounds, so that a busy machine disturbs all alike: ratios of medians, the loss curves on top of each other, what
-fuse() replaced, and calls of PyTorch operators per step before and after. On a GPU also bf16, peak memory and MFU.
+Same weights, same batches, same AdamW, in interleaved rounds; ratios are of medians. Counted before and after fuse():
+operator calls and the bytes they move, changes of layout, graph breaks, on a GPU kernel launches. Measured: milliseconds,
+share of the matrix product's rate in this process, memory, what each part of a step costs. The loss curves lie in a PNG
+beside the JSON. A CPU is timed in processor time; counts "as on a GPU" come from tensors without storage.
 """
 
 import argparse
 import copy
-import json
+import os
 import statistics
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from harness import RESULTS, machine, write_json
+from clocks import matmul_rate
+from counters import counts_of, forward_backward, ghost_counts, graphs, profiled, saved_bytes, summary
+from networks import SIZES, batches, one_line, size_of, their_unet
+from record import command, default_path, load_average, machine, refuse, table, write_json
 from torch.utils.flop_counter import FlopCounterMode
 
 from duotone.data.refusal import Refused
-from duotone.engine import diffusers_folder
 from duotone.engine.fuse import fuse
-from duotone.engine.model.unet import UNetConfig
 
-SMALL = UNetConfig(
-    channels=(64, 128, 128),
-    attention=("none", "cross", "cross"),
-    heads=(4, 4, 4),
-    blocks=(2, 2, 2),
-    depth=(1, 1, 1),
-    context_width=128,
-)
+THEIRS, OURS = "diffusers eager", "fused eager"
+WARM_UP = 2
 
 
-def their_unet(path: Path | None, config: UNetConfig, size: int):
-    """A diffusers UNet: the user's own, or our configuration built by their class."""
-    import diffusers
+@dataclass(frozen=True)
+class Setting:
+    """What one run measures."""
 
-    if path is None:
-        theirs = diffusers_folder.to_config(config, size)
-        return getattr(diffusers, theirs.pop("_class_name"))(**theirs)
-    try:
-        kind = json.loads((path / "config.json").read_text())["_class_name"]
-        if kind not in (diffusers_folder.CONDITIONED, diffusers_folder.PLAIN):
-            raise Refused(f"{path} holds a {kind}: --unet takes UNet2DModel or UNet2DConditionModel")
-        return getattr(diffusers, kind).from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise Refused(f"{path} is no diffusers UNet folder ({str(error).splitlines()[0]})") from None
+    network: str
+    size: int
+    batch: int
+    steps: int
+    device: str
+    compiled: bool
 
 
 class Step:
@@ -58,13 +52,14 @@ class Step:
     def __init__(self, unet, device: str, *, fused: bool = False, compiled: bool = False):
         self.unet = copy.deepcopy(unet).to(device)
         self.fused = fuse(self.unet, quiet=True) if fused else None
-        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-4, fused=device == "cuda")
+        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-4, fused=True)
         self.forward = torch.compile(self.unet) if compiled else self.unet
-        self.device, self.milliseconds, self.losses = device, [], []
+        self.device, self.milliseconds, self.losses, self.peak = device, [], [], 0
+        # Processor time on a CPU: a busy neighbour takes the core away, but not the time it was had.
+        self.clock = time.perf_counter if device == "cuda" else time.process_time
 
     def __call__(self, batch: dict) -> None:
-        synchronise(self.device)
-        began = time.perf_counter()
+        held = self.begin()
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
             output = self.forward(batch["x"], batch["t"], **batch["condition"]).sample
         loss = (output.float() - batch["target"]).square().mean()
@@ -72,116 +67,209 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.losses.append(loss.item())
-        self.milliseconds.append(1e3 * (time.perf_counter() - began))
+        self.milliseconds.append(1e3 * (self.clock() - self.began))
+        self.end(held)
+
+    def begin(self) -> int:
+        held = 0
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+        self.began = self.clock()
+        return held
+
+    def end(self, held: int) -> None:
+        if self.device == "cuda" and len(self.losses) > WARM_UP:
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated() - held)
+
+    @property
+    def timed(self) -> list[float]:
+        return self.milliseconds[WARM_UP:]
+
+    def gibibytes(self, batch: dict) -> float:
+        """Weights, both moments, and what a step needs on top: measured on a GPU, what autograd keeps on a CPU."""
+        own = 3 * sum(p.nbytes for p in self.unet.parameters())
+        above = self.peak or saved_bytes(self.unet, batch) + own // 3
+        return (own + above) / 2**30
 
 
-def synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def contenders(unet, setting: Setting) -> dict[str, Step]:
+    made = {THEIRS: Step(unet, setting.device), OURS: Step(unet, setting.device, fused=True)}
+    if setting.compiled:
+        made["diffusers compiled"] = Step(unet, setting.device, compiled=True)
+        made["fused compiled"] = Step(unet, setting.device, fused=True, compiled=True)
+    return made
 
 
-def batches(unet, size: int, count: int, batch: int, device: str):
-    """The same batches for every contender."""
-    config, g = unet.config, torch.Generator().manual_seed(0)
-    for _ in range(count):
-        condition = {}
-        if hasattr(config, "cross_attention_dim"):
-            condition["encoder_hidden_states"] = torch.randn(batch, 77, config.cross_attention_dim, generator=g).to(
-                device
-            )
-        elif config.num_class_embeds:
-            condition["class_labels"] = torch.randint(config.num_class_embeds, (batch,), generator=g).to(device)
-        yield {
-            "x": torch.randn(batch, config.in_channels, size, size, generator=g).to(device),
-            "t": torch.randint(1000, (batch,), generator=g).to(device),
-            "target": torch.randn(batch, config.out_channels, size, size, generator=g).to(device),
-            "condition": condition,
-        }
+def race(steps: dict[str, Step], config, setting: Setting) -> None:
+    """Every contender takes every batch; the order turns round each time, so that no one always follows another."""
+    for feed in batches(config, setting.size, setting.steps + WARM_UP, setting.batch, setting.device):
+        for step in steps.values():
+            step(feed)
+        steps = dict(reversed(steps.items()))
 
 
-def operators(step: Step, batch: dict) -> int:
-    """Calls of PyTorch operators in one forward and backward."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        step.unet(batch["x"], batch["t"], **batch["condition"]).sample.square().mean().backward()
-    step.unet.zero_grad(set_to_none=True)
-    return sum(row.count for row in profile.key_averages() if row.key.startswith(("aten::", "duotone::")))
-
-
-def flops(step: Step, batch: dict) -> int:
+def flops(unet, batch: dict) -> int:
     with FlopCounterMode(display=False) as counter:
-        step.unet(batch["x"], batch["t"], **batch["condition"]).sample.square().mean().backward()
-    step.unet.zero_grad(set_to_none=True)
+        forward_backward(unet, batch)
     return counter.get_total_flops()
 
 
-def measure(unet, size: int, batch: int, steps: int, device: str, compiled: bool) -> dict:
-    contenders = {"diffusers eager": Step(unet, device), "fused eager": Step(unet, device, fused=True)}
-    if compiled:
-        contenders["diffusers compiled"] = Step(unet, device, compiled=True)
-        contenders["fused compiled"] = Step(unet, device, fused=True, compiled=True)
-    first = next(batches(unet, size, 1, batch, device))
-    counts = {name: operators(step, first) for name, step in contenders.items() if "eager" in name}
-    work = flops(contenders["diffusers eager"], first)
-    for feed in batches(unet, size, steps + 2, batch, device):
-        for step in contenders.values():
-            step(feed)
-    base = statistics.median(contenders["diffusers eager"].milliseconds[2:])
-    rows = {}
-    for name, step in contenders.items():
-        ms = step.milliseconds[2:]
-        rows[name] = {
-            "milliseconds": statistics.median(ms),
-            "quartiles": [round(q, 3) for q in statistics.quantiles(ms, n=4)],
-            "images_per_second": 1e3 * batch / statistics.median(ms),
-            "times_diffusers_eager": base / statistics.median(ms),
-            "operators_per_step": counts.get(name),
-            "teraflops": work / statistics.median(ms) / 1e9,
-            "losses": [round(loss, 6) for loss in step.losses],
-        }
-    drift = max(abs(a - b) for a, b in zip(contenders["diffusers eager"].losses, contenders["fused eager"].losses))
-    fused = asdict(contenders["fused eager"].fused)
-    return {"contenders": rows, "largest_loss_difference": drift, "fused": fused, "flops_per_step": work}
+def measure(unet, setting: Setting) -> dict:
+    steps = contenders(unet, setting)
+    first = next(batches(unet.config, setting.size, 1, setting.batch, setting.device))
+    counted = {name: before_timing(steps[name].unet, first, setting) for name in (THEIRS, OURS)}
+    work, rate = flops(steps[THEIRS].unet, first), matmul_rate(setting.device)
+    began, loads = time.monotonic(), [load_average()]
+    race(steps, unet.config, setting)
+    loads.append(load_average())
+    rows = {name: row_of(step, steps[THEIRS], setting, first, work, rate) for name, step in steps.items()}
+    for name in (THEIRS, OURS):
+        rows[name] |= counted[name] | profiled(lambda step=steps[name]: step(first), setting.device)
+    return {
+        "contenders": rows,
+        "largest_loss_difference": max(abs(a - b) for a, b in zip(steps[THEIRS].losses, steps[OURS].losses)),
+        "fused": asdict(steps[OURS].fused),
+        "flops_per_step": work,
+        "matmul_teraflops": rate,
+        "clock": "wall" if setting.device == "cuda" else "processor time",
+        "race_seconds": round(time.monotonic() - began, 1),
+        "load_average": loads,
+    }
+
+
+def before_timing(unet, batch: dict, setting: Setting) -> dict:
+    return {"counted": summary(counts_of(unet, batch), setting.batch), "compiler": graphs(unet, batch)}
+
+
+def row_of(step: Step, base: Step, setting: Setting, batch: dict, work: int, rate: float) -> dict:
+    median = statistics.median(step.timed)
+    return {
+        "milliseconds": median,
+        "quartiles": [round(q, 3) for q in statistics.quantiles(step.timed, n=4)] if len(step.timed) > 1 else [],
+        "images_per_second": 1e3 * setting.batch / median,
+        "times_diffusers_eager": statistics.median(base.timed) / median,
+        "times_within_a_round": statistics.median(a / b for a, b in zip(base.timed, step.timed)),
+        "share_of_matmul_rate": work / median / 1e9 / rate,
+        "gibibytes": step.gibibytes(batch),
+        "losses": [round(loss, 6) for loss in step.losses[: setting.steps + WARM_UP]],
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- showing
+
+
+def show(result: dict) -> str:
+    rows, counts = [], []
+    for name, row in result["contenders"].items():
+        rows.append(
+            {"contender": name, "ms": row["milliseconds"], "images/s": row["images_per_second"],
+             "x diffusers eager": row["times_diffusers_eager"], "of matmul rate": row["share_of_matmul_rate"],
+             "GiB": row["gibibytes"]} | row.get("shares", {})
+        )  # fmt: skip
+        if "counted" in row:
+            launches = {"kernel launches": row["kernel_launches"]} if "kernel_launches" in row else {}
+            counts.append({"counted here": name} | row["counted"] | row["compiler"] | launches)
+    ghosts = [{"counted as on a GPU": name} | row for name, row in result["as_on_a_gpu"]["counts"].items()]
+    drift = f"largest difference between the loss curves: {result['largest_loss_difference']:.2e}"
+    return "\n\n".join([table(rows), table(counts), table(ghosts), drift])
+
+
+def draw_losses(result: dict, path: Path) -> None:
+    """The loss curves on top of each other, the first widest, so that a difference shows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4))
+    for index, (name, row) in enumerate(result["contenders"].items()):
+        axes.plot(row["losses"], label=name, linewidth=max(1.2, 6 - 3 * index))
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.set_title(
+        f"{result['network']}, {result['size']} px: largest difference {result['largest_loss_difference']:.1e}"
+    )
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--unet", help="reference, small, tiny, sd15, or a diffusers UNet folder")
+    parser.add_argument("--steps", type=int, help="timed steps of each contender (100 on a GPU, 30 on a CPU)")
+    parser.add_argument("--batch", type=int, help="images per step")
+    parser.add_argument("--size", type=int, help="side in pixels")
+    parser.add_argument("--no-compile", action="store_true", help="on a GPU, leave torch.compile out")
+    parser.add_argument("--json", type=Path, help="where the result goes (default: bench/results/)")
+    return parser.parse_args()
+
+
+def setting_of(asked: argparse.Namespace, unet, network: str) -> Setting:
+    cuda = torch.cuda.is_available()
+    large = sum(p.numel() for p in unet.parameters()) > 3e8
+    setting = Setting(
+        network=network,
+        size=size_of(unet.config, asked.size, SIZES.get(network, 32)),
+        batch=asked.batch or ((8 if large else 64) if cuda else 4),
+        steps=asked.steps or (100 if cuda else 30),
+        device="cuda" if cuda else "cpu",
+        compiled=cuda and not asked.no_compile,
+    )
+    for name in ("size", "batch", "steps"):
+        if getattr(setting, name) < 1:
+            raise Refused(f"--{name} {getattr(setting, name)}: it must be at least 1")
+    return setting
+
+
+def refuse_too_large(unet, setting: Setting) -> None:
+    """Each contender holds weights, gradients and two moments."""
+    needed = (4 if setting.compiled else 2) * 16 * sum(p.numel() for p in unet.parameters()) / 2**30
+    here = torch.cuda.mem_get_info()[0] if setting.device == "cuda" else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # fmt: skip
+    if needed > here / 2**30:
+        raise Refused(
+            f"{setting.network} needs {needed:.0f} GiB before the first activation, {here / 2**30:.0f} are free: "
+            "take a smaller --unet" + (", or --no-compile" if setting.compiled else "")
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--unet", type=Path, help="a diffusers UNet folder")
-    parser.add_argument("--steps", type=int, help="steps of each contender (200 on a GPU, 20 on a CPU)")
-    parser.add_argument("--batch", type=int, help="images per step")
-    parser.add_argument("--size", type=int, help="side in pixels")
-    parser.add_argument("--json", type=Path, help="where the result goes")
-    arguments = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    device = "cuda" if cuda else "cpu"
-    size, batch = arguments.size or (128 if cuda else 32), arguments.batch or (64 if cuda else 4)
-    steps = arguments.steps or (200 if cuda else 20)
+    asked = parse()
+    network = asked.unet or ("reference" if torch.cuda.is_available() else "small")
     torch.manual_seed(0)
     try:
-        unet = their_unet(arguments.unet, UNetConfig() if cuda else SMALL, size)
+        unet = their_unet(network, asked.size or SIZES.get(network, 32))
+        setting = setting_of(asked, unet, network)
+        refuse_too_large(unet, setting)
+        result = measured(unet, setting)
     except Refused as refusal:
-        print(f"duotone: refused: {refusal}", file=sys.stderr)
-        sys.exit(2)
-    result = {
-        "machine": machine(),
-        "command": "python " + " ".join(["bench/train_step.py", *sys.argv[1:]]),
-        "network": str(arguments.unet or ("reference" if cuda else "small text network")),
-        "parameters": sum(p.numel() for p in unet.parameters()),
-        "size": size,
-        "batch": batch,
-        "steps": steps,
-        **measure(unet, size, batch, steps, device, compiled=cuda),
-    }
-    if cuda:
-        result["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    for name, row in result["contenders"].items():
-        print(
-            f"{name:20} {row['milliseconds']:9.1f} ms  {row['images_per_second']:8.1f} img/s  "
-            f"{row['times_diffusers_eager']:5.2f}x  {row['operators_per_step'] or '':>6} operators  {row['teraflops']:7.2f} TFLOP/s"
-        )
-    print(f"largest difference between the loss curves: {result['largest_loss_difference']:.2e}")
-    path = arguments.json or RESULTS / f"train_step-{device}-{result['machine']['date']}.json"
+        refuse(str(refusal))
+    print(show(result))
+    path = asked.json or default_path("train_step")
     write_json(path, result)
-    print(f"written: {path}")
+    written = [str(path)]
+    try:
+        draw_losses(result, path.with_suffix(".png"))
+        written.append(str(path.with_suffix(".png")))
+    except ImportError as error:
+        print(f"no picture of the loss curves: {one_line(error)}", file=sys.stderr)
+    print(f"\nwritten: {', '.join(written)}")
+
+
+def measured(unet, setting: Setting) -> dict:
+    """The record: what was run, its times and counts, and the reference network's counts as on a GPU."""
+    plain = vars(setting) | {"parameters": sum(p.numel() for p in unet.parameters())}
+    times = measure(unet, setting)
+    ghost, size, batch = ("reference", 128, 64) if setting.network in ("small", "reference") else (setting.network, setting.size, setting.batch)  # fmt: skip
+    subject = unet if ghost == setting.network else their_unet(ghost, size)
+    as_on_a_gpu = {"network": ghost, "size": size, "batch": batch, "dtype": "bf16"}
+    as_on_a_gpu["counts"] = ghost_counts(subject, size, batch)
+    return {"machine": machine(), "command": command(), **plain, **times, "as_on_a_gpu": as_on_a_gpu}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,212 @@
+"""What a network does, counted: operator calls, the bytes they read and write, changes of layout, graphs, kernel launches.
+
+Counts do not depend on the machine's load. `ghost_counts` counts a network of any size without memory, time or a device:
+on tensors without storage, with the kernels that a GPU would run standing in for their definitions.
+"""
+
+import contextlib
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from networks import condition
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from duotone.engine.fuse import fuse
+
+
+@dataclass
+class Counts:
+    """Calls of operators that move data (views move none), and the bytes of their tensors, read plus written."""
+
+    operators: int = 0
+    bytes: int = 0
+    layout_changes: int = 0
+    """Copies whose result holds the same values in another order."""
+    layout_bytes: int = 0
+    by_operator: Counter = field(default_factory=Counter)
+
+
+class Counting(TorchDispatchMode):
+    """Counts every operator call below it into `counts`, the backward pass's included."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counts()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        inputs, outputs = tensors((args, kwargs)), tensors(result)
+        if moves_data(function, inputs, outputs):
+            self.note(function, inputs, outputs)
+        return result
+
+    def note(self, function, inputs: list, outputs: list) -> None:
+        moved = sum(t.nbytes for t in inputs + outputs)
+        self.counts.operators += 1
+        self.counts.bytes += moved
+        self.counts.by_operator[function.overloadpacket.__name__] += 1
+        if changes_layout(function, inputs, outputs):
+            self.counts.layout_changes += 1
+            self.counts.layout_bytes += moved
+
+
+def tensors(tree) -> list:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def moves_data(function, inputs: list, outputs: list) -> bool:
+    """False for views, for allocation, and for questions about a tensor."""
+    if not outputs or function.namespace == "prim" or "empty" in function.overloadpacket.__name__:
+        return False
+    if function._schema.is_mutable:
+        return True
+    held = {t.untyped_storage()._cdata for t in inputs}
+    return any(t.untyped_storage()._cdata not in held for t in outputs)
+
+
+def changes_layout(function, inputs: list, outputs: list) -> bool:
+    if function.overloadpacket.__name__ not in ("clone", "copy_", "_to_copy", "contiguous"):
+        return False
+    source = inputs[1] if function.overloadpacket.__name__ == "copy_" and len(inputs) > 1 else inputs[0]
+    return source.dim() > 2 and order(source) != order(outputs[0])
+
+
+def order(tensor) -> list[int]:
+    """Axes from the slowest to the fastest, those of length 1 left out."""
+    axes = [axis for axis in range(tensor.dim()) if tensor.shape[axis] > 1]
+    return sorted(axes, key=lambda axis: -tensor.stride(axis))
+
+
+def forward_backward(unet, batch: dict) -> None:
+    unet(batch["x"], batch["t"], **batch["condition"]).sample.float().square().mean().backward()
+    unet.zero_grad(set_to_none=True)
+
+
+def counts_of(unet, batch: dict) -> Counts:
+    """One forward and backward pass."""
+    with Counting() as counting:
+        forward_backward(unet, batch)
+    return counting.counts
+
+
+# ------------------------------------------------------------------------------------------ without storage or device
+
+
+def ghost_counts(unet, size: int, batch: int) -> dict[str, dict]:
+    """Before and after fuse(), in bf16, as on a GPU: every kernel of ours one call; what cuDNN re-lays inside is not seen."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    found = {}
+    with FakeTensorMode(), in_bf16():
+        ghost = type(unet).from_config(unet.config)
+        feed = ghost_batch(unet.config, size, batch)
+        found["before fuse"] = summary(counts_of(ghost, feed), batch)
+        fuse(ghost, quiet=True)
+        with kernels_standing_in():
+            found["after fuse"] = summary(counts_of(ghost, feed), batch)
+    return found
+
+
+def summary(counts: Counts, batch: int) -> dict:
+    return {
+        "operators": counts.operators,
+        "megabytes_per_image": round(counts.bytes / batch / 1e6, 2),
+        "layout_changes": counts.layout_changes,
+        "layout_megabytes_per_image": round(counts.layout_bytes / batch / 1e6, 2),
+    }
+
+
+@contextlib.contextmanager
+def in_bf16():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def ghost_batch(config, size: int, batch: int) -> dict:
+    named = {name: value.to(torch.get_default_dtype()) if value.is_floating_point() else value
+             for name, value in condition(config, batch, None).items()}  # fmt: skip
+    x_NCHW = torch.empty(batch, config.in_channels, size, size)
+    return {"x": x_NCHW, "t": torch.zeros(batch, dtype=torch.long), "condition": named}
+
+
+def kernels_standing_in():
+    """Our operators as on a GPU; where Triton is not installed, their definitions."""
+    try:
+        from harness import recorded
+    except ImportError:
+        return contextlib.nullcontext()
+    return recorded()
+
+
+# -------------------------------------------------------------------------------------------------- graphs, launches
+
+
+def graphs(unet, batch: dict) -> dict[str, int]:
+    """How many pieces torch.compile cuts the forward pass into; it is traced, nothing is compiled."""
+    torch._dynamo.reset()
+    with torch.no_grad():
+        explained = torch._dynamo.explain(unet)(batch["x"], batch["t"], **batch["condition"])
+    torch._dynamo.reset()
+    return {"graphs": explained.graph_count, "graph_breaks": explained.graph_break_count}
+
+
+GROUPS = {
+    "convolution": ("conv",),
+    "norm": ("group_norm", "layer_norm"),
+    "attention": ("attention", "attn", "sdp"),
+    "optimizer": ("adam", "Optimizer.step", "lerp", "foreach"),
+    "linear": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear"),
+}
+
+
+def group_of(operator: str) -> str:
+    """The part of a step that an operator belongs to."""
+    for group, marks in GROUPS.items():
+        if any(mark in operator for mark in marks):
+            return group
+    return "other"
+
+
+def profiled(step, device: str) -> dict:
+    """Shares of one step's time by part, and the kernels it launched on a GPU."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+    rows = [row for row in profile.key_averages() if row.device_type == torch.autograd.DeviceType.CPU]
+    own = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    times = Counter()
+    for row in rows:
+        times[group_of(row.key)] += getattr(row, own)
+    total = sum(times.values()) or 1
+    shares = {group: round(times[group] / total, 4) for group in (*GROUPS, "other")}
+    return {"shares": shares} | ({"kernel_launches": kernel_launches(profile)} if device == "cuda" else {})
+
+
+def kernel_launches(profile) -> int:
+    """Kernels that ran on the device; copies and fills by the driver are not counted."""
+    on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_device)
+
+
+def saved_bytes(unet, batch: dict) -> int:
+    """Bytes that autograd keeps between the forward and the backward pass, the weights not among them."""
+    weights = {p.untyped_storage()._cdata for p in unet.parameters()}
+    held: dict[int, tuple] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            held[storage._cdata] = (storage.nbytes(), storage)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        unet(batch["x"], batch["t"], **batch["condition"])
+    return sum(size for size, _ in held.values())
