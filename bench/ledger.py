@@ -17,6 +17,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import step_counters
 import torch
 from harness import CHIPS, RESULTS, compile_key, counted, machine, resources, table, write_json
 from throughput import NOT_MEASURED, SUBJECTS, forward_backward, launches_of
@@ -165,12 +166,16 @@ def main():
         print(json.dumps(count_traffic()))
         return
     rows = ledger([GATED_CHIP] if options.check else options.chips)
-    print(show(rows))
+    step = step_counters.counters()
+    print(show(rows), step_counters.show(step), sep="\n\n")
     before = json.loads(RECORD.read_text())["rows"] if RECORD.exists() else []
-    found = violations(rows, before)
-    print("\n".join(found) or "every gate holds: no spills on sm_90, bytes at the floor, launches as committed")
+    found = violations(rows, before) + step_counters.violations(step)
+    print(
+        "\n".join(found)
+        or "every gate holds: no spills on sm_90, bytes at the floor, launches as committed, no graph break or recompile"
+    )
     if not options.check:
-        write_json(options.json, {"machine": machine(), "rows": rows})
+        write_json(options.json, {"machine": machine(), "rows": rows, "step": step})
         print(f"record: {options.json}")
     sys.exit(1 if found else 0)
 

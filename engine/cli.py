@@ -21,13 +21,19 @@ PREPARE = {
 COMMANDS = {
     "sample": ("Sample", "draw pictures with a trained model (a run's folder or its ema.safetensors)"),
     "export": ("Export", "one safetensors file, or a folder that diffusers loads"),
-    "evaluate": ("Evaluate", "does each picture show what its caption says?"),
+    "evaluate": ("Evaluate", "a trained model against its data, or its captions"),
+}
+
+RECIPES = {
+    "doctor": "what is wrong with a recipe before it costs a run",
+    "estimate": "parameters, arithmetic, memory and disk of a recipe",
 }
 
 USAGE = f"""usage: duotone COMMAND [flags]
 
   prepare WHAT    make WebDataset shards: {", ".join(PREPARE)}
 {chr(10).join(f"  {name + ' RUN':15} {text}" for name, (_, text) in COMMANDS.items())}
+{chr(10).join(f"  {name + ' RECIPE':15} {text}" for name, text in RECIPES.items())}
 
 duotone COMMAND --help lists the flags."""
 
@@ -53,8 +59,10 @@ def dispatch(arguments: list[str]) -> None:
         prepare(rest)
     elif command in COMMANDS:
         on_a_model(command, rest)
+    elif command in RECIPES:
+        on_a_recipe(command, rest)
     else:
-        raise Refused(f"unknown command {command!r}: there are prepare, {', '.join(COMMANDS)}")
+        raise Refused(f"unknown command {command!r}: there are prepare, {', '.join([*COMMANDS, *RECIPES])}")
 
 
 def on_a_model(command: str, rest: list[str]) -> None:
@@ -65,6 +73,17 @@ def on_a_model(command: str, rest: list[str]) -> None:
     flags = [a for a in rest if a in ("-h", "--help")] if wants_help else rest[1:]
     cls = getattr(importlib.import_module(f"duotone.engine.commands.{command}"), COMMANDS[command][0])
     flags_of(cls, flags, f"duotone {command} RUN").run(None if wants_help else Path(rest[0]))
+
+
+def on_a_recipe(command: str, rest: list[str]) -> None:
+    """A command whose first word is a recipe's file or a run's folder; the flags are the recipe's own."""
+    if rest in (["-h"], ["--help"]):
+        print(f"usage: duotone {command} RECIPE [the recipe's flags]\n\n  {RECIPES[command]}\n")
+        print("RECIPE is a recipe's file or a run's folder; duotone", command, "RECIPE --help lists its flags.")
+        return
+    if not rest or rest[0].startswith("-"):
+        raise Refused(f"duotone {command} needs a recipe's file or a run's folder as its first word")
+    importlib.import_module(f"duotone.engine.commands.{command}").run(Path(rest[0]), rest[1:])
 
 
 def prepare(rest: list[str]) -> None:

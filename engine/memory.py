@@ -55,3 +55,15 @@ def saved_per_image(unet: nn.Module, size: int, dtype: torch.dtype) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         ghost(x, torch.zeros(1, device="meta"), None, tokens if "cross" in (*config.attention, config.middle) else None)
     return sum(seen.values())
+
+
+def flops_per_image(unet: nn.Module, size: int) -> int:
+    """Arithmetic of one forward pass for one image, multiplications and additions, counted on a copy without storage."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    ghost, config = copy.deepcopy(unet).to("meta", torch.float32), unet.config
+    x = torch.empty(1, config.in_channels + config.extra_channels, size, size, device="meta")
+    tokens = torch.empty(1, 77, config.context_width, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        ghost(x, torch.zeros(1, device="meta"), None, tokens if "cross" in (*config.attention, config.middle) else None)
+    return counter.get_total_flops()

@@ -40,7 +40,7 @@ recipe = Recipe(
     batch_size=128,
     images=4_690 * 128,
     checkpoint=Checkpoints(every=469 * 128, keep=2),
-    preview=Previews(every=469 * 128, steps=50, sampler="ancestral", columns=8),
+    preview=Previews(every=469 * 128, steps=50, sampler="ancestral", guidance=1.0, columns=8),
 )
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 N captions, M tokens, D token width.
 """
 
+import contextlib
 import warnings
 from dataclasses import dataclass
 
@@ -60,6 +61,9 @@ class EncoderText:
 
 def loaded(name: str, tokenizer_class: type, encoder_class: type) -> tuple:
     """A tokenizer and an encoder from a folder or the hub; raises Refused where they cannot be had."""
+    # What is here already is taken without asking the hub, which a machine without a network waits for.
+    with contextlib.suppress(OSError, ValueError):
+        return tuple(kind.from_pretrained(name, local_files_only=True) for kind in (tokenizer_class, encoder_class))
     try:
         return tokenizer_class.from_pretrained(name), encoder_class.from_pretrained(name)
     except (OSError, ValueError) as error:

@@ -1,0 +1,108 @@
+"""Conditions as the network gets them: how often each is its null state, whether it says anything, what guidance can do.
+
+N rows; the ports' own names are those of engine/conditioning/base.py.
+"""
+
+from collections.abc import Iterator
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from duotone.data.batch import Batch
+from duotone.engine.conditioning.base import Conditioner, Conditioning
+from duotone.engine.conditioning.dropout import conditioned
+from duotone.engine.conditioning.label import Label
+from duotone.engine.doctor.examination import ROWS, Finding, Patient
+
+
+@torch.no_grad()
+def drop_rates(patient: Patient) -> Iterator[Finding]:
+    """Rows that reach the network in their null state, counted there, against what is configured."""
+    recipe, (built, absent) = patient.recipe, patient.conditioners
+    for kind, why in absent.items():
+        yield Finding("unknown", f"{kind}.dropout", f"not measured: {why}")
+    flip_N = torch.zeros(ROWS, dtype=torch.bool)
+    tensors, keep = conditioned(built, patient.batch, recipe.seed, flip_N, recipe.drop_together)
+    for kind, conditioner in built.items():
+        if kind == "temperature":
+            continue
+        null_N = is_null(conditioner, tensors[kind], keep[kind])
+        yield rate(kind, conditioner.dropout, recipe.drop_together, float(null_N.double().mean()))
+
+
+def rate(kind: str, dropout: float, together: float, measured: float) -> Finding:
+    wanted = 1 - (1 - dropout) * (1 - together)
+    noise = 4 * (wanted * (1 - wanted) / ROWS) ** 0.5 + 0.01
+    says = f"configured {wanted:.1%}, measured at the network's input {measured:.1%} of {ROWS:,} rows"
+    return Finding("fault" if abs(measured - wanted) > noise else "fine", f"{kind}.dropout", says)
+
+
+def is_null(conditioner: Conditioner, tensors: dict[str, Tensor], keep_N: Tensor) -> Tensor:
+    """Which rows give the network exactly what a dropped row gives it."""
+    given, null = conditioner(tensors, keep_N), conditioner(tensors, torch.zeros_like(keep_N))
+    same_N = torch.ones_like(keep_N)
+    for a, b in pairs(given, null):
+        same_N &= (a == b).expand(len(keep_N), *a.shape[1:]).flatten(1).all(1)
+    return same_N
+
+
+def pairs(one: Conditioning, other: Conditioning) -> Iterator[tuple[Tensor, Tensor]]:
+    for field in fields(Conditioning):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        if a is not None:
+            yield a, b
+
+
+@torch.no_grad()
+def says_something(patient: Patient) -> Iterator[Finding]:
+    """Two samples that differ in a condition must differ at the network's input."""
+    for kind, conditioner in patient.conditioners[0].items():
+        if kind == "temperature" or not differs(patient.batch, kind):
+            continue
+        tensors = conditioner.of_batch(patient.batch)
+        given = conditioner(tensors, torch.ones(ROWS, dtype=torch.bool))
+        if all((a[:16] == a[:1]).all() for a, _ in pairs(given, given)):
+            yield Finding("fault", kind, "every sample gives the network the same: the condition says nothing")
+        else:
+            yield Finding("fine", kind, "samples that differ in it differ at the network's input")
+
+
+def differs(batch: Batch, kind: str) -> bool:
+    """Whether the rows at hand differ in what a kind reads."""
+    if kind in ("label", "class_map"):
+        return len(batch.labels_N[:16].unique()) > 1
+    if kind == "attributes":
+        return len(batch.attributes_NK[:16].unique(dim=0)) > 1
+    return "text" not in kind or len(set(batch.captions[:16])) > 1
+
+
+def sinusoids(patient: Patient) -> Iterator[Finding]:
+    """A class number is a name, not a quantity."""
+    for condition in patient.recipe.conditioning:
+        if isinstance(condition, Label) and condition.encoding == "sinusoid":
+            says = "the class number is fed as a sinusoid, as if class 3 lay between 2 and 4; embedding learns each by itself"
+            yield Finding("warning", "label.encoding", says)
+
+
+def guidance(patient: Patient) -> Iterator[Finding]:
+    """Guidance is a difference to the null state, which only dropout trains."""
+    recipe = patient.recipe
+    asked = {c.kind: c.dropout for c in recipe.conditioning if c.kind != "temperature"}
+    guided = any(c.kind == "temperature" for c in recipe.conditioning)
+    if not asked or guided:
+        return
+    never = [kind for kind, dropout in asked.items() if dropout == 0 and recipe.drop_together == 0]
+    if never and recipe.preview.guidance != 1:
+        says = (
+            f"{recipe.preview.guidance:g} is set, but {', '.join(never)} is never dropped, so there is no trained null state "
+            "to guide away from: previews are drawn at 1, and sampling with guidance is refused"
+        )
+        yield Finding("fault", "preview.guidance", says)
+    elif never:
+        yield Finding("warning", "dropout", f"{', '.join(never)} is never dropped: guidance will not be possible")
+    else:
+        yield Finding("fine", "guidance", "every condition has a trained null state")
+
+
+CHECKS = (drop_rates, says_something, sinusoids, guidance)

@@ -1,0 +1,34 @@
+"""What this machine runs in place of the fast path, and what would bring it."""
+
+from collections.abc import Iterator
+
+from duotone.engine import speed
+from duotone.engine.doctor.examination import Finding, Patient
+from duotone.kernels.attention import xformers
+
+
+def device(patient: Patient) -> Iterator[Finding]:
+    choice = speed.choose(patient.recipe.speed)
+    lines = speed.substitutions(choice)
+    yield Finding("fine", "device", f"{choice.device}, {choice.precision}{', compiled' if choice.compile else ''}")
+    for line in lines:
+        yield Finding("warning", "device", line)
+
+
+def attention(patient: Patient) -> Iterator[Finding]:
+    """An xformers that cannot run here is named with its reason."""
+    if speed.choose(patient.recipe.speed).device == "cuda" and (why := xformers()[1]):
+        yield Finding("warning", "xformers", why)
+
+
+def decoder(patient: Patient) -> Iterator[Finding]:
+    if patient.data is None:
+        yield Finding("unknown", "data", "no --data.shards: classes, captions and decoder were not looked at")
+        return
+    yield Finding("fine", "data", f"{patient.data.count:,} samples, decoded by {patient.data.decoder}")
+    for line in (patient.data.decoder_note, *patient.data.notes):
+        if line:
+            yield Finding("warning", "data", line)
+
+
+CHECKS = (device, attention, decoder)

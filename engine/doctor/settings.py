@@ -1,0 +1,86 @@
+"""Settings that contradict each other, or that nothing reads."""
+
+from collections.abc import Iterator
+from dataclasses import fields
+
+from duotone.engine.doctor.examination import Finding, Patient
+from duotone.engine.objectives.ddpm import DDPM
+
+
+def warm_up(patient: Patient) -> Iterator[Finding]:
+    """Counted in images, not in steps, and not multiplied by ranks."""
+    recipe = patient.recipe
+    warmup, share = recipe.optimizer.warmup, recipe.optimizer.warmup / recipe.images
+    if share >= 1:
+        says = f"{warmup:,} images, but the run ends at {recipe.images:,}: optimizer.lr is never reached"
+        yield Finding("fault", "optimizer.warmup", says)
+    elif share > 0.25:
+        yield Finding("warning", "optimizer.warmup", f"{share:.0%} of the run: {warmup:,} of {recipe.images:,} images")
+    else:
+        yield Finding("fine", "optimizer.warmup", f"{share:.1%} of the run")
+
+
+def averaging(patient: Patient) -> Iterator[Finding]:
+    """The EMA at the end must have forgotten the weights that it began with."""
+    recipe = patient.recipe
+    kept, images = 1.0, 0
+    stride = max(1, recipe.images // recipe.batch_size // 2000)
+    for step in range(stride, recipe.images // recipe.batch_size + 1, stride):
+        images = step * recipe.batch_size
+        kept *= recipe.ema.decay(images, recipe.batch_size) ** stride
+    if kept > 0.01:
+        says = f"the exported weights will still be {kept:.0%} the random ones of the start: shorten ema.half_life"
+        yield Finding("fault", "ema", says)
+    else:
+        yield Finding("fine", "ema", f"the start's weights count {kept:.1g} at the end")
+
+
+def batches(patient: Patient) -> Iterator[Finding]:
+    """A batch must divide among ranks, and an epoch should hold several."""
+    recipe = patient.recipe
+    uneven = [ranks for ranks in (2, 4, 8) if recipe.batch_size % (ranks * recipe.accumulation)]
+    if uneven:
+        listed = ", ".join(map(str, uneven))
+        says = f"{recipe.batch_size} with accumulation {recipe.accumulation} does not divide among {listed} ranks"
+        yield Finding("warning", "batch_size", says)
+    else:
+        yield Finding("fine", "batch_size", f"{recipe.batch_size} divides among 2, 4 and 8 ranks")
+    if patient.data is not None and patient.data.count < recipe.batch_size:
+        says = f"{recipe.batch_size}, but the data has {patient.data.count}: an image comes up several times in a step"
+        yield Finding("warning", "batch_size", says)
+
+
+def without_effect(patient: Patient) -> Iterator[Finding]:
+    """Fields that were set, and that another field keeps from being read."""
+    silent = list(unread(patient.recipe))
+    for name, why in silent:
+        yield Finding("warning", name, f"is set, but has no effect: {why}")
+    if not silent:
+        yield Finding("fine", "settings", "none is set without effect")
+
+
+def unread(recipe) -> Iterator[tuple[str, str]]:
+    ema, objective = recipe.ema, recipe.objective
+    if ema.power > 0:
+        yield from ((f"ema.{n}", "ema.power is above 0") for n in changed(ema) & {"half_life", "rampup"})
+    elif "max_decay" in changed(ema):
+        yield "ema.max_decay", "ema.power is 0"
+    if isinstance(objective, DDPM) and "gamma" in changed(objective) and "min_snr" not in objective.weighting:
+        yield "objective.gamma", f"objective.weighting is {objective.weighting}"
+    if "backend" in changed(recipe.speed) and recipe.speed.compile is False:
+        yield "speed.backend", "speed.compile is off"
+    if recipe.drop_together and not recipe.conditioning:
+        yield "drop_together", "there is no condition"
+    if objective.stratified and recipe.batch_size == 1:
+        yield "objective.stratified", "a batch holds one image"
+    for name in ("checkpoint", "preview"):
+        if recipe.images < getattr(recipe, name).every != type(getattr(recipe, name))().every:
+            yield f"{name}.every", f"the run ends at {recipe.images:,} images"
+
+
+def changed(config) -> set[str]:
+    """Fields that differ from their defaults."""
+    return {f.name for f in fields(config) if getattr(config, f.name) != f.default}
+
+
+CHECKS = (warm_up, averaging, batches, without_effect)

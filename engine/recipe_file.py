@@ -1,0 +1,38 @@
+"""A recipe from where a person keeps it: a recipe's file, or the folder of a run, with flags laid over it."""
+
+import runpy
+from pathlib import Path
+
+from duotone.data.refusal import Refused
+from duotone.engine import run_folder
+from duotone.engine.command_line import parse
+from duotone.engine.recipe import Recipe, from_json
+
+
+def recipe_at(path: Path, flags: list[str], name: str) -> Recipe:
+    """The checked recipe of recipes/X.py or runs/X; `name` is the command as its help shows it.
+
+    Raises Refused on a path that holds none, and on flags that do not fit.
+    """
+    recipe = parse(Recipe, flags, default=stored(path) if path.is_dir() else written(path), name=name)
+    recipe.check()
+    return recipe
+
+
+def stored(folder: Path) -> Recipe:
+    found = run_folder.stored_recipe(folder)
+    if found is None:
+        raise Refused(f"{folder} is no run's folder (no recipe.json): give one, or a file of recipes/")
+    return from_json(found)
+
+
+def written(file: Path) -> Recipe:
+    if not file.is_file():
+        raise Refused(f"{file} does not exist: give a recipe's file, such as recipes/coco_clip.py, or a run's folder")
+    try:
+        found = runpy.run_path(str(file)).get("recipe")
+    except Exception as error:  # noqa: BLE001 - whatever stands in a file that may be no recipe at all
+        raise Refused(f"{file} cannot be run as a recipe ({type(error).__name__}: {error})") from None
+    if not isinstance(found, Recipe):
+        raise Refused(f"{file} defines no `recipe = Recipe(...)`")
+    return found
