@@ -1,0 +1,287 @@
+"""Every convolution of a network, forward and both gradients, each way it can be run: time, rate, the best way per shape.
+
+    python bench/conv.py                     # the reference network, 64 images of 128 px; on a CPU the small one
+    python bench/conv.py --small             # the small network, 4 images of 32 px, anywhere
+    python bench/conv.py --shapes 5 --json out.json
+
+Shapes and their numbers come from hooks on the network itself. On a GPU, bf16 and channels-last: cuDNN (benchmark on), the
+compiler's templates (max-autotune; it has none for a weight gradient, nor for the data gradient of a stride), and for 1 x 1
+a matrix product. On a CPU, fp32: planes against channels-last, which says nothing of a GPU. Rates stand beside the matrix
+product's in the same process; the totals weigh each shape by how often it occurs in a step.
+"""
+
+import argparse
+import statistics
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from clocks import interleaved, matmul_rate
+from networks import NAMED, SIZES, one_line, their_unet
+from record import command, default_path, load_average, machine, refuse, table, write_json
+
+from duotone.data.refusal import Refused
+
+PASSES = ("forward", "data gradient", "weight gradient")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One convolution as the network meets it."""
+
+    images: int
+    channels: int
+    height: int
+    width: int
+    out_channels: int
+    kernel: int
+    stride: int
+    padding: int
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        reach = 2 * self.padding - self.kernel
+        return (self.height + reach) // self.stride + 1, (self.width + reach) // self.stride + 1
+
+    @property
+    def flops(self) -> int:
+        """Of one pass: all three multiply the same numbers."""
+        height, width = self.out_size
+        return 2 * self.images * height * width * self.channels * self.out_channels * self.kernel**2
+
+    def __str__(self) -> str:
+        stride = f" / {self.stride}" if self.stride > 1 else ""
+        return f"{self.channels} -> {self.out_channels}, {self.kernel} x {self.kernel}{stride}, {self.height} x {self.width}"
+
+
+def shapes_of(network: str, size: int, batch: int) -> Counter:
+    """Shapes of every convolution in one forward pass, with their numbers; nothing is computed."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    seen: Counter = Counter()
+
+    def note(layer, inputs, output):
+        n, c, h, w = inputs[0].shape
+        seen[Shape(n, c, h, w, layer.out_channels, layer.kernel_size[0], layer.stride[0], layer.padding[0])] += 1
+
+    with FakeTensorMode(), torch.no_grad():
+        unet, arguments = ghost(network, size, batch)
+        for layer in unet.modules():
+            if isinstance(layer, torch.nn.Conv2d):
+                layer.register_forward_hook(note)
+        unet(*arguments)
+    return seen
+
+
+def ghost(network: str, size: int, batch: int) -> tuple:
+    """The network and its inputs: ours, or diffusers' for Stable Diffusion's shape."""
+    time_N = torch.zeros(batch)
+    if network in NAMED:
+        config = NAMED[network]
+        tokens_NMD = torch.empty(batch, 77, config.context_width)
+        return config.build(), (torch.empty(batch, config.in_channels, size, size), time_N, None, tokens_NMD)
+    unet = their_unet(network, size)
+    tokens_NMD = torch.empty(batch, 77, unet.config.cross_attention_dim)
+    return unet, (torch.empty(batch, unet.config.in_channels, size, size), time_N, tokens_NMD)
+
+
+# ---------------------------------------------------------------------------------------------------------- contenders
+
+
+@dataclass
+class Inputs:
+    """One shape's tensors, in one layout."""
+
+    shape: Shape
+    x_NCHW: torch.Tensor
+    weight: torch.Tensor
+    gradient: torch.Tensor
+
+
+def draw(shape: Shape, device: str, layout: torch.memory_format) -> Inputs:
+    """Weights stay contiguous, as in training: re-laying them is part of the cost."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+
+    def image(channels: int, *size: int) -> torch.Tensor:
+        return torch.randn(shape.images, channels, *size, dtype=dtype, device=device).to(memory_format=layout)
+
+    weight = torch.randn(shape.out_channels, shape.channels, shape.kernel, shape.kernel, dtype=dtype, device=device)
+    x_NCHW = image(shape.channels, shape.height, shape.width)
+    return Inputs(shape, x_NCHW, weight, image(shape.out_channels, *shape.out_size))
+
+
+def library(inputs: Inputs) -> dict:
+    """Each pass as PyTorch runs it: cuDNN on a GPU, oneDNN on a CPU."""
+    shape, stride, padding = inputs.shape, [inputs.shape.stride] * 2, [inputs.shape.padding] * 2
+
+    def backward(*wanted: bool):
+        return lambda: torch.ops.aten.convolution_backward(
+            inputs.gradient, inputs.x_NCHW, inputs.weight, None, stride, padding, [1, 1], False, [0, 0], 1, wanted
+        )
+
+    return {
+        "forward": lambda: F.conv2d(inputs.x_NCHW, inputs.weight, None, shape.stride, shape.padding),
+        "data gradient": backward(True, False, False),
+        "weight gradient": backward(False, True, False),
+    }
+
+
+def templates(inputs: Inputs) -> dict:
+    """The compiler's own convolution; the data gradient is a convolution too, with the weights turned round."""
+    shape = inputs.shape
+    torch._dynamo.reset()
+    torch._inductor.config.max_autotune_conv_backends = "TRITON"
+
+    def forward():
+        return F.conv2d(inputs.x_NCHW, inputs.weight, None, shape.stride, shape.padding)
+
+    def data_gradient():
+        turned = inputs.weight.flip(2, 3).transpose(0, 1)
+        return F.conv2d(inputs.gradient, turned, None, 1, shape.kernel - 1 - shape.padding)
+
+    calls = {"forward": forward} | ({"data gradient": data_gradient} if shape.stride == 1 else {})
+    return {name: torch.compile(call, mode="max-autotune-no-cudagraphs") for name, call in calls.items()}
+
+
+def products(inputs: Inputs) -> dict:
+    """A 1 x 1 convolution over channels-last pixels is a matrix product."""
+    x_PC, gradient_PO = (t.permute(0, 2, 3, 1).flatten(0, 2) for t in (inputs.x_NCHW, inputs.gradient))
+    weight_OC = inputs.weight.flatten(1)
+    return {
+        "forward": lambda: x_PC @ weight_OC.T,
+        "data gradient": lambda: gradient_PO @ weight_OC,
+        "weight gradient": lambda: gradient_PO.T @ x_PC,
+    }
+
+
+def contenders(shape: Shape, device: str, with_templates: bool) -> tuple[dict, dict]:
+    """Calls by pass and way, and why a way is missing."""
+    last = draw(shape, device, torch.channels_last)
+    if device == "cpu":
+        planes = draw(shape, device, torch.contiguous_format)
+        ways = {"planes": library(planes), "channels-last": library(last)}
+    else:
+        ways = {"cuDNN": library(last)}
+    if shape.kernel == 1 and shape.stride == 1:
+        ways["matrix product"] = products(last)
+    absent = {}
+    if device == "cuda" and with_templates:
+        compiled = templates(last)
+        for name, call in list(compiled.items()):
+            try:
+                call()
+            except Exception as error:  # noqa: BLE001 - a shape without a working template is a finding, not an end
+                absent[f"templates, {name}"] = one_line(error)
+                del compiled[name]
+        ways["templates"] = compiled
+    return {name: {way: calls[name] for way, calls in ways.items() if name in calls} for name in PASSES}, absent
+
+
+# ------------------------------------------------------------------------------------------------------------- measuring
+
+
+def measure(shape: Shape, number: int, device: str, rounds: int, with_templates: bool) -> dict:
+    calls, absent = contenders(shape, device, with_templates)
+    row = {"shape": asdict(shape), "name": str(shape), "number": number, "flops": shape.flops, "passes": {}}
+    for name in PASSES:
+        times = interleaved(calls[name], rounds, device)
+        medians = {way: statistics.median(values) for way, values in times.items()}
+        best = min(medians, key=medians.get)
+        row["passes"][name] = {"milliseconds": medians, "best": best, "teraflops": shape.flops / medians[best] / 1e9}
+    return row | ({"absent": absent} if absent else {})
+
+
+def measure_all(found: Counter, device: str, asked: argparse.Namespace) -> list[dict]:
+    """Heaviest shapes first; the compiler is asked for templates until its minutes are spent."""
+    heaviest = sorted(found, key=lambda shape: -found[shape] * shape.flops)
+    rows, began = [], time.monotonic()
+    for shape in heaviest[: asked.shapes]:
+        with_templates = time.monotonic() - began < 60 * asked.template_minutes
+        rows.append(measure(shape, found[shape], device, asked.rounds, with_templates))
+        print(f"{len(rows)} of {len(heaviest[: asked.shapes])}: {shape}", flush=True)
+    return rows
+
+
+def totals(rows: list[dict], standard: str) -> dict[str, dict[str, float]]:
+    """Milliseconds of a step's convolutions: all by the standard way, and each by its best."""
+    summed = {}
+    for name in PASSES:
+        passes = [(row["number"], row["passes"][name]) for row in rows]
+        every = sum(number * one["milliseconds"][standard] for number, one in passes)
+        best = sum(number * min(one["milliseconds"].values()) for number, one in passes)
+        summed[name] = {standard: every, "best of each": best, "ratio": every / best}
+    return summed
+
+
+def choices(rows: list[dict]) -> list[dict]:
+    """What an engine would look up: shape and pass to the fastest way."""
+    return [row["shape"] | {"pass": name, "choice": row["passes"][name]["best"]} for row in rows for name in PASSES]
+
+
+def show(rows: list[dict], result: dict) -> str:
+    lines = []
+    for row in rows:
+        for name, one in row["passes"].items():
+            line = {"convolution": row["name"], "number": row["number"], "pass": name}
+            ways = {way: one["milliseconds"].get(way) for way in result["ways"]}
+            lines.append(line | ways | {"best": one["best"], "of matmul rate": one["teraflops"] / result["matmul_teraflops"]})  # fmt: skip
+    summed = [{"pass, weighed": name} | total for name, total in result["totals"].items()]
+    return table(lines) + "\n\n" + table(summed)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=[*NAMED, "sd15"], help="whose convolutions")
+    parser.add_argument("--small", action="store_true", help="the small network, 4 images of 32 px")
+    parser.add_argument("--batch", type=int, help="images")
+    parser.add_argument("--size", type=int, help="side in pixels")
+    parser.add_argument("--shapes", type=int, help="only this many, the heaviest")
+    parser.add_argument("--rounds", type=int, default=10, help="interleaved rounds")
+    parser.add_argument("--template-minutes", type=float, default=6, help="how long the compiler may try templates")
+    parser.add_argument("--json", type=Path, help="where the result goes (default: bench/results/)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    asked = parse()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    small = asked.small or device == "cpu"
+    network = asked.network or ("small" if small else "reference")
+    size, batch = asked.size or SIZES[network], asked.batch or (4 if small else 64)
+    if min(size, batch, asked.rounds) < 1 or (asked.shapes is not None and asked.shapes < 1):
+        refuse("--size, --batch, --rounds and --shapes must be at least 1")
+    torch.backends.cudnn.benchmark = True
+    try:
+        found = shapes_of(network, size, batch)
+    except Refused as refusal:
+        refuse(str(refusal))
+    loads = [load_average()]
+    rows = measure_all(found, device, asked)
+    standard = "cuDNN" if device == "cuda" else "planes"
+    result = {
+        "machine": machine(),
+        "command": command(),
+        "network": network,
+        "size": size,
+        "batch": batch,
+        "dtype": "bf16" if device == "cuda" else "fp32",
+        "clock": "device" if device == "cuda" else "processor time",
+        "load_average": [*loads, load_average()],
+        "convolutions": sum(found.values()),
+        "matmul_teraflops": matmul_rate(device),
+        "ways": list(dict.fromkeys(way for row in rows for one in row["passes"].values() for way in one["milliseconds"])),
+        "totals": totals(rows, standard),
+        "results": rows,
+        "choices": choices(rows),
+    }  # fmt: skip
+    print("\n" + show(rows, result))
+    path = asked.json or default_path("conv")
+    write_json(path, result)
+    print(f"\nwritten: {path}")
+
+
+if __name__ == "__main__":
+    main()
