@@ -1,10 +1,13 @@
 """How much memory a rank will need, from the network itself: nothing is allocated."""
 
+import contextlib
 import copy
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from duotone.kernels.dispatch import imagined
 
 
 @dataclass(frozen=True)
@@ -28,33 +31,31 @@ def estimate(network: nn.Module, recipe, micro: int, choice, ranks: int) -> Esti
     sharded = 4 * 4 * parameters // ranks
     gradients = parameters * 4 // (ranks if recipe.zero.stage > 1 else 1)
     weights = held // (ranks if recipe.zero.stage == 3 else 1)
-    return Estimate(
-        weights + gradients + sharded, micro * saved_per_image(network.unet, recipe.data.size, choice.dtype)
-    )
+    return Estimate(weights + gradients + sharded, micro * saved_per_image(network.unet, recipe.data.size, choice))
 
 
-def saved_per_image(unet: nn.Module, size: int, dtype: torch.dtype) -> int:
-    """Bytes that autograd keeps for one image, counted on a copy without storage."""
+def saved_per_image(unet: nn.Module, size: int, choice) -> int:
+    """Bytes that autograd keeps for one image, counted on a copy without storage; on CUDA the kernels keep less."""
     held = getattr(unet, "checkpointing", False)
-    ghost = copy.deepcopy(unet).to("meta", dtype)
+    ghost = copy.deepcopy(unet).to("meta", choice.dtype)
     ghost.checkpointing = held
-    weights = {id(p) for p in ghost.parameters()}
-    seen: dict[int, int] = {}
+    # Views share their storage: a transposed weight is a weight, and what two layers keep is held once.
+    weights = {p.untyped_storage()._cdata for p in ghost.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        base = tensor._base if tensor._base is not None else tensor
-        if id(base) not in weights:
-            seen[id(base)] = base.numel() * base.element_size()
-            kept.append(base)
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
         return tensor
 
-    kept: list[torch.Tensor] = []
     config = unet.config
-    x = torch.empty(1, config.in_channels + config.extra_channels, size, size, device="meta", dtype=dtype)
-    tokens = torch.empty(1, 77, config.context_width, device="meta", dtype=dtype)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    x = torch.empty(1, config.in_channels + config.extra_channels, size, size, device="meta", dtype=choice.dtype)
+    tokens = torch.empty(1, 77, config.context_width, device="meta", dtype=choice.dtype)
+    path = imagined() if choice.device == "cuda" else contextlib.nullcontext()
+    with path, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         ghost(x, torch.zeros(1, device="meta"), None, tokens if "cross" in (*config.attention, config.middle) else None)
-    return sum(seen.values())
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def flops_per_image(unet: nn.Module, size: int) -> int:

@@ -303,6 +303,13 @@ def _scaled_dot_product(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale):
     return out_NHLD.transpose(1, 2) * attends_N[:, None, None, None].to(out_NHLD.dtype)
 
 
+def _imagined(q_NLHD, k_NMHD, v_NMHD):
+    """What every fused kernel keeps for its gradient, on tensors without storage, for which PyTorch takes an unfused one."""
+    q_NHLD, k_NHMD, v_NHMD = (t.transpose(1, 2) for t in (q_NLHD, k_NMHD, v_NMHD))
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return fused(q_NHLD, k_NHMD, v_NHMD)[0].transpose(1, 2)
+
+
 def _restricted(backend):
     def run(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale):
         with sdpa_kernel(backend):
@@ -413,6 +420,8 @@ def attention(q_NLHD, k_NMHD, v_NMHD, *, mask_NM=None, scale=None):
         if reason is None:
             return _forward(q_NLHD, k_NMHD, v_NMHD, mask_NM, width**-0.5 if scale is None else float(scale))
         count_fallback(NAME, reason, *q_NLHD.shape, keys)
+    if q_NLHD.is_meta:
+        return _imagined(q_NLHD, k_NMHD, v_NMHD)
     if not q_NLHD.is_cuda:
         return _scaled_dot_product(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale)
     backend = _backend(images, queries, keys, heads, width, q_NLHD.dtype, mask_NM is not None)

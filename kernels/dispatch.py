@@ -4,6 +4,7 @@ This is the only place that knows Triton may be absent: kernel files take `trito
 is no Triton (macOS) the decorators leave inert objects behind and every call goes to its reference.
 """
 
+import contextlib
 import os
 from collections import Counter
 
@@ -35,6 +36,18 @@ INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 launches: Counter = Counter()
 _fallbacks: dict[str, dict[tuple, str]] = {}
 _disabled: dict[str, str] = {}
+_imagining = False
+
+
+@contextlib.contextmanager
+def imagined():
+    """Calls on tensors without storage take the kernels' path, and nothing is launched: what a GPU would hold."""
+    global _imagining
+    _imagining = True
+    try:
+        yield
+    finally:
+        _imagining = False
 
 
 def launch(name: str, wrapped, grid: tuple[int, ...], arguments: dict) -> None:
@@ -42,6 +55,8 @@ def launch(name: str, wrapped, grid: tuple[int, ...], arguments: dict) -> None:
 
     The operator itself calls wrap_triton: torch.compile reads operators' sources to know when a kernel has changed.
     """
+    if _imagining:
+        return
     launches[name] += 1
     wrapped[grid](**arguments)
 
@@ -59,6 +74,8 @@ def direct(kernel):
 
 def runs_kernel(kernel: str, tensor: torch.Tensor) -> bool:
     """True where a Triton kernel can be launched on this tensor's device and its self-test has not disabled it."""
+    if tensor.is_meta:
+        return _imagining
     if kernel in _disabled:
         return False
     return INTERPRETED if tensor.device.type == "cpu" else HAS_TRITON and tensor.device.type == "cuda"

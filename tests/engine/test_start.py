@@ -12,6 +12,9 @@ from duotone.engine.log import Log, Logger, duration
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.optimizer import AdamW, AdamWEma, Ema, parameter_groups
 from duotone.engine.preview import Previews
+from duotone.engine.speed import Choice
+
+CPU = Choice("cpu", "fp32", False)
 
 
 def test_a_missing_compiler_is_one_line_with_the_remedy(monkeypatch, tmp_path):
@@ -35,7 +38,7 @@ def test_a_tracker_that_fails_is_dropped_and_the_metrics_go_on(tmp_path, capsys)
 
     logger.listeners.append(broken)
     for step in (1, 2):
-        logger.step(step, 8 * step, 8, False, lambda: {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-3})
+        logger.step(step, 8 * step, 8, lambda: {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-3})
     logger.close()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     assert capsys.readouterr().out.count("dropped") == 1
@@ -88,10 +91,10 @@ def test_memory_is_counted_without_allocating():
         groups=8,
     )
     unet = config.build()
-    small, large = (memory.saved_per_image(unet, side, torch.float32) for side in (16, 32))
+    small, large = (memory.saved_per_image(unet, side, CPU) for side in (16, 32))
     assert 3.2 < large / small < 6  # pixels quadruple; attention grows faster, weights' share not at all
     unet.checkpointing = True
-    assert memory.saved_per_image(unet, 32, torch.float32) < large / 2
+    assert memory.saved_per_image(unet, 32, CPU) < large / 2
     assert all(p.device.type == "cpu" for p in unet.parameters())
 
 
@@ -118,3 +121,28 @@ def test_an_old_run_is_moved_aside_not_deleted(tmp_path):
         (tmp_path / "run" / "x").write_text(str(n))
         assert run_folder.move_aside(tmp_path / "run").name == f"run-before-{n}"
     assert sorted(os.listdir(tmp_path)) == ["run-before-1", "run-before-2"]
+
+
+def test_the_estimate_of_activations_is_what_autograd_keeps():
+    """Counted without storage, against the storages that a real forward pass saves."""
+    config = UNetConfig(
+        channels=(16, 32),
+        attention=("none", "cross"),
+        heads=(2, 2),
+        blocks=(1, 1),
+        depth=(1, 1),
+        context_width=16,
+        groups=8,
+    )
+    unet, kept = config.build(), {}
+    weights = {p.untyped_storage()._cdata for p in unet.parameters()}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        unet(torch.randn(1, 3, 32, 32), torch.zeros(1), None, torch.randn(1, 77, 16))
+    real = sum(storage.nbytes() for at, storage in kept.items() if at not in weights)
+    assert memory.saved_per_image(unet, 32, CPU) == pytest.approx(real, rel=0.02)
+    assert memory.saved_per_image(unet, 32, Choice("cuda", "bf16", True)) < real / 2

@@ -1,0 +1,236 @@
+"""The doctor names each published system's bug when it is planted, and finds a sound recipe sound."""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from duotone.data.refusal import Refused
+from duotone.data.shards import Shards
+from duotone.engine import cli, draws
+from duotone.engine.conditioning.label import Label
+from duotone.engine.doctor.examination import Finding, examine
+from duotone.engine.model.unet import UNetConfig
+from duotone.engine.objectives.ddpm import DDPM
+from duotone.engine.objectives.edm import EDM
+from duotone.engine.optimizer import AdamW, Ema
+from duotone.engine.preview import Previews
+from duotone.engine.recipe import Recipe
+from duotone.engine.recipe_file import recipe_at
+
+ROOT = Path(__file__).parent.parent.parent
+SOUND = Recipe(
+    name="sound",
+    data=Shards(size=16),
+    conditioning=(Label(dropout=0.1),),
+    objective=DDPM(steps=1000),
+    model=UNetConfig(
+        channels=(16, 16),
+        attention=("none", "none"),
+        middle="single",
+        heads=(2, 2),
+        blocks=(1, 1),
+        depth=(1, 1),
+        groups=8,
+    ),
+    optimizer=AdamW(warmup=1000),
+    ema=Ema(half_life=1000),
+    batch_size=64,
+    images=64_000,
+)
+
+
+def found(recipe: Recipe) -> dict[str, Finding]:
+    """The worst finding of each subject."""
+    worst, order = {}, ("fault", "warning", "unknown", "fine")
+    for finding in examine(recipe):
+        held = worst.get(finding.subject)
+        if held is None or order.index(finding.level) < order.index(held.level):
+            worst[finding.subject] = finding
+    return worst
+
+
+def test_a_sound_recipe_is_found_sound():
+    levels = {subject: finding.level for subject, finding in found(SOUND).items()}
+    assert not [subject for subject, level in levels.items() if level == "fault"]
+    assert levels["label.dropout"] == levels["timesteps"] == levels["network"] == levels["guidance"] == "fine"
+
+
+def planted_normal_dropout(monkeypatch) -> Recipe:
+    """A normal number is below 0.1 in 54 % of cases: rand and randn exchanged."""
+    uniform = draws.uniform
+
+    def wrong(seed, positions_N, purpose, count=1):
+        u = uniform(seed, positions_N, purpose, count)
+        return torch.special.ndtri(u) if purpose == draws.Purpose.DROP else u
+
+    monkeypatch.setattr(draws, "uniform", wrong)
+    return SOUND
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithoutTheLast(DDPM):
+    def draw_sigma(self, u_N):
+        return self.sigmas[(u_N * (self.steps - 1)).long()]
+
+
+def planted_untrained_timestep(monkeypatch) -> Recipe:
+    return replace(SOUND, objective=WithoutTheLast(steps=1000))
+
+
+def planted_sinusoid(monkeypatch) -> Recipe:
+    return replace(SOUND, conditioning=(Label(encoding="sinusoid", dropout=0.1),))
+
+
+def planted_batch_normalisation(monkeypatch) -> Recipe:
+    build = UNetConfig.build
+
+    def wrong(config):
+        unet = build(config)
+        unet.conv_norm_out = nn.BatchNorm2d(16)
+        return unet
+
+    monkeypatch.setattr(UNetConfig, "build", wrong)
+    return SOUND
+
+
+def planted_guidance_without_a_null(monkeypatch) -> Recipe:
+    return replace(SOUND, conditioning=(Label(dropout=0.0),), preview=Previews(guidance=3.0))
+
+
+def planted_blind_condition(monkeypatch) -> Recipe:
+    """Every class is the same class: a number of classes that nothing reads."""
+    from duotone.engine.conditioning.label import LabelConditioner
+
+    of_batch = LabelConditioner.of_batch
+    monkeypatch.setattr(
+        LabelConditioner, "of_batch", lambda self, batch, seed=0: {"labels_N": 0 * of_batch(self, batch)["labels_N"]}
+    )
+    return SOUND
+
+
+def planted_long_warm_up(monkeypatch) -> Recipe:
+    return replace(SOUND, optimizer=AdamW(warmup=100_000))
+
+
+def planted_late_average(monkeypatch) -> Recipe:
+    return replace(SOUND, ema=Ema(half_life=500_000, rampup=0.0))
+
+
+def planted_uneven_batch(monkeypatch) -> Recipe:
+    return replace(SOUND, batch_size=50, images=50_000)
+
+
+def planted_silent_setting(monkeypatch) -> Recipe:
+    return replace(SOUND, objective=DDPM(gamma=3.0))
+
+
+@pytest.mark.parametrize(
+    "plant,subject,level,says",
+    [
+        (planted_normal_dropout, "label.dropout", "fault", "configured 10.0%, measured at the network's input 5"),
+        (planted_untrained_timestep, "timesteps", "fault", "1 of 1000 timesteps are never trained (t = 999), the last"),
+        (planted_sinusoid, "label.encoding", "warning", "class 3 lay between 2 and 4"),
+        (planted_batch_normalisation, "network", "fault", "conv_norm_out normalises over the batch"),
+        (planted_guidance_without_a_null, "preview.guidance", "fault", "label is never dropped"),
+        (planted_blind_condition, "label", "fault", "says nothing"),
+        (planted_long_warm_up, "optimizer.warmup", "fault", "the run ends at 64,000"),
+        (planted_late_average, "ema", "fault", "the random ones of the start"),
+        (planted_uneven_batch, "batch_size", "warning", "does not divide among 4, 8 ranks"),
+        (planted_silent_setting, "objective.gamma", "warning", "has no effect: objective.weighting is simple"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_planted_bug_is_named(plant, subject, level, says, monkeypatch):
+    began = time.process_time()
+    finding = found(plant(monkeypatch))[subject]
+    assert finding.level == level and says in finding.says, finding
+    assert time.process_time() - began < 10  # processor seconds: what it promises is not minutes
+
+
+@pytest.fixture(scope="module")
+def grey_shards(tmp_path_factory):
+    """Pixels of 64 and 192: a standard deviation of almost exactly one half."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("grey")
+    for name, label in (("even", 0), ("odd", 1)):
+        (folder / "pictures" / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = np.where((np.arange(256).reshape(16, 16) // 16 + i + label) % 2, 64, 192).astype(np.uint8)
+            Image.fromarray(np.repeat(pixels[..., None], 3, 2)).save(folder / "pictures" / name / f"{i}.png")
+    from duotone.data.prepare.image_folder import PrepareFolder
+
+    PrepareFolder(images=folder / "pictures", out=folder / "shards").run()
+    return folder / "shards"
+
+
+def test_sigma_data_is_held_against_the_data(grey_shards):
+    data = Shards(size=16, shards=grey_shards)
+    wrong, right = (replace(SOUND, data=data, objective=EDM(sigma_data=s)) for s in (0.25, 0.502))
+    assert found(wrong)["objective.sigma_data"].level == "warning"
+    assert "measured 0.502" in found(wrong)["objective.sigma_data"].says
+    assert found(right)["objective.sigma_data"].level == "fine"
+    assert found(right)["data"].says.startswith("16 samples")
+
+
+@pytest.fixture
+def duotone(monkeypatch, capsys):
+    """The command, in this process: exit code, output, error lines."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def call(*arguments: str) -> tuple[int, str, list[str]]:
+        code = 0
+        try:
+            cli.main(list(arguments))
+        except SystemExit as stop:
+            code = stop.code or 0
+        said = capsys.readouterr()
+        return code, said.out, said.err.strip().splitlines()
+
+    return call
+
+
+@pytest.mark.parametrize("recipe", ["fashion_mnist_edm", "mnist_concat"])
+def test_the_command_finds_no_fault_in_a_recipe(recipe, duotone):
+    code, said, _ = duotone("doctor", f"recipes/{recipe}.py")
+    assert code == 0 and "0 faults" in said, said
+
+
+def test_the_command_tells_a_fault_by_its_exit_code(duotone):
+    flags = ("--optimizer.warmup", "10000000", "--preview.guidance", "2")
+    code, said, _ = duotone("doctor", "recipes/mnist_concat.py", *flags)
+    assert code == 1 and "2 faults" in said, said
+
+
+def test_the_estimate_counts_parameters_memory_and_arithmetic(duotone):
+    code, said, _ = duotone("estimate", "recipes/mnist_concat.py")
+    assert code == 0 and "parameters      1.7 M" in said and "GFLOP an image forward" in said
+    assert "80 GB" in said and "1 ranks x  128" in said
+
+
+@pytest.mark.parametrize(
+    "arguments,says",
+    [
+        (("doctor",), "needs a recipe's file or a run's folder"),
+        (("doctor", "recipes/none.py"), "recipes/none.py does not exist"),
+        (("estimate", "engine/draws.py"), "defines no `recipe = Recipe(...)`"),
+        (("estimate", "recipes/mnist_concat.py", "--batch-sise", "3"), "the nearest key is --batch-size"),
+        (("doctor", "recipes/mnist_concat.py", "--images", "1000"), "no multiple of batch_size"),
+        (("examine", "recipes/mnist_concat.py"), "there are prepare, sample, export, evaluate, doctor, estimate"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(arguments, says, duotone):
+    code, _, lines = duotone(*arguments)
+    assert code == 2 and len(lines) == 1 and says in lines[0], lines
+
+
+def test_a_file_that_fails_is_refused_with_its_error(tmp_path):
+    (tmp_path / "broken.py").write_text("recipe = 1 / 0\n")
+    with pytest.raises(Refused, match="ZeroDivisionError"):
+        recipe_at(tmp_path / "broken.py", [], "x")
