@@ -1,98 +1,162 @@
 """Everything that a GPU is needed for, in order of value, each stage in its own time box and its own files.
 
-    python bench/gpu_day.py                       # all stages, about an hour
+    python bench/gpu_day.py                       # all stages, about an hour and a half
     python bench/gpu_day.py --minutes 10          # the same order, boxes shrunk to fit
     python bench/gpu_day.py --only correctness kernels
+    python bench/gpu_day.py --dry-run             # the plan, and whether every command can start; needs no GPU
 
-A stage that fails or runs out of time is recorded and the next one begins; what it had written stays.
+A stage that fails or runs out of time is recorded and the next one begins; what it had written stays. Stages whose packages
+are missing (training needs deepspeed) are skipped with one line.
 """
 
 import argparse
-import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from harness import machine
+from record import RESULTS, command, machine, refuse, write_json
 
 ROOT = Path(__file__).parent.parent
+TRAINING = ("deepspeed", "tyro", "transformers", "tqdm", "webdataset")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command and its share of the time."""
+    """A command, its share of the time, and the packages that it cannot do without."""
 
     name: str
     command: tuple[str, ...]
     minutes: float
+    needs: tuple[str, ...] = ()
+
+    @property
+    def missing(self) -> list[str]:
+        return [package for package in self.needs if find_spec(package) is None]
+
+    @property
+    def start(self) -> tuple[str, ...]:
+        """The same command, as far as it goes without a GPU: its help, or the tests that it would run."""
+        if "pytest" in self.command:
+            return (*self.command, "--collect-only")
+        script = next(i for i, word in enumerate(self.command) if word.endswith(".py"))
+        return (*self.command[: script + 1], "--help")
 
 
 def stages(out: Path) -> list[Stage]:
+    """What is worth most comes first: a wrong kernel makes every later figure worthless."""
     python = sys.executable
+
+    def bench(script: str, name: str, *flags: str) -> tuple[str, ...]:
+        return python, f"bench/{script}.py", *flags, "--json", str(out / f"{name}.json")
+
+    recipe = (python, "recipes/coco_clip.py")
     return [
-        Stage("correctness", (python, "-m", "pytest", "tests/kernels", "-m", "gpu", "-q"), 10),
-        Stage("kernels", (python, "bench/throughput.py", "--json", str(out / "throughput.json")), 12),
-        Stage("step", (python, "bench/train_step.py", "--json", str(out / "train_step.json")), 8),
-        Stage("demo", (python, "recipes/coco_clip.py", "--out", str(out / "captioned_shapes")), 5),
-        Stage(
-            "reference",
-            (
-                *(python, "recipes/coco_clip.py", "--small", "--out", str(out / "reference"), "--data.size", "128"),
-                *("--model.channels", "128", "128", "256", "384", "384", "--model.heads", "4", "4", "4", "4", "4"),
-                *("--model.attention", "none", "cross", "cross", "cross", "cross", "--model.groups", "32"),
-                *("--model.blocks", "2", "2", "2", "2", "2", "--model.depth", "1", "1", "1", "1", "1"),
-                *("--batch-size", "64", "--images", "64000", "--checkpoint.every", "0", "--preview.every", "0"),
-            ),
-            25,
-        ),
-    ]
+        Stage("correctness", (python, "-m", "pytest", "tests/kernels", "-m", "gpu", "-q"), 10, ("pytest", "triton")),
+        Stage("ceilings", bench("ceilings", "ceilings"), 2),
+        Stage("kernels", bench("throughput", "throughput"), 12, ("triton",)),
+        Stage("convolution", bench("conv", "conv"), 10),
+        Stage("step", bench("train_step", "train_step"), 8, ("diffusers",)),
+        Stage("sampling", bench("sampling", "sampling"), 6),
+        Stage("step of sd15", bench("train_step", "train_step-sd15", "--unet", "sd15", "--steps", "20"), 8, ("diffusers",)),
+        Stage("shards", (python, "bench/decoded_shapes.py", "--out", str(out / "shards"), "--size", "128"), 3, ("webdataset",)),
+        Stage("demo", (*recipe, "--out", str(out / "captioned_shapes")), 5, TRAINING),
+        Stage("guidance", bench("sampling", "guidance", "--run", str(out / "captioned_shapes"), "--quality"), 5, TRAINING),
+        Stage("reference", (*recipe, "--small", "--out", str(out / "reference"), *reference(out)), 25, TRAINING),
+    ]  # fmt: skip
+
+
+def reference(out: Path) -> tuple[str, ...]:
+    """The reference network's shape on the decoded shapes: a rate with the real loop, optimizer, EMA and reader."""
+    return (
+        *("--data.shards", str(out / "shards"), "--data.size", "128", "--model.groups", "32"),
+        *("--model.channels", "128", "128", "256", "384", "384", "--model.heads", "4", "4", "4", "4", "4"),
+        *("--model.attention", "none", "cross", "cross", "cross", "cross"),
+        *("--model.blocks", "2", "2", "2", "2", "2", "--model.depth", "1", "1", "1", "1", "1"),
+        *("--batch-size", "64", "--images", "64000", "--checkpoint.every", "0", "--preview.every", "0"),
+    )
 
 
 def run(stage: Stage, out: Path, minutes: float) -> dict:
     """One stage within its box; its output goes to a file beside its results."""
+    record = {"stage": stage.name, "command": " ".join(stage.command)}
+    if stage.missing:
+        return record | {"code": f"skipped: {', '.join(stage.missing)} not installed", "seconds": 0.0}
     began = time.monotonic()
-    with open(out / f"{stage.name}.log", "w") as log:
-        try:
-            code = subprocess.run(
-                stage.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=60 * minutes
-            ).returncode
-        except subprocess.TimeoutExpired:
-            code = "out of time"
-    return {
-        "stage": stage.name,
-        "command": " ".join(stage.command),
-        "code": code,
-        "seconds": round(time.monotonic() - began, 1),
-    }
+    with open(out / f"{stage.name.replace(' ', '_')}.log", "w") as log:
+        code = boxed(stage.command, 60 * minutes, log)
+    return record | {"code": code, "seconds": round(time.monotonic() - began, 1)}
+
+
+def boxed(words: tuple[str, ...], seconds: float, log) -> int | str:
+    """The exit code, or what happened instead; a command out of time is ended with everything that it started."""
+    process = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return "out of time"
+
+
+def dry_run(chosen: list[Stage], share: float) -> int:
+    """The plan, and for each stage whether its command starts here; the number of those that do not."""
+    failed = 0
+    for stage in chosen:
+        verdict = f"skipped: {', '.join(stage.missing)} not installed" if stage.missing else start(stage)
+        failed += verdict.startswith("does not start")
+        print(f"{stage.name:14} {stage.minutes * share:5.1f} min  {verdict}\n    {' '.join(stage.command)}", flush=True)
+    return failed
+
+
+def start(stage: Stage) -> str:
+    # Without a GPU the kernels' tests can be collected for the interpreter alone.
+    interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    environment = os.environ | (interpreted if "pytest" in stage.command else {})
+    done = subprocess.run(stage.start, cwd=ROOT, capture_output=True, text=True, env=environment)
+    if done.returncode == 0:
+        return "starts"
+    return f"does not start: {(done.stderr or done.stdout).strip().splitlines()[-1]}"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=94, help="for all stages together")
+    parser.add_argument("--only", nargs="*", help="names of stages")
+    parser.add_argument("--out", type=Path, help="where results go (default: bench/results/gpu-DATE)")
+    parser.add_argument("--dry-run", action="store_true", help="run nothing; say what would be run")
+    return parser.parse_args()
+
+
+def chosen_of(asked: argparse.Namespace, out: Path) -> list[Stage]:
+    every = stages(out)
+    unknown = set(asked.only or ()) - {stage.name for stage in every}
+    if unknown:
+        refuse(f"no stage is called {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in every)}")
+    return [stage for stage in every if not asked.only or stage.name in asked.only]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60, help="for all stages together")
-    parser.add_argument("--only", nargs="*", help="names of stages")
-    parser.add_argument("--out", type=Path, help="where results go")
-    arguments = parser.parse_args()
+    asked = parse()
+    out = (asked.out or RESULTS / f"gpu-{machine()['date']}").resolve()
+    chosen = chosen_of(asked, out)
+    share = min(1.0, asked.minutes / sum(stage.minutes for stage in chosen))
+    if asked.dry_run:
+        sys.exit(1 if dry_run(chosen, share) else 0)
     if not torch.cuda.is_available():
-        print(
-            "duotone: refused: no CUDA device here; bench/ledger.py says what can be known without one", file=sys.stderr
-        )
-        sys.exit(2)
-    out = arguments.out or ROOT / "bench" / "results" / f"gpu-{machine()['date']}"
+        refuse("no CUDA device here; bench/ledger.py says what can be known without one, --dry-run shows the plan")
     out.mkdir(parents=True, exist_ok=True)
-    chosen = [s for s in stages(out) if not arguments.only or s.name in arguments.only]
-    if not chosen:
-        print(f"duotone: refused: no such stage; there are {', '.join(s.name for s in stages(out))}", file=sys.stderr)
-        sys.exit(2)
-    share = min(1.0, arguments.minutes / sum(s.minutes for s in chosen))
-    record = {"machine": machine(), "stages": []}
+    record = {"machine": machine(), "command": command(), "stages": []}
     for stage in chosen:
-        record["stages"].append(run(stage, out, stage.minutes * share))
-        (out / "gpu_day.json").write_text(json.dumps(record, indent=1) + "\n")
-        last = record["stages"][-1]
-        print(f"{last['stage']:12} {last['seconds']:8.1f} s   {last['code'] or 'ok'}", flush=True)
+        last = run(stage, out, stage.minutes * share)
+        record["stages"].append(last)
+        write_json(out / "gpu_day.json", record)
+        print(f"{stage.name:14} {last['seconds']:8.1f} s   {last['code'] or 'ok'}", flush=True)
 
 
 if __name__ == "__main__":
