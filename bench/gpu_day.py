@@ -37,7 +37,7 @@ class Stage:
 
     @property
     def missing(self) -> list[str]:
-        return [package for package in self.needs if find_spec(package) is None]
+        return [package for package in self.needs if not installed(package)]
 
     @property
     def start(self) -> tuple[str, ...]:
@@ -46,6 +46,13 @@ class Stage:
             return (*self.command, "--collect-only")
         script = next(i for i, word in enumerate(self.command) if word.endswith(".py"))
         return (*self.command[: script + 1], "--help")
+
+
+def installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):  # something forbids the package
+        return False
 
 
 def stages(out: Path) -> list[Stage]:

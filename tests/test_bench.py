@@ -1,0 +1,284 @@
+"""Every bench in its shortest real form on a CPU: what it writes, what it refuses, and that it imports only what it needs."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+from duotone.engine.command_line import parse
+from duotone.engine.recipe import Recipe
+from duotone.engine.small import small_text
+
+ROOT = Path(__file__).parent.parent
+BENCH = ROOT / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch, capsys):
+    """Runs a bench in this process: `bench(name, *flags)` gives its exit code, output and error lines."""
+    monkeypatch.syspath_prepend(str(BENCH))
+
+    def run(name: str, *flags) -> tuple[int, str, list[str]]:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
+        code = 0
+        try:
+            importlib.import_module(name).main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err.splitlines()
+
+    return run
+
+
+def result(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def tiny_unet() -> UNet2DModel:
+    return UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- the training step
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory):
+    """One run of the step's bench on the tiny text network, as a user starts it."""
+    path = tmp_path_factory.mktemp("step") / "step.json"
+    command = [sys.executable, str(BENCH / "train_step.py"), "--unet", "tiny", "--steps", "2", "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def test_the_step_is_counted_before_and_after_fuse(step):
+    before, after = result(step)["contenders"].values()
+    assert after["counted"]["operators"] < before["counted"]["operators"]
+    assert after["counted"]["megabytes_per_image"] < before["counted"]["megabytes_per_image"]
+    assert after["compiler"] == {"graphs": 1, "graph_breaks": 0}
+    before, after = result(step)["as_on_a_gpu"]["counts"].values()
+    assert after["operators"] < before["operators"]
+    assert after["megabytes_per_image"] < before["megabytes_per_image"]
+
+
+def test_the_step_learns_the_same_both_ways(step):
+    found = result(step)
+    assert found["largest_loss_difference"] < 1e-5
+    assert step.with_suffix(".png").stat().st_size > 5000
+    for row in found["contenders"].values():
+        assert len(row["losses"]) == 4 and row["milliseconds"] > 0 and 0 < row["share_of_matmul_rate"] < 2
+        assert abs(sum(row["shares"].values()) - 1) < 0.01 and row["shares"]["convolution"] > 0
+    assert found["machine"]["commit"] and found["load_average"]
+
+
+def test_a_folder_of_ones_own_is_measured(bench, tmp_path):
+    tiny_unet().save_pretrained(tmp_path / "unet")
+    flags = ("--unet", tmp_path / "unet", "--steps", 1, "--batch", 2, "--json", tmp_path / "out.json")
+    code, out, _ = bench("train_step", *flags)
+    assert code == 0 and "fused eager" in out
+    assert result(tmp_path / "out.json")["size"] == 8
+
+
+def broken(folder: Path, how: str) -> Path:
+    if how == "absent":
+        return folder / "nowhere"
+    tiny_unet().save_pretrained(folder)
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    if how == "no json":
+        (folder / "config.json").write_text("{")
+    elif how == "another class":
+        (folder / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    elif how == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "other weights":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"block_out_channels": [16, 16]}))
+    return folder
+
+
+BROKEN = ["absent", "no json", "another class", "cut weights", "no weights", "other weights"]
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_folder_is_refused_in_one_line(how, bench, tmp_path):
+    folder = broken(tmp_path / "unet", how)
+    code, out, errors = bench("train_step", "--unet", folder)
+    assert code == 2 and not out
+    assert len(errors) == 1 and errors[0].startswith(f"duotone: refused: {folder}"), errors
+
+
+@pytest.mark.parametrize("flag", ["--steps", "--batch", "--size"])
+def test_a_number_out_of_range_is_refused(flag, bench):
+    code, _, errors = bench("train_step", "--unet", "tiny", flag, -1)
+    assert code == 2 and len(errors) == 1 and flag in errors[0]
+
+
+# ---------------------------------------------------------------------------------------------- convolutions, sampling
+
+
+def test_a_convolution_is_timed_each_way(bench, tmp_path):
+    path = tmp_path / "conv.json"
+    code, out, _ = bench("conv", "--network", "tiny", "--shapes", 1, "--rounds", 1, "--json", path)
+    found = result(path)
+    assert code == 0 and "of matmul rate" in out and found["ways"][:2] == ["planes", "channels-last"]
+    assert [choice["pass"] for choice in found["choices"]] == ["forward", "data gradient", "weight gradient"]
+    assert all(total["ratio"] >= 1 for total in found["totals"].values())
+
+
+def test_shapes_of_convolutions_are_those_of_the_network(bench, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    conv, networks = importlib.import_module("conv"), importlib.import_module("networks")
+    found = conv.shapes_of("tiny", 16, 2)
+    layers = [m for m in networks.TINY.build().modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert sum(number for shape, number in found.items() if shape.kernel == 3) == len(layers)
+    assert all(shape.images == 2 for shape in found)
+    # The heaviest is the one after the upsampling: 32 channels to 32 at full resolution.
+    assert max(shape.flops for shape in found) == 2 * 2 * 16 * 16 * 32 * 32 * 9
+
+
+def test_exact_savings_of_sampling_give_the_oracles_picture(bench, tmp_path):
+    path = tmp_path / "sampling.json"
+    flags = ("--network", "tiny", "--batch", 2, "--steps", 4, "--rounds", 1, "--json", path)
+    assert bench("sampling", *flags)[0] == 0
+    rows = {row["way"]: row for row in result(path)["results"]}
+    assert all(
+        row["largest_pixel_difference"] < 0.5 for row in rows.values() if row["largest_pixel_difference"] is not None
+    )
+    forwards = [row["forwards_per_evaluation"] for row in rows.values()]
+    assert forwards[:3] == [2, 2, 2] and 1 < forwards[3] < 2 and 1 <= forwards[4] < forwards[3] and forwards[5] == 1
+
+
+def test_quality_without_a_run_is_refused(bench):
+    code, _, errors = bench("sampling", "--quality")
+    assert code == 2 and len(errors) == 1 and "--run" in errors[0]
+    code, _, errors = bench("sampling", "--run", "nowhere")
+    assert code == 2 and len(errors) == 1 and "nowhere" in errors[0]
+
+
+def test_the_cheapest_interval_that_is_as_good(bench, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    verdict = importlib.import_module("sampling").verdict
+    unguided, everywhere, narrow, worse = (
+        {"colour_and_background": right, "forwards_per_evaluation": forwards}
+        for right, forwards in ((0.5, 1.0), (0.9, 1.9), (0.9, 1.3), (0.8, 1.1))
+    )
+    found = verdict([unguided, everywhere, narrow, worse])
+    assert found["cheapest_as_good"] is narrow and found["holds"]
+    assert not verdict([unguided, everywhere, worse])["holds"]
+
+
+# --------------------------------------------------------------------------------------------------------- counters
+
+
+def test_bytes_and_layouts_are_counted(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    counters = importlib.import_module("counters")
+    x_NCHW = torch.zeros(2, 4, 8, 8)
+    with counters.Counting() as counting:
+        last = x_NCHW.contiguous(memory_format=torch.channels_last)
+        (last + 1).permute(0, 2, 3, 1).flatten(1, 2)
+    counts = counting.counts
+    assert counts.operators == 2 and counts.bytes == 4 * x_NCHW.nbytes
+    assert counts.layout_changes == 1 and counts.layout_bytes == 2 * x_NCHW.nbytes
+
+
+@pytest.mark.parametrize(
+    "operator,group",
+    [
+        ("aten::convolution_backward", "convolution"),
+        ("duotone::group_norm_silu", "norm"),
+        ("aten::_scaled_dot_product_flash_attention", "attention"),
+        ("aten::_fused_adamw_", "optimizer"),
+        ("aten::addmm", "linear"),
+        ("aten::cat", "other"),
+    ],
+)
+def test_operators_belong_to_parts_of_a_step(operator, group, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    assert importlib.import_module("counters").group_of(operator) == group
+
+
+# ---------------------------------------------------------------------------------------------------------- GPU day
+
+
+def test_a_gpu_day_without_a_gpu_is_refused(bench):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    code, out, errors = bench("gpu_day")
+    assert code == 2 and not out and len(errors) == 1 and "no CUDA device" in errors[0]
+
+
+def test_an_unknown_stage_is_refused(bench):
+    code, _, errors = bench("gpu_day", "--only", "nothing")
+    assert code == 2 and "there are correctness, ceilings, kernels" in errors[0]
+
+
+def test_a_dry_run_says_what_starts(bench):
+    code, out, _ = bench("gpu_day", "--dry-run", "--only", "ceilings")
+    assert code == 0 and out.splitlines()[0].split() == ["ceilings", "2.0", "min", "starts"]
+
+
+def test_stages_stand_in_order_and_their_scripts_exist(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCH))
+    stages = importlib.import_module("gpu_day").stages(tmp_path)
+    names = [stage.name for stage in stages]
+    assert names[:6] == ["correctness", "ceilings", "kernels", "convolution", "step", "sampling"]
+    for stage in stages:
+        assert all((ROOT / word).exists() for word in stage.command if word.endswith(".py"))
+        # Only what trains may need what a bare machine has not.
+        assert "recipes/coco_clip.py" in stage.command or "deepspeed" not in stage.needs or stage.name == "guidance"
+
+
+def test_the_reference_stage_is_a_recipe_that_can_be_run(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCH))
+    flags = importlib.import_module("gpu_day").reference(tmp_path)
+    recipe = parse(Recipe, list(flags), default=small_text)
+    recipe.check()
+    assert sum(p.numel() for p in recipe.model.build().parameters()) > 100e6
+
+
+def test_a_stage_is_skipped_ended_or_recorded(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCH))
+    day = importlib.import_module("gpu_day")
+    absent = day.Stage("absent", (sys.executable, "x.py"), 1, ("no_such_package",))
+    assert day.run(absent, tmp_path, 1)["code"] == "skipped: no_such_package not installed"
+    slow = day.Stage("slow", (sys.executable, "-c", "import time; time.sleep(60)"), 1)
+    assert day.run(slow, tmp_path, 0.01)["code"] == "out of time"
+    assert day.run(day.Stage("failing", (sys.executable, "-c", "raise SystemExit(3)"), 1), tmp_path, 1)["code"] == 3
+
+
+BARE = """
+import sys
+for name in ("deepspeed", "nvidia", "nvidia.dali", "webdataset", "tyro", "transformers", "wandb", "matplotlib"):
+    sys.modules[name] = None
+sys.path.insert(0, "bench")
+import ceilings, conv, gpu_day, sampling, throughput, train_step
+from pathlib import Path
+assert {s.name for s in gpu_day.stages(Path("x")) if s.missing} == {"shards", "demo", "guidance", "reference"}
+for bench, flags in [(conv, ["--network", "tiny", "--shapes", "1", "--rounds", "1"]),
+                     (sampling, ["--network", "tiny", "--batch", "1", "--steps", "1", "--rounds", "1"]), (ceilings, [])]:
+    sys.argv = [bench.__name__ + ".py", *flags, "--json", sys.argv[-1]]
+    bench.main()
+"""
+
+
+def test_a_bare_machine_runs_all_but_the_training_stages(tmp_path):
+    command = [sys.executable, "-c", BARE, str(tmp_path / "out.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
