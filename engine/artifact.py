@@ -50,7 +50,7 @@ def build(recipe: Recipe, facts: Facts) -> Network:
 def save(path: Path, named: dict[str, Tensor], recipe: Recipe, facts: Facts, images: int) -> None:
     """Writes the single file, whole or not at all; values of its header are strings, and no path of this machine is among them."""
     stored = to_json(recipe)
-    stored["out"] = None
+    stored["out"] = stored["start"] = None
     stored["data"]["shards"] = None
     metadata = {
         "format": "pt",

@@ -39,6 +39,8 @@ class Inexpressible(Refused):
 
 def to_config(config: UNetConfig, size: int, classes: int | None = None) -> dict:
     """Their config.json for our UNet, with `classes` class embeddings (the null class included)."""
+    if config.film_shared:
+        raise Inexpressible("model.film_shared, one FiLM projection for all blocks")
     reads_tokens = "cross" in (*config.attention, config.middle)
     shared = {
         "_class_name": CONDITIONED if reads_tokens else PLAIN,

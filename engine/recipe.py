@@ -65,6 +65,8 @@ class Recipe:
     """Mirror images at random."""
     seed: int = 0
     """Seed of every random number of the run."""
+    start: Path | None = None
+    """Weights to begin from instead of random ones: a run's folder, a safetensors file, or a diffusers UNet folder."""
     out: Path | None = None
     """The run's folder."""
     fresh: bool = False

@@ -15,6 +15,7 @@ from duotone.engine.memory import Estimate, estimate
 from duotone.engine.model.network import Network
 from duotone.engine.recipe import Recipe, differences, say, to_json
 from duotone.engine.sharded import Sharded
+from duotone.engine.starting_weights import begin_from
 from duotone.kernels.self_test import self_test
 
 
@@ -52,6 +53,7 @@ def set_up(recipe: Recipe) -> Run:
     facts = Facts(classes=as_tuple(data.classes), attributes=as_tuple(data.attributes))
     torch.manual_seed(recipe.seed)
     network = artifact.build(recipe, facts)
+    begun = [] if recipe.start is None else begin_from(network, recipe.start, recipe.model)
     network.unet.checkpointing = recipe.speed.gradient_checkpointing
     micro = recipe.micro_batch(ranks.count)
     predicted = estimate(network, recipe, micro, choice, ranks.count)
@@ -66,7 +68,7 @@ def set_up(recipe: Recipe) -> Run:
     run.log = Logger(
         recipe.log, recipe.folder, recipe.images, run.images, speaks=ranks.rank == 0, recipe=to_json(recipe)
     )
-    announce(run, predicted, resumed)
+    announce(run, predicted, [resumed] if resumed else begun)
     return run
 
 
@@ -128,7 +130,7 @@ def kernel_faults(device: torch.device) -> list[str]:
     return self_test(device) if device.type == "cuda" else []
 
 
-def announce(run: Run, predicted: Estimate, resumed: str | None) -> None:
+def announce(run: Run, predicted: Estimate, begun: list[str]) -> None:
     """The plan in one line, then every substitution in one line each."""
     recipe, choice = run.recipe, run.choice
     parameters = sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in run.network.parameters())
@@ -142,7 +144,7 @@ def announce(run: Run, predicted: Estimate, resumed: str | None) -> None:
         f"accumulations x {run.ranks.count} ranks, ZeRO-{stage}, about {predicted.gib:.1f} GiB per rank, "
         f"fused kernels at {fused} of {sites} sites, {run.data.count:,} samples decoded by {run.data.decoder}, {recipe.images:,} images = {recipe.images // recipe.batch_size:,} steps"
     )
-    for line in [why, run.data.decoder_note, *run.data.notes, resumed, *speed.substitutions(choice), *faults]:
+    for line in [why, run.data.decoder_note, *run.data.notes, *begun, *speed.substitutions(choice), *faults]:
         if line:
             run.log.say(line)
 

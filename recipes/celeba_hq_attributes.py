@@ -4,8 +4,8 @@ duotone prepare celeba --images img_align_celeba --attributes list_attr_celeba.t
 deepspeed recipes/celeba_hq_attributes.py --data.shards shards/celeba
 
 After ntat/Class-Conditional-Diffusion: cosine schedule, epsilon, bf16, EMA, 256 -> 16 px over four levels and a bottleneck. Its
-widths are not published. Differences here: attributes are dropped for 10 % of the images, so guidance works (theirs never
-were); each block projects the embedding itself, where theirs shared one projection, so that diffusers can hold the network.
+widths are not published. Put right here: attributes are dropped for 10 % of the images, so guidance works (theirs never
+were). One FiLM projection serves all blocks, as in theirs: diffusers cannot hold that, so it exports as the single file.
 """
 
 from duotone.data.shards import Shards
@@ -32,6 +32,7 @@ recipe = Recipe(
         depth=(1, 1, 1, 1, 1),
         context_width=256,
         film=True,
+        film_shared=True,
     ),
     optimizer=AdamW(lr=1e-4, warmup=32_000, schedule="constant"),
     ema=Ema(power=2 / 3, max_decay=0.9999),

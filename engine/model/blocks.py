@@ -52,25 +52,28 @@ class GroupNormSiLU(nn.GroupNorm):
 
 
 class ResBlock(nn.Module):
-    """Two norm-SiLU-convolutions around a skip; the embedding is added between them, or scales and shifts (FiLM)."""
+    """Two norm-SiLU-convolutions around a skip; the embedding is added between them, or scales and shifts (FiLM).
 
-    def __init__(self, width: int, out_width: int, embedding_width: int, *, groups, eps, film, dropout):
+    Where the projection is shared, the block is given scales and shifts, and takes the first of each.
+    """
+
+    def __init__(self, width: int, out_width: int, embedding_width: int, *, groups, eps, film, shared, dropout):
         super().__init__()
-        self.film = film
+        self.film, self.out_width = film, out_width
         self.norm1 = GroupNormSiLU(groups, width, eps)
         self.conv1 = nn.Conv2d(width, out_width, 3, padding=1)
-        self.time_emb_proj = nn.Linear(embedding_width, 2 * out_width if film else out_width)
+        self.time_emb_proj = None if shared else nn.Linear(embedding_width, 2 * out_width if film else out_width)
         self.norm2 = GroupNormSiLU(groups, out_width, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_width, out_width, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(width, out_width, 1) if width != out_width else None
 
     def modulation(self, silu_embedding_NE: Tensor) -> dict[str, Tensor]:
-        projected = self.time_emb_proj(silu_embedding_NE)
+        projected = silu_embedding_NE if self.time_emb_proj is None else self.time_emb_proj(silu_embedding_NE)
         if not self.film:
             return {"add_NC": projected}
         scale_NC, shift_NC = projected.chunk(2, dim=1)
-        return {"scale_NC": scale_NC, "shift_NC": shift_NC}
+        return {"scale_NC": scale_NC[:, : self.out_width], "shift_NC": shift_NC[:, : self.out_width]}
 
     def forward(self, x_NCHW: Tensor, silu_embedding_NE: Tensor) -> Tensor:
         h = self.conv1(self.norm1(x_NCHW))

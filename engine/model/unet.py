@@ -57,6 +57,8 @@ class UNetConfig:
     """Epsilon of the residual blocks' group norms."""
     film: bool = False
     """The embedding scales and shifts (FiLM) instead of being added."""
+    film_shared: bool = False
+    """One projection of the embedding for all blocks, each taking as many scales and shifts as it has channels."""
     dropout: float = 0.0
     """Dropout inside residual blocks."""
     linear_projection: bool = False
@@ -96,6 +98,8 @@ class UNetConfig:
                 raise Refused(f"model.groups = {self.groups} does not divide a width of model.channels: {width}")
             if kind != "none" and width % heads:
                 raise Refused(f"model.heads = {heads} does not divide the width {width} of its level")
+        if self.film_shared and not self.film:
+            raise Refused("model.film_shared shares the projection of FiLM: set model.film too, or leave it off")
         if not 0 <= self.dropout < 1:
             raise Refused(f"model.dropout = {self.dropout}: it must lie in [0, 1)")
 
@@ -165,6 +169,7 @@ def res_block(config: UNetConfig, width: int, out_width: int) -> ResBlock:
         groups=config.groups,
         eps=config.eps,
         film=config.film,
+        shared=config.film_shared,
         dropout=config.dropout,
     )
 
@@ -203,6 +208,9 @@ class UNet(nn.Module):
         levels = range(len(config.channels))
         self.conv_in = nn.Conv2d(config.in_channels + config.extra_channels, config.channels[0], 3, padding=1)
         self.time_embedding = Embedding(config.channels[0], config.embedding_width)
+        self.film_projection = (
+            nn.Linear(config.embedding_width, 2 * max(config.channels)) if config.film_shared else None
+        )
         self.down_blocks = nn.ModuleList([DownLevel(config, i) for i in levels])
         self.mid_block = None if config.middle == "absent" else Middle(config)
         self.up_blocks = nn.ModuleList([UpLevel(config, i) for i in reversed(levels)])
@@ -225,11 +233,15 @@ class UNet(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def embed(self, time_N: Tensor, vector_NE: Tensor | None) -> Tensor:
-        """SiLU of the time's embedding plus the vector condition: every residual block projects this one tensor."""
+        """SiLU of the time's embedding plus the vector condition: every residual block projects this one tensor.
+
+        Where the projection is shared, it is done here, once: scales and shifts of the widest block, (N, 2C).
+        """
         config = self.config
         waves = sinusoid(time_N, config.channels[0], flip=config.time_flip, shift=config.time_shift)
         embedding_NE = self.time_embedding(waves.to(self.conv_in.weight.dtype))
-        return F.silu(embedding_NE if vector_NE is None else embedding_NE + vector_NE)
+        embedding_NE = F.silu(embedding_NE if vector_NE is None else embedding_NE + vector_NE)
+        return embedding_NE if self.film_projection is None else self.film_projection(embedding_NE)
 
     def run(self, block, *inputs):
         """A block, recomputed in the backward pass where gradient checkpointing is on."""

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 
 from duotone.data.refusal import Refused
 from duotone.engine import diffusers_folder
+from duotone.engine.model.blocks import ResBlock
 from duotone.engine.model.unet import UNet, UNetConfig
 
 CLASSES = {"UNet2DConditionModel": UNet2DConditionModel, "UNet2DModel": UNet2DModel}
@@ -261,3 +263,56 @@ def test_activations_stay_channels_last():
             )
     ours(unet, inputs_of(config, 16, 0))
     assert seen and all(seen)
+
+
+def film_pair() -> tuple[UNet, UNet]:
+    """A network with one projection for all, and its twin whose every block holds that projection's first rows."""
+    config = UNetConfig(
+        channels=(16, 32),
+        attention=("none", "cross"),
+        heads=(2, 2),
+        blocks=(1, 1),
+        depth=(1, 1),
+        context_width=8,
+        groups=8,
+        film=True,
+        film_shared=True,
+        zero_init=False,
+    )
+    torch.manual_seed(0)
+    shared, own = config.build(), replace(config, film_shared=False).build()
+    named = shared.state_dict()
+    weight, bias = (named.pop(f"film_projection.{part}") for part in ("weight", "bias"))
+    for name, module in own.named_modules():
+        if isinstance(module, ResBlock):
+            rows = [*range(module.out_width), *range(32, 32 + module.out_width)]
+            named |= {f"{name}.time_emb_proj.weight": weight[rows], f"{name}.time_emb_proj.bias": bias[rows]}
+    own.load_state_dict(named)
+    return shared, own
+
+
+def test_a_shared_film_projection_is_every_blocks_own():
+    shared, own = film_pair()
+    g = torch.Generator().manual_seed(1)
+    x, tokens = torch.randn(2, 3, 8, 8, generator=g), torch.randn(2, 5, 8, generator=g)
+    outputs = [unet(x, torch.tensor([3.0, 700.0]), None, tokens) for unet in (shared, own)]
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
+    for output in outputs:
+        output.square().sum().backward()
+    rows_of = {m.out_width: [] for m in own.modules() if isinstance(m, ResBlock)}
+    for module in own.modules():
+        if isinstance(module, ResBlock):
+            rows_of[module.out_width].append(module.time_emb_proj.weight.grad)
+    expected = torch.zeros_like(shared.film_projection.weight)
+    for width, grads in rows_of.items():
+        for grad in grads:
+            expected[:width] += grad[:width]
+            expected[32 : 32 + width] += grad[width:]
+    torch.testing.assert_close(shared.film_projection.weight.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_diffusers_is_said_not_to_hold_a_shared_projection():
+    with pytest.raises(diffusers_folder.Inexpressible, match="one FiLM projection for all blocks"):
+        diffusers_folder.to_config(film_pair()[0].config, 8)
+    with pytest.raises(Refused, match="model.film_shared"):
+        UNetConfig(film_shared=True).check()

@@ -1,0 +1,115 @@
+"""Weights to begin a run from: another run's, or a diffusers UNet's, for fine-tuning.
+
+Every weight of the UNet must be there and fit; a condition that the source does not know begins at random, and is named.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from duotone.data.refusal import Refused
+from duotone.engine import diffusers_folder
+from duotone.engine.model.network import Network
+from duotone.engine.model.unet import UNetConfig
+
+CLASSES = "class_embedding.weight"
+
+
+def begin_from(network: Network, path: Path, config: UNetConfig) -> list[str]:
+    """Fills the network; returns what a reader should know. Raises Refused where the source does not fit."""
+    file = weights_file(path)
+    refuse_other_shape(file, config)
+    named = by_our_names(read(file), file)
+    own = dict(network.named_parameters())
+    refuse_misfits(named, own, file)
+    fitting = {name for name in named.keys() & own.keys() if named[name].shape == own[name].shape}
+    with torch.no_grad():
+        for name in fitting:
+            own[name].copy_(named[name])
+    return notes(fitting, named, own, file)
+
+
+def weights_file(path: Path) -> Path:
+    """The safetensors file that a path stands for."""
+    if path.is_file():
+        return path
+    for inside in ("ema.safetensors", diffusers_folder.WEIGHTS, f"unet/{diffusers_folder.WEIGHTS}"):
+        if (path / inside).is_file():
+            return path / inside
+    raise Refused(
+        f"start = {path}: there are no weights; give a run's folder, a safetensors file, or a diffusers folder "
+        f"with {diffusers_folder.WEIGHTS}"
+    )
+
+
+def refuse_other_shape(file: Path, config: UNetConfig) -> None:
+    """A diffusers folder says what its network is: every field of model that differs is named as a flag."""
+    beside = file.with_name("config.json")
+    if file.name != diffusers_folder.WEIGHTS or not beside.exists():
+        return
+    theirs = diffusers_folder.from_config(json.loads(beside.read_text()))
+    differ = [name for name in vars(theirs) if name not in ("zero_init", "dropout") and not same(theirs, config, name)]
+    if differ:
+        flags = " ".join(f"--model.{name.replace('_', '-')} {written(getattr(theirs, name))}" for name in differ)
+        raise Refused(f"start = {file.parent} is another network than model: give {flags}")
+
+
+def same(theirs: UNetConfig, ours: UNetConfig, name: str) -> bool:
+    """Channels may have been added for an image condition; heads where there is no attention mean nothing."""
+    if name in ("in_channels", "extra_channels"):
+        return theirs.in_channels + theirs.extra_channels == ours.in_channels + ours.extra_channels
+    if name in ("heads", "depth"):
+        read = [kind != "none" for kind in ours.attention]
+        pairs = zip(read, getattr(theirs, name), getattr(ours, name))
+        return len(theirs.channels) == len(ours.channels) and all(a == b for counts, a, b in pairs if counts)
+    if name == "time_width":
+        return theirs.embedding_width == ours.embedding_width
+    if name == "context_width" and "cross" not in (*ours.attention, ours.middle):
+        return True
+    return getattr(theirs, name) == getattr(ours, name)
+
+
+def written(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def read(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise Refused(f"start = {file} is no readable safetensors file ({error})") from None
+
+
+def by_our_names(named: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """Ours hold unet. and conditioners.; diffusers' hold the UNet's bare names and at most a class embedding."""
+    if any(name.startswith("unet.") for name in named):
+        return named
+    if any(name.startswith("model.diffusion_model.") for name in named):
+        raise Refused(
+            f"start = {file} is a whole pipeline in its original layout: load it once with diffusers' "
+            "from_single_file and save_pretrained, and give the unet folder that comes out"
+        )
+    classes = {diffusers_folder.LABEL: named.pop(CLASSES)} if CLASSES in named else {}
+    return {f"unet.{name}": value for name, value in named.items()} | classes
+
+
+def refuse_misfits(named: dict[str, Tensor], own: dict[str, Tensor], file: Path) -> None:
+    for name in sorted(name for name in named.keys() | own.keys() if name.startswith("unet.")):
+        if name in named and name in own and named[name].shape != own[name].shape:
+            there, here = tuple(named[name].shape), tuple(own[name].shape)
+            raise Refused(f"start = {file} does not fit model: {name} is {there} there and {here} in the network")
+        if (name in named) != (name in own):
+            where = "only there" if name in named else "only in the network"
+            raise Refused(f"start = {file} does not fit model: {name} is {where}")
+
+
+def notes(copied: set[str], named: dict[str, Tensor], own: dict[str, Tensor], file: Path) -> list[str]:
+    """A condition of another shape, of other classes say, is left there and begins at random here."""
+    lines = [f"beginning from {file}: {len(copied)} tensors"]
+    for names, says in ((own.keys() - copied, "begins at random"), (named.keys() - copied, "is left behind")):
+        lines += [f"{part} {says}" for part in sorted({".".join(name.split(".")[:2]) for name in names})]
+    return lines
