@@ -1,13 +1,18 @@
 """How much memory a rank will need, from the network itself: nothing is allocated."""
 
-import contextlib
-import copy
+import os
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from duotone.engine.model.unet import UNet, UNetConfig
 from duotone.kernels.dispatch import imagined
+
+MOST_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,17 @@ def estimate(network: nn.Module, recipe, micro: int, choice, ranks: int) -> Esti
 
 
 def saved_per_image(unet: nn.Module, size: int, choice) -> int:
-    """Bytes that autograd keeps for one image, counted on a copy without storage; on CUDA the kernels keep less."""
-    held = getattr(unet, "checkpointing", False)
-    ghost = copy.deepcopy(unet).to("meta", choice.dtype)
-    ghost.checkpointing = held
+    """Bytes that autograd keeps for one image, counted on a twin without storage; on CUDA the kernels keep less."""
+    return saved_by(unet.config, size, choice.dtype, choice.device == "cuda", getattr(unet, "checkpointing", False))
+
+
+@lru_cache
+def saved_by(config: UNetConfig, size: int, dtype: torch.dtype, fused: bool, checkpointing: bool) -> int:
+    with torch.device("meta"):
+        twin = UNet(config).to(dtype)
+    twin.checkpointing = checkpointing
     # Views share their storage: a transposed weight is a weight, and what two layers keep is held once.
-    weights = {p.untyped_storage()._cdata for p in ghost.parameters()}
+    weights = {p.untyped_storage()._cdata for p in twin.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -49,22 +59,41 @@ def saved_per_image(unet: nn.Module, size: int, choice) -> int:
             kept[storage._cdata] = storage
         return tensor
 
-    config = unet.config
-    x = torch.empty(1, config.in_channels + config.extra_channels, size, size, device="meta", dtype=choice.dtype)
-    tokens = torch.empty(1, 77, config.context_width, device="meta", dtype=choice.dtype)
-    path = imagined() if choice.device == "cuda" else contextlib.nullcontext()
-    with path, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        ghost(x, torch.zeros(1, device="meta"), None, tokens if "cross" in (*config.attention, config.middle) else None)
+    with imagined() if fused else nullcontext(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        twin(*imagined_inputs(config, size, dtype))
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def flops_per_image(unet: nn.Module, size: int) -> int:
-    """Arithmetic of one forward pass for one image, multiplications and additions, counted on a copy without storage."""
-    from torch.utils.flop_counter import FlopCounterMode
+def imagined_inputs(config: UNetConfig, size: int, dtype: torch.dtype) -> tuple:
+    """One image, its time and 77 tokens, without storage."""
+    with torch.device("meta"):
+        x_NCHW = torch.empty(1, config.in_channels + config.extra_channels, size, size, dtype=dtype)
+        tokens_NMD = torch.empty(1, 77, config.context_width, dtype=dtype)
+        reads_tokens = "cross" in (*config.attention, config.middle)
+        return x_NCHW, torch.zeros(1), None, tokens_NMD if reads_tokens else None
 
-    ghost, config = copy.deepcopy(unet).to("meta", torch.float32), unet.config
-    x = torch.empty(1, config.in_channels + config.extra_channels, size, size, device="meta")
-    tokens = torch.empty(1, 77, config.context_width, device="meta")
+
+def rows_that_fit(unet: nn.Module, size: int) -> int:
+    """Images to sample at once: as many as training could hold in the free memory, which is more than sampling needs."""
+    device, dtype = unet.conv_in.weight.device, unet.conv_in.weight.dtype
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_on_cpu()
+    row = saved_by(unet.config, size, dtype, device.type == "cuda", False)
+    return max(1, min(MOST_ROWS, int(0.5 * free) // row))
+
+
+def free_on_cpu() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@lru_cache
+def flops_of(config: UNetConfig, size: int) -> int:
+    with torch.device("meta"):
+        twin = UNet(config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        ghost(x, torch.zeros(1, device="meta"), None, tokens if "cross" in (*config.attention, config.middle) else None)
+        twin(*imagined_inputs(config, size, torch.float32))
     return counter.get_total_flops()
+
+
+def flops_per_image(unet: nn.Module, size: int) -> int:
+    """Arithmetic of one forward pass for one image, multiplications and additions, counted on a twin without storage."""
+    return flops_of(unet.config, size)

@@ -4,20 +4,34 @@ N images, H x W pixels, C channels.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from duotone.data.refusal import Refused
 from duotone.engine import draws
 from duotone.engine.artifact import Model
 from duotone.engine.conditioning.base import Conditioning
 from duotone.engine.guidance import Guidance, GuidedDenoiser
+from duotone.engine.guiding import composed
 from duotone.engine.guiding.apg import Apg
 from duotone.engine.guiding.cfg_plus_plus import CfgPlusPlus
+from duotone.engine.memory import rows_that_fit
+from duotone.engine.request import (
+    kept,
+    negative_values,
+    number_of_images,
+    part,
+    per_image,
+    refuse_without_null,
+    seeds_of,
+    temperatures,
+    values_by_kind,
+)
 from duotone.engine.samplers.ancestral import ancestral
 from duotone.engine.samplers.dpmpp_2m import dpmpp_2m
 from duotone.engine.samplers.euler import euler
@@ -38,7 +52,7 @@ def sample(
     count: int | None = None,
     negative: dict[str, Sequence] | None = None,
     steps: int = 25,
-    guidance: float | Sequence[float] = 1.0,
+    guidance: float | Sequence[float] | Mapping[str, float] = 1.0,
     interval: tuple[float, float] = (0.0, math.inf),
     rescale: float = 0.0,
     rule: Apg | CfgPlusPlus | None = None,
@@ -47,8 +61,9 @@ def sample(
     spacing: str | None = None,
     seed: int | Sequence[int] = 0,
     size: int | tuple[int, int] | None = None,
-    chunk: int = 64,
+    chunk: int | None = None,
     on_step: Callable | None = None,
+    progress: bool = False,
 ) -> np.ndarray:
     """Images as uint8, (N, H, W, C).
 
@@ -56,15 +71,17 @@ def sample(
     `attributes`, for each image a vector of 0, 1 and None (unknown), a list of the names that are present, or a mapping
     from the known names to 0 or 1; low-resolution `images`, uint8 (h, w, C); `holes`, pairs of an image and its mask (H, W),
     true where it is to be filled. `negative` takes the same by name for the branch that guidance leads away from. `guidance` is
-    a number or one per image; `seed` too: image i of a single seed uses seed and i, and its noise does not depend on the
+    a number or one per image, or for attributes a scale of each by name (engine/guiding/composed.py); `seed` too: image i of a single seed uses seed and i, and its noise does not depend on the
     batch. Guidance is plain, or by a `rule` of engine/guiding; it leads away from the null state, the negative condition or,
-    with a `guide`, a weaker model of the same objective (autoguidance). `on_step(step, x_NCHW, denoised_NCHW)` is called after every step. Raises Refused on what does not fit.
+    with a `guide`, a weaker model of the same objective (autoguidance). `on_step(step, x_NCHW, denoised_NCHW)` is called after every step, and `progress` shows a bar. `chunk` images are drawn at once, by
+    default as many as the free memory holds. Raises Refused on what does not fit.
     """
     asked = {"prompts": prompts, "labels": labels, "attributes": attributes, "images": images, "holes": holes}
     asked = {name: list(rows) for name, rows in asked.items() if rows is not None}
     values = values_by_kind(model, asked)
     number = number_of_images(asked, count)
-    scales = per_image("guidance", guidance, number)
+    by_attribute = dict(guidance) if isinstance(guidance, Mapping) else None
+    scales = per_image("guidance", 1.0 if by_attribute is not None else guidance, number)
     if "temperature" in model.network.conditioners:
         if not values and set(scales) != {1.0}:
             raise Refused("guidance needs a condition: give prompts or labels, or leave guidance at 1")
@@ -78,14 +95,63 @@ def sample(
     steering.check(model, negatives)
     if steering.doubles(scales) and guide is None:
         refuse_without_null(model, values, negatives)
-    parts = []
-    for first in range(0, number, chunk):
-        rows = slice(first, first + chunk)
-        here = part(values, rows), part(negatives, rows)
+    if by_attribute is not None:
+        check_composed(model, values, by_attribute, alone=not (negatives or steering.changes_anything()))
+
+    def denoiser(rows: slice):
+        here, images = (part(values, rows), part(negatives, rows)), len(scales[rows])
+        if by_attribute is not None:
+            return composed_denoiser(model, here[0], by_attribute, height_width)
         steer = steering.guidance(scales[rows], sigmas, solver, model.device) if steering.doubles(scales) else None
-        denoise = guided_denoiser(model, here, steering, steer, len(scales[rows]), height_width)
-        parts.append(run(model, denoise, solver, sigmas, seeds[rows], height_width, on_step))
+        return guided_denoiser(model, here, steering, steer, images, height_width)
+
+    def draw(rows: slice, told: Callable | None) -> np.ndarray:
+        return run(model, denoiser(rows), solver, sigmas, seeds[rows], height_width, told)
+
+    at_once = chunk or rows_that_fit(model.network.unet, max(height_width))
+    return in_chunks(draw, number, at_once, Steps(number * steps, on_step, shown=progress))
+
+
+def in_chunks(draw: Callable, number: int, at_once: int, steps: "Steps") -> np.ndarray:
+    """All images, `at_once` at a time; where memory runs out, half as many and on from there."""
+    parts, first = [], 0
+    while first < number:
+        rows = slice(first, min(first + at_once, number))
+        try:
+            parts.append(draw(rows, steps.of(rows)))
+        except torch.cuda.OutOfMemoryError:
+            if at_once == 1:
+                raise
+            torch.cuda.empty_cache()
+            at_once = -(-at_once // 2)
+            continue
+        first = rows.stop
+    steps.close()
     return np.concatenate(parts)
+
+
+class Steps:
+    """Who is told of every step: the caller, and a progress bar over all images."""
+
+    def __init__(self, total: int, on_step: Callable | None, *, shown: bool):
+        self.on_step = on_step
+        self.bar = tqdm(total=total, unit="step", unit_scale=True, dynamic_ncols=True) if shown else None
+
+    def of(self, rows: slice) -> Callable | None:
+        if self.bar is None:
+            return self.on_step
+        before = self.bar.n
+
+        def told(step: int, x_NCHW: Tensor, denoised_NCHW: Tensor) -> None:
+            self.bar.update(before + (step + 1) * (rows.stop - rows.start) - self.bar.n)
+            if self.on_step is not None:
+                self.on_step(step, x_NCHW, denoised_NCHW)
+
+        return told
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
 
 def sweep(model: Model, scales: Sequence[float], **asked) -> np.ndarray:
@@ -152,6 +218,9 @@ class Steering:
         if self.guide.objective != model.objective:
             raise Refused("the guide was trained on another objective: autoguidance needs two models of the same one")
 
+    def changes_anything(self) -> bool:
+        return bool(self.rescale or self.rule or self.guide) or self.interval != (0.0, math.inf)
+
     def doubles(self, scales: list[float]) -> bool:
         """Whether a second prediction is needed at all."""
         return self.rule is not None or any(scale != 1 for scale in scales)
@@ -176,6 +245,25 @@ def guided_denoiser(
     return GuidedDenoiser(model.network, model.objective, both, guidance, (guide.network, theirs))
 
 
+def check_composed(model: Model, values: dict, scales: Mapping[str, float], *, alone: bool) -> None:
+    if "attributes" not in values:
+        raise Refused("guidance by name is for attributes: give attributes, or guidance as a number")
+    if not alone:
+        raise Refused(
+            "guidance by attribute does not go with negatives, interval, rescale, rule or guide: leave them out"
+        )
+    composed.check(model.network.conditioners["attributes"], scales, values["attributes"])
+
+
+def composed_denoiser(model: Model, values: dict, scales: Mapping[str, float], size) -> composed.ComposedDenoiser:
+    """The denoiser of one chunk whose attributes have scales of their own: the base and one branch for each."""
+    names = model.network.conditioners["attributes"].names
+    rows = composed.branches(values["attributes"], scales, names)
+    repeated = {kind: rows if kind == "attributes" else v * (1 + len(scales)) for kind, v in values.items()}
+    given = condition(model, repeated, {}, len(rows), size, doubled=False)
+    return composed.ComposedDenoiser(model.network, model.objective, given, list(scales.values()))
+
+
 def condition(model: Model, values: dict, negatives: dict, images: int, size, *, doubled: bool) -> Conditioning:
     """The ports of N conditional rows and, where doubled, of the N rows they are led away from."""
     tensors = {}
@@ -187,57 +275,6 @@ def condition(model: Model, values: dict, negatives: dict, images: int, size, *,
     keep = {kind: kept(kind, values, negatives, images, doubled).to(model.device) for kind in tensors}
     with torch.inference_mode():
         return model.network.condition(tensors, keep)
-
-
-def kept(kind: str, values: dict, negatives: dict, images: int, guided: bool) -> Tensor:
-    """Conditional rows are kept where given, unconditional ones only where a negative is given."""
-    rows = [kind in values] * images + ([kind in negatives] * images if guided else [])
-    return torch.tensor(rows, dtype=torch.bool)
-
-
-def values_by_kind(model: Model, asked: dict[str, list]) -> dict[str, list]:
-    """What each conditioner is given; refuses what none of them takes."""
-    kinds = model.network.conditioners
-    for name in asked:
-        if not any(conditioner.asked == name for conditioner in kinds.values()):
-            takes = ", ".join(dict.fromkeys(c.asked for c in kinds.values())) or "no condition, only count"
-            raise Refused(f"this model takes no {name}: it takes {takes}")
-    return {kind: asked[c.asked] for kind, c in kinds.items() if c.asked in asked}
-
-
-def number_of_images(asked: dict[str, list], count: int | None) -> int:
-    lengths = {name: len(rows) for name, rows in asked.items()} | ({"count": count} if count is not None else {})
-    if not lengths:
-        raise Refused("nothing to sample: give prompts, labels or count")
-    if len(set(lengths.values())) > 1:
-        raise Refused(f"these must be equally many: {', '.join(f'{n} {k}' for k, n in lengths.items())}")
-    images = next(iter(lengths.values()))
-    if images < 1:
-        raise Refused("nothing to sample: the list is empty")
-    return images
-
-
-def per_image(name: str, value, images: int) -> list[float]:
-    values = [float(value)] * images if isinstance(value, int | float) else [float(v) for v in value]
-    if len(values) != images:
-        raise Refused(f"{name} has {len(values)} entries for {images} images: give one number, or one per image")
-    return values
-
-
-def temperatures(scales: list[float]) -> list[float]:
-    """beta of each image for a model trained to be its own guide: guidance of that scale, in one forward."""
-    if min(scales) < 1:
-        raise Refused(f"guidance = {min(scales)}: this model was trained guidance-free and takes 1 or more")
-    return [1 / scale for scale in scales]
-
-
-def seeds_of(seed: int | Sequence[int], images: int) -> list[tuple[int, int]]:
-    """(seed, number) of each image: number 0 for an image with a seed of its own."""
-    if isinstance(seed, int):
-        return [(seed, i) for i in range(images)]
-    if len(seed) != images:
-        raise Refused(f"seed has {len(seed)} entries for {images} images: give one number, or one per image")
-    return [(int(s), 0) for s in seed]
 
 
 def solver_named(name: str) -> Callable:
@@ -261,31 +298,3 @@ def falling(sigmas: Tensor) -> Tensor:
     if not bool((sigmas[:-1] > sigmas[1:]).all()):
         raise Refused("noise levels must fall at every step: take fewer steps or another spacing")
     return sigmas
-
-
-def negative_values(model: Model, negative: dict[str, Sequence] | None, images: int) -> dict[str, list]:
-    """{"prompts": [...]} as values by kind."""
-    negative = {name: list(rows) for name, rows in (negative or {}).items()}
-    for name, rows in negative.items():
-        if len(rows) != images:
-            raise Refused(f"negative {name} has {len(rows)} entries for {images} images")
-        if not any(conditioner.asked == name for conditioner in model.network.conditioners.values()):
-            raise Refused(f"negative {name} given, but this model takes no {name}")
-    return values_by_kind(model, negative)
-
-
-def refuse_without_null(model: Model, values: dict, negatives: dict) -> None:
-    """Guidance needs an unconditional branch that was trained."""
-    if not values:
-        raise Refused("guidance needs a condition: give prompts or labels, or leave guidance at 1")
-    for kind in values:
-        conditioner = model.network.conditioners[kind]
-        if kind not in negatives and conditioner.dropout == 0 and model.recipe.drop_together == 0:
-            raise Refused(
-                f"guidance needs a null state, and this network was trained with condition dropout 0 for its {conditioner.asked}: "
-                "leave guidance at 1, or train with conditioning dropout above 0"
-            )
-
-
-def part(values: dict[str, list], rows: slice) -> dict[str, list]:
-    return {kind: v[rows] for kind, v in values.items()}

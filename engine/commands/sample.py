@@ -1,5 +1,6 @@
 """`duotone sample RUN`: draw pictures with a trained model."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +60,7 @@ class Sample:
             sampler=self.sampler,
             seed=self.seed,
             size=self.size,
+            progress=sys.stderr.isatty(),
         )
         self.out.parent.mkdir(parents=True, exist_ok=True)
         pictures.grid(drawn, self.columns or min(images, max(self.count, 8))).save(self.out)

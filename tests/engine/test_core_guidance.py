@@ -1,6 +1,8 @@
 """Rules of guidance against their papers in plain steps, a guide against two models, and what shared layers save."""
 
 import math
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -245,3 +247,103 @@ def test_a_guide_that_does_not_fit_is_refused():
         sample(model, labels=[0], guide=other, guidance=2.0)
     with pytest.raises(Refused, match="give one"):
         sample(model, labels=[0], guide=model, guidance=2.0, negative={"labels": [1]})
+
+
+# ------------------------------------------------------------------------------------ several attributes, several scales
+
+
+ATTRIBUTES = Facts(attributes=("Bald", "Male", "Smiling"))
+
+
+def attribute_model(**options) -> Model:
+    """A small network that reads attributes as tokens."""
+    config = UNetConfig(
+        channels=(16, 16),
+        attention=("none", "cross"),
+        heads=(2, 2),
+        blocks=(1, 1),
+        depth=(1, 1),
+        context_width=16,
+        groups=8,
+        zero_init=False,
+    )
+    recipe = Recipe(
+        name="faces", data=Shards(size=8), model=config, conditioning=(Attributes(**options),), objective=EDM()
+    )
+    torch.manual_seed(3)
+    network = build(recipe, ATTRIBUTES).eval().requires_grad_(False)
+    return Model(network, recipe.objective, ATTRIBUTES, recipe)
+
+
+def test_each_attribute_is_guided_by_its_own_scale():
+    """Against separate forwards of every branch: D_base + sum s_k (D_k - D_base)."""
+    model, seen = attribute_model(), []
+    asked = [{"Bald": 1, "Male": 0, "Smiling": 1}, {"Bald": 0, "Male": 1, "Smiling": 1}]
+    scales = {"Smiling": 3.0, "Bald": 1.5}
+    sample(model, attributes=asked, guidance=scales, steps=1, sampler="euler", seed=4,
+           on_step=lambda i, x, denoised: seen.append(denoised))  # fmt: skip
+    assert model.forwards == 3
+
+    def branch(rows) -> torch.Tensor:
+        one = []
+        sample(model, attributes=rows, steps=1, sampler="euler", seed=4, on_step=lambda i, x, d: one.append(d))
+        return one[0]
+
+    base = [{"Male": row["Male"]} for row in asked]
+    expected = plain = branch(base)
+    for name, scale in scales.items():
+        raised = branch([b | {name: row[name]} for b, row in zip(base, asked)])
+        expected = expected + scale * (raised - plain)
+    torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options,asked,says",
+    [
+        ({}, {"guidance": {"Smiling": 2.0}, "attributes": [{"Male": 1}]}, "'Smiling', which image 0 leaves unknown"),
+        ({}, {"guidance": {"Old": 2.0}, "attributes": [{"Male": 1}]}, "'Old' is none of this model's"),
+        ({}, {"guidance": {}, "attributes": [{"Male": 1}]}, "guidance by attribute is empty"),
+        ({}, {"guidance": {"Male": 2.0}, "count": 1}, "guidance by name is for attributes"),
+        ({}, {"guidance": {"Male": 2.0}, "attributes": [{"Male": 1}], "rescale": 0.5}, "does not go with"),
+        ({"attribute_dropout": 0.0}, {"guidance": {"Male": 2.0}, "attributes": [{"Male": 1}]}, "attribute_dropout 0"),
+    ],
+)
+def test_scales_that_do_not_fit_are_refused(options, asked, says):
+    with pytest.raises(Refused, match=re.escape(says)):
+        sample(attribute_model(**options), **asked, steps=1)
+
+
+# ------------------------------------------------------------------------------------------------ how many at once
+
+
+def test_images_are_drawn_again_in_smaller_chunks_where_memory_runs_out(monkeypatch):
+    module = sys.modules["duotone.engine.sample"]  # the package gives the function under that name
+
+    model, sizes, run = attribute_model(), [], module.run
+
+    def scarce(model, denoise, solver, sigmas, seeds, *rest):
+        sizes.append(len(seeds))
+        if len(seeds) > 2:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return run(model, denoise, solver, sigmas, seeds, *rest)
+
+    whole = sample(model, count=5, steps=2, seed=1)
+    monkeypatch.setattr(module, "run", scarce)
+    halved = sample(model, count=5, steps=2, seed=1, chunk=5)
+    assert sizes == [5, 3, 2, 2, 1]
+    assert np.abs(halved.astype(int) - whole.astype(int)).max() <= 1
+
+
+def test_the_bar_counts_every_step_of_every_image(monkeypatch, capsys):
+    sample(attribute_model(), count=3, steps=4, chunk=2, progress=True)
+    assert "12.0/12.0" in capsys.readouterr().err
+
+
+def test_as_many_are_drawn_at_once_as_the_free_memory_holds(monkeypatch):
+    from duotone.engine import memory
+
+    unet = attribute_model().network.unet
+    row = memory.saved_by(unet.config, 8, torch.float32, False, False)
+    for free, rows in ((2 * row * 5 + 1, 5), (0, 1), (2**50, memory.MOST_ROWS)):
+        monkeypatch.setattr(memory, "free_on_cpu", lambda free=free: free)
+        assert memory.rows_that_fit(unet, 8) == rows

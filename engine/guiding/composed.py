@@ -1,0 +1,67 @@
+"""Several attributes, each guided with its own scale: Liu et al. 2022, "Compositional visual generation", equation 11.
+
+D = D_base + sum_k s_k (D_{base + k} - D_base): the base knows the attributes without a scale of their own, branch k also
+attribute k. All branches run in one batch. N images, K scaled attributes, C channels, H x W pixels.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from duotone.data.refusal import Refused
+from duotone.engine.conditioning.attributes import UNKNOWN, attribute_row, place
+from duotone.engine.conditioning.base import Conditioning
+from duotone.engine.guidance import denoised, keys_values
+from duotone.engine.model.network import Network
+from duotone.engine.objectives.base import Objective
+
+
+def branches(asked: list, scales: Mapping[str, float], names: tuple[str, ...]) -> list[list[int]]:
+    """Attribute rows of every branch, the base's N first, then each scaled attribute's N."""
+    full = [attribute_row(value, names) for value in asked]
+    places = [place(name, names) for name in scales]
+    base = [[UNKNOWN if i in places else state for i, state in enumerate(row)] for row in full]
+    raised = [[row[k] if i == k else state for i, state in enumerate(b)] for k in places for row, b in zip(full, base)]
+    return base + raised
+
+
+def check(conditioner, scales: Mapping[str, float], asked: list) -> None:
+    """Refuses scales of attributes that were never left out in training, or that an image does not ask for."""
+    if not scales:
+        raise Refused("guidance by attribute is empty: give at least one attribute and its scale")
+    if conditioner.attribute_dropout == 0:
+        raise Refused(
+            "guidance by attribute needs attributes that were left out one by one in training, and this network was "
+            "trained with attribute_dropout 0: give one guidance for all"
+        )
+    for i, value in enumerate(asked):
+        row = attribute_row(value, conditioner.names)
+        for name in scales:
+            if row[place(name, conditioner.names)] == UNKNOWN:
+                raise Refused(
+                    f"guidance has a scale for {name!r}, which image {i} leaves unknown: ask for it there too"
+                )
+
+
+class ComposedDenoiser:
+    """denoise(x, sigma) for samplers; counts in `forwards` what it cost, in forward passes of one image."""
+
+    def __init__(self, network: Network, objective: Objective, condition: Conditioning, scales: list[float]):
+        """`condition` holds (1 + K) N rows, as `branches` orders them."""
+        self.network, self.objective, self.condition, self.scales = network, objective, condition, scales
+        self.keys_values = keys_values(network, condition)
+        self.forwards = 0.0
+
+    @torch.inference_mode()
+    def __call__(self, x_NCHW: Tensor, sigma: float) -> Tensor:
+        copies = 1 + len(self.scales)
+        rows_NCHW = torch.cat([x_NCHW] * copies)
+        sigma_N = torch.full((rows_NCHW.shape[0],), sigma, dtype=torch.float64)
+        skip_N, out_N, in_N, noise_N = [v.to(x_NCHW.device, torch.float32) for v in self.objective.scalings(sigma_N)]
+        self.forwards += rows_NCHW.shape[0]
+        scaled_NCHW = (rows_NCHW * in_N[:, None, None, None]).to(self.network.dtype)
+        stored = None if self.keys_values is None else iter(self.keys_values)
+        output_NCHW = self.network.predict(scaled_NCHW, noise_N, self.condition, stored)
+        base_NCHW, *raised = denoised(output_NCHW, rows_NCHW, skip_N, out_N).chunk(copies)
+        return base_NCHW + sum(scale * (d_NCHW - base_NCHW) for scale, d_NCHW in zip(self.scales, raised))

@@ -1,0 +1,88 @@
+"""What sample() is asked for: values of each condition, scales and seeds of each image; refused where they do not fit."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from duotone.data.refusal import Refused
+from duotone.engine.artifact import Model
+
+
+def values_by_kind(model: Model, asked: dict[str, list]) -> dict[str, list]:
+    """What each conditioner is given; refuses what none of them takes."""
+    kinds = model.network.conditioners
+    for name in asked:
+        if not any(conditioner.asked == name for conditioner in kinds.values()):
+            takes = ", ".join(dict.fromkeys(c.asked for c in kinds.values())) or "no condition, only count"
+            raise Refused(f"this model takes no {name}: it takes {takes}")
+    return {kind: asked[c.asked] for kind, c in kinds.items() if c.asked in asked}
+
+
+def number_of_images(asked: dict[str, list], count: int | None) -> int:
+    lengths = {name: len(rows) for name, rows in asked.items()} | ({"count": count} if count is not None else {})
+    if not lengths:
+        raise Refused("nothing to sample: give prompts, labels or count")
+    if len(set(lengths.values())) > 1:
+        raise Refused(f"these must be equally many: {', '.join(f'{n} {k}' for k, n in lengths.items())}")
+    images = next(iter(lengths.values()))
+    if images < 1:
+        raise Refused("nothing to sample: the list is empty")
+    return images
+
+
+def per_image(name: str, value, images: int) -> list[float]:
+    values = [float(value)] * images if isinstance(value, int | float) else [float(v) for v in value]
+    if len(values) != images:
+        raise Refused(f"{name} has {len(values)} entries for {images} images: give one number, or one per image")
+    return values
+
+
+def temperatures(scales: list[float]) -> list[float]:
+    """beta of each image for a model trained to be its own guide: guidance of that scale, in one forward."""
+    if min(scales) < 1:
+        raise Refused(f"guidance = {min(scales)}: this model was trained guidance-free and takes 1 or more")
+    return [1 / scale for scale in scales]
+
+
+def seeds_of(seed: int | Sequence[int], images: int) -> list[tuple[int, int]]:
+    """(seed, number) of each image: number 0 for an image with a seed of its own."""
+    if isinstance(seed, int):
+        return [(seed, i) for i in range(images)]
+    if len(seed) != images:
+        raise Refused(f"seed has {len(seed)} entries for {images} images: give one number, or one per image")
+    return [(int(s), 0) for s in seed]
+
+
+def negative_values(model: Model, negative: dict[str, Sequence] | None, images: int) -> dict[str, list]:
+    """{"prompts": [...]} as values by kind."""
+    negative = {name: list(rows) for name, rows in (negative or {}).items()}
+    for name, rows in negative.items():
+        if len(rows) != images:
+            raise Refused(f"negative {name} has {len(rows)} entries for {images} images")
+        if not any(conditioner.asked == name for conditioner in model.network.conditioners.values()):
+            raise Refused(f"negative {name} given, but this model takes no {name}")
+    return values_by_kind(model, negative)
+
+
+def refuse_without_null(model: Model, values: dict, negatives: dict) -> None:
+    """Guidance needs an unconditional branch that was trained."""
+    if not values:
+        raise Refused("guidance needs a condition: give prompts or labels, or leave guidance at 1")
+    for kind in values:
+        conditioner = model.network.conditioners[kind]
+        if kind not in negatives and conditioner.dropout == 0 and model.recipe.drop_together == 0:
+            raise Refused(
+                f"guidance needs a null state, and this network was trained with condition dropout 0 for its {conditioner.asked}: "
+                "leave guidance at 1, or train with conditioning dropout above 0"
+            )
+
+
+def part(values: dict[str, list], rows: slice) -> dict[str, list]:
+    return {kind: v[rows] for kind, v in values.items()}
+
+
+def kept(kind: str, values: dict, negatives: dict, images: int, guided: bool) -> Tensor:
+    """Conditional rows are kept where given, unconditional ones only where a negative is given."""
+    rows = [kind in values] * images + ([kind in negatives] * images if guided else [])
+    return torch.tensor(rows, dtype=torch.bool)
