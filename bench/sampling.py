@@ -32,7 +32,7 @@ from duotone.engine.guidance import Guidance, GuidedDenoiser, cost_of_pair
 from duotone.engine.model.network import Network
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.recipe import Recipe
-from duotone.engine.sample import condition, image_shape, noise, sample, sampling_sigmas, seeds_of
+from duotone.engine.sample import condition, image_shape, noise, sample, sampling_sigmas
 from duotone.engine.samplers.heun import heun
 
 EVERYWHERE = (0.0, float("inf"))
@@ -133,7 +133,7 @@ def sampled(job: Job, way: Way) -> tuple[torch.Tensor, float]:
     denoise = way.denoiser(job.model.network, job.model.objective, job.both, guidance)
     denoise.pair_cost = job.pair_cost  # known beforehand: counting multiplications is no part of sampling
     shape = (job.images, *image_shape(job.model, None))
-    seeds = seeds_of(0, job.images)
+    seeds = [(0, number) for number in range(job.images)]
     x_NCHW = noise(seeds, draws.Purpose.SAMPLE_START, 0, shape, job.model.device) * job.sigmas[0].item()
     with torch.inference_mode():
         return heun(denoise, x_NCHW, job.sigmas), denoise.forwards / job.images

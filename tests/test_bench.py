@@ -268,7 +268,7 @@ import sys
 for name in ("deepspeed", "nvidia", "nvidia.dali", "webdataset", "tyro", "transformers", "wandb", "matplotlib"):
     sys.modules[name] = None
 sys.path.insert(0, "bench")
-import ceilings, conv, gpu_day, sampling, throughput, train_step
+import ceilings, conv, gpu_day, sampling, switches, throughput, train_step
 from pathlib import Path
 assert {s.name for s in gpu_day.stages(Path("x")) if s.missing} == {"shards", "demo", "guidance", "reference"}
 for bench, flags in [(conv, ["--network", "tiny", "--shapes", "1", "--rounds", "1"]),

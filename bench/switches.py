@@ -1,0 +1,151 @@
+"""What each switch of engine/speed.py costs or saves: the training step of our own network with one switch moved at a time.
+
+    python bench/switches.py                 # the reference network; on a CPU the small one
+    python bench/switches.py --rounds 5 --json out.json
+
+Interleaved rounds on the same weights and batches; ratios are of medians, to the settings that a run takes here by itself.
+Memory is what autograd keeps between the passes.
+"""
+
+import argparse
+import copy
+import statistics
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from networks import NAMED, SIZES
+from record import NOT_MEASURED, command, default_path, load_average, machine, refuse, table, write_json
+
+from duotone.engine.model.unet import UNet
+from duotone.engine.speed import Choice, Speed, choose, compile_blocks
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run a step; `why_not` where this device cannot."""
+
+    name: str
+    choice: Choice
+    checkpointing: bool = False
+    why_not: str | None = None
+
+
+def settings(usual: Choice) -> list[Setting]:
+    """The usual choice first, then one switch moved at a time."""
+    other = "fp32" if usual.precision == "bf16" else "bf16"
+    minutes = None if usual.device == "cuda" else "compilation takes minutes on a CPU"
+    return [
+        Setting("as chosen", usual),
+        Setting(f"speed.precision = {other}", replace(usual, precision=other)),
+        Setting(f"speed.compile = {not usual.compile}", replace(usual, compile=not usual.compile), why_not=minutes),
+        Setting("speed.gradient_checkpointing = True", usual, checkpointing=True),
+    ]
+
+
+class Step:
+    """Forward, backward and AdamW with fp32 master weights left out: what a switch changes is in the passes."""
+
+    def __init__(self, unet: UNet, setting: Setting):
+        self.unet = copy.deepcopy(unet).to(setting.choice.device, setting.choice.dtype)
+        self.unet.checkpointing = setting.checkpointing
+        if setting.choice.compile:
+            compile_blocks(self.unet)
+        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-4, fused=True)
+        self.milliseconds: list[float] = []
+        self.clock = time.perf_counter if setting.choice.device == "cuda" else time.process_time
+
+    def loss(self, batch: dict) -> torch.Tensor:
+        inputs = (batch["x"].to(self.unet.conv_in.weight.dtype), batch["time"], None)
+        output = self.unet(*inputs, batch["tokens"].to(self.unet.conv_in.weight.dtype))
+        return (output.float() - batch["target"]).square().mean()
+
+    def __call__(self, batch: dict) -> None:
+        began = self.clock()
+        self.loss(batch).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if batch["x"].is_cuda:
+            torch.cuda.synchronize()
+        self.milliseconds.append(1e3 * (self.clock() - began))
+
+    def saved_mebibytes(self, batch: dict) -> float:
+        """What autograd keeps, each tensor once, weights not among them."""
+        weights = {p.untyped_storage()._cdata for p in self.unet.parameters()}
+        held: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            held[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            self.loss(batch)
+        return sum(storage.nbytes() for key, storage in held.items() if key not in weights) / 2**20
+
+
+def drawn(config, size: int, images: int, device: str) -> dict:
+    g = torch.Generator().manual_seed(0)
+    x_NCHW, target_NCHW = (
+        torch.randn(images, config.in_channels, size, size, generator=g).to(device) for _ in range(2)
+    )
+    tokens_NMD = torch.randn(images, 77, config.context_width, generator=g).to(device)
+    return {
+        "x": x_NCHW,
+        "target": target_NCHW,
+        "tokens": tokens_NMD,
+        "time": torch.rand(images, generator=g).to(device),
+    }
+
+
+def measure(network: str, images: int, rounds: int, usual: Choice) -> list[dict]:
+    torch.manual_seed(0)
+    unet, batch = NAMED[network].build(), drawn(NAMED[network], SIZES[network], images, usual.device)
+    every = settings(usual)
+    steps = {setting.name: Step(unet, setting) for setting in every if not setting.why_not}
+    for _ in range(rounds + 1):
+        for step in steps.values():
+            step(batch)
+    base = statistics.median(steps[every[0].name].milliseconds[1:])
+    return [row_of(setting, steps.get(setting.name), batch, base) for setting in every]
+
+
+def row_of(setting: Setting, step: Step | None, batch: dict, base: float) -> dict:
+    if step is None:
+        return {"switch": setting.name, "milliseconds": None, "why": f"{NOT_MEASURED}: {setting.why_not}"}
+    median = statistics.median(step.milliseconds[1:])
+    return {"switch": setting.name, "milliseconds": median, "times_as_chosen": median / base,
+            "saved_mebibytes": step.saved_mebibytes(batch)}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=list(NAMED), help="our network of this shape")
+    parser.add_argument("--batch", type=int, help="images (32 on a GPU, 4 on a CPU)")
+    parser.add_argument("--rounds", type=int, default=10, help="interleaved rounds")
+    parser.add_argument("--json", type=Path, help="where the result goes (default: bench/results/)")
+    asked = parser.parse_args()
+    usual = choose(Speed())
+    network = asked.network or ("reference" if usual.device == "cuda" else "small")
+    images = asked.batch or (32 if usual.device == "cuda" else 4)
+    if min(images, asked.rounds) < 1:
+        refuse("--batch and --rounds must be at least 1")
+    loads = [load_average()]
+    rows = measure(network, images, asked.rounds, usual)
+    print(
+        table(
+            [
+                {"switch": "", "milliseconds": None, "times_as_chosen": None, "saved_mebibytes": None, "why": ""} | row
+                for row in rows
+            ]
+        )
+    )
+    path = asked.json or default_path("switches")
+    write_json(path, {"machine": machine(), "command": command(), "network": network, "size": SIZES[network],
+                      "batch": images, "as_chosen": vars(usual), "load_average": [*loads, load_average()],
+                      "clock": "wall" if usual.device == "cuda" else "processor time", "results": rows})  # fmt: skip
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()
