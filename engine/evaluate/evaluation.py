@@ -3,6 +3,7 @@
 N samples, M real images, D features.
 """
 
+import itertools
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -173,8 +174,8 @@ def conditions(model: Model, images: Images) -> dict:
 def drawn(model: Model, asked_for: Images, settings: Settings) -> np.ndarray:
     """One sample for each image, asked for as that one is."""
     say(f"drawing {len(asked_for):,} samples, guidance {settings.guidance}, {settings.steps} {settings.sampler} steps")
-    parts = math.ceil(len(asked_for) / CHUNK)
-    progress, steps = Progress("sampling", parts * settings.steps), iter(range(1, parts * settings.steps + 1))
+    # A chunk that memory does not hold is drawn again in halves: the count of steps may pass the total.
+    steps, progress = itertools.count(1), Progress("sampling", math.ceil(len(asked_for) / CHUNK) * settings.steps)
     return sample(
         model,
         **conditions(model, asked_for),
