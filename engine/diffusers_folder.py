@@ -16,6 +16,7 @@ from duotone.data.refusal import Refused
 from duotone.engine.artifact import Model, umask
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.model.unet import UNet, UNetConfig
+from duotone.engine.model_card import card
 from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.objectives.flow import Flow
@@ -173,6 +174,7 @@ def export(model: Model, out: Path) -> list[str]:
             weights["class_embedding.weight"] = conditioners["label"].rows().float().contiguous().cpu()
         write_folder(draft, config, weights, scheduler, list(conditioners))
         notes = save_text_encoder(draft, model)
+        (draft / "README.md").write_text(card(model.recipe, model.facts, model.images))
         out.parent.mkdir(parents=True, exist_ok=True)
         os.replace(draft, out)
     except BaseException:

@@ -19,6 +19,15 @@ def grid(images_NHWC: np.ndarray, columns: int, *, gap: int = 2, zoom: int = 1) 
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
 
 
+def opened(paths: Sequence[Path]) -> list[Image.Image]:
+    """Pictures of one size: those of another size than the last are left out."""
+    pictures = []
+    for path in paths:
+        with Image.open(path) as picture:
+            pictures.append(picture.convert("RGB"))
+    return [picture for picture in pictures if picture.size == pictures[-1].size]
+
+
 def save_gif(path: Path, frames: Sequence[Image.Image], *, milliseconds: int = 80) -> None:
     """An endless GIF that rests on its last frame."""
     durations = [milliseconds] * (len(frames) - 1) + [10 * milliseconds]

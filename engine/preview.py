@@ -27,7 +27,7 @@ class Previews:
     sampler: str = "heun"
     """Solver."""
     strips: bool = True
-    """Also draw how the first pictures of each row come out of noise, conditional and unconditional."""
+    """Also draw how the first pictures of each row come out of noise, conditional and unconditional, and as a GIF."""
 
 
 def asked_for(config: Previews, model, captions: list[str]) -> dict[str, list]:
@@ -79,7 +79,24 @@ def draw(config: Previews, model, captions: list[str], folder: Path, name: str) 
         for kind, images in (("conditional", conditional), ("unconditional", unconditional)):
             written.append(folder / f"{name}-{kind}.png")
             pictures.grid(images, config.columns, zoom=zoom).save(written[-1])
+        written.append(folder / f"{name}.gif")
+        pictures.save_gif(written[-1], frames_of(conditional, config.columns, zoom), milliseconds=200)
     return written
+
+
+def frames_of(strip_NHWC: np.ndarray, moments: int, zoom: int) -> list:
+    """A strip's moments one after another, its rows side by side: the generation as a film."""
+    film = strip_NHWC.reshape(-1, moments, *strip_NHWC.shape[1:])
+    return [pictures.grid(film[:, i], min(8, len(film)), zoom=zoom) for i in range(moments)]
+
+
+def film_of_grids(folder: Path) -> Path | None:
+    """The grids of a run, one after another, as previews/training.gif; None before the second."""
+    grids = sorted(path for path in folder.glob("images-*.png") if path.stem.count("-") == 1)
+    if len(grids) < 2:
+        return None
+    pictures.save_gif(folder / "training.gif", pictures.opened(grids), milliseconds=300)
+    return folder / "training.gif"
 
 
 def strip(model, rows: dict, settings: dict, columns: int) -> np.ndarray:

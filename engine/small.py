@@ -55,3 +55,5 @@ small_concat = replace(
     conditioning=(ClassMap(width=4, dropout=0.1),),
     model=replace(small_label.model, extra_channels=4),
 )
+
+small_plain = replace(small_label, name="shapes", conditioning=())

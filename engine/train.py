@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from duotone.data.batch import Batch
-from duotone.engine import artifact, checkpoint, draws, preview, run_folder, speed, zero
+from duotone.engine import artifact, checkpoint, draws, model_card, preview, run_folder, speed, zero
 from duotone.engine.conditioning.dropout import conditioned
 from duotone.engine.recipe import Recipe
 from duotone.engine.run import Run, plans, save, set_up
@@ -158,6 +158,7 @@ def finish(run: Run) -> None:
         path = run.recipe.folder / "ema.safetensors"
         artifact.save(path, ema, run.recipe, run.facts, run.images)
         run_folder.write_json(run.recipe.folder / "record.json", record(run))
+        model_card.write(run.recipe.folder / "MODEL_CARD.md", run.recipe, run.facts, run.data, run.images)
         written = draw_with(run, ema)
         run.log.say(f"done: EMA weights in {path}, pictures in {written[0].parent}")
     zero.wait()
@@ -192,7 +193,9 @@ def draw_with(run: Run, ema: dict[str, Tensor]) -> list[Path]:
     model = artifact.Model(network, run.recipe.objective, run.facts, run.recipe, run.images)
     captions = some_captions(run) if run.data.has_captions else []
     folder = run.recipe.folder / "previews"
-    return preview.draw(run.recipe.preview, model, captions, folder, f"images-{run.images:012d}")
+    written = preview.draw(run.recipe.preview, model, captions, folder, f"images-{run.images:012d}")
+    preview.film_of_grids(folder)
+    return written
 
 
 def some_captions(run: Run) -> list[str]:

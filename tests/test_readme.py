@@ -1,5 +1,6 @@
 """The README against the project: tables made from results, commands that parse, pictures that exist, links that lead somewhere."""
 
+import importlib
 import re
 import runpy
 import shlex
@@ -12,6 +13,7 @@ import pytest
 from duotone.engine import cli
 from duotone.engine.command_line import parse
 from duotone.engine.recipe import Recipe
+from duotone.engine.recipe_file import recipe_at
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -57,4 +59,8 @@ def test_a_documented_command_is_one_that_the_parser_takes(command):
         module, cls, _ = cli.PREPARE[words[2]]
         assert cli.flags_of(getattr(__import__(module, fromlist=[cls]), cls), words[3:], "duotone prepare")
     else:
-        assert cli.flags_of(cli.COMMANDS[words[1]], words[3:], "duotone")
+        if words[1] in cli.RECIPES:
+            assert recipe_at(ROOT / words[2], words[3:], "duotone").name
+            return
+        cls = getattr(importlib.import_module(f"duotone.engine.commands.{words[1]}"), cli.COMMANDS[words[1]][0])
+        assert cli.flags_of(cls, words[3:], "duotone")

@@ -3,12 +3,14 @@
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
@@ -47,9 +49,22 @@ def test_a_recipe_is_at_most_sixty_lines(recipe):
     assert len(recipe.read_text().splitlines()) <= 60
 
 
-@pytest.mark.parametrize("recipe", [p for p in RECIPES if p.stem != "coco_clip"], ids=lambda p: p.stem)
+def one_of_each_small_network() -> list[Path]:
+    """Recipes by what they train without data; the text network is the demo's, which other tests run."""
+    found = {re.search(r"import (small_\w+)", p.read_text()).group(1): p for p in reversed(RECIPES)}
+    return [p for small, p in sorted(found.items()) if small != "small_text"]
+
+
+@pytest.mark.parametrize("recipe", one_of_each_small_network(), ids=lambda p: p.stem)
 def test_the_small_network_runs_on_the_embedded_data(recipe, tmp_path):
-    check(started(recipe, tmp_path, "--images", "32"))
+    folder = started(recipe, tmp_path, "--images", "32", "--preview.every", "16")
+    check(folder)
+    films = sorted(path.name for path in (folder / "previews").glob("*.gif"))
+    assert films == ["images-000000000016.gif", "images-000000000032.gif", "training.gif"]
+    with Image.open(folder / "previews" / "training.gif") as film:
+        assert film.n_frames == 2
+    card = (folder / "MODEL_CARD.md").read_text()
+    assert "trained on | 32 images" in card and str(tmp_path) not in card
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +82,7 @@ def clothes(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("name", ["fashion_mnist_edm", "mnist_concat"])
+@pytest.mark.parametrize("name", ["fashion_mnist_edm", "mnist_concat", "mnist_attributes"])
 def test_the_published_network_runs_on_real_images(name, clothes, tmp_path):
     flags = ["--data.shards", str(clothes), "--batch-size", "8", "--images", "16"]
     check(started(ROOT / "recipes" / f"{name}.py", tmp_path, *flags))

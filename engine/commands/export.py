@@ -16,7 +16,7 @@ class Export:
     format: Literal["safetensors", "diffusers"] = "diffusers"
 
     def run(self, path: Path) -> None:
-        from duotone.engine import artifact, diffusers_folder
+        from duotone.engine import artifact, diffusers_folder, model_card
 
         if self.out.exists():
             raise Refused(f"{self.out} exists: give another --out, nothing was written")
@@ -25,6 +25,9 @@ class Export:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             named = {name: p.detach() for name, p in model.network.named_parameters()}
             artifact.save(self.out, named, model.recipe, model.facts, model.images)
+            card = self.out.with_suffix(".md")
+            if not card.exists():
+                model_card.write(card, model.recipe, model.facts, None, model.images)
             notes = []
         else:
             notes = diffusers_folder.export(model, self.out)

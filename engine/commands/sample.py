@@ -1,8 +1,11 @@
 """`duotone sample RUN`: draw pictures with a trained model."""
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from duotone.data.refusal import Refused
 
@@ -15,6 +18,8 @@ class Sample:
     """Captions to draw, for a text model."""
     label: tuple[str, ...] = ()
     """Classes to draw, by name or number."""
+    attribute: tuple[str, ...] = ()
+    """Attributes of every picture: NAME (present), NAME=0 (absent), NAME=1:3 or NAME=0:3 (with a guidance scale of its own)."""
     negative: str | None = None
     """Caption to steer away from."""
     count: int = 1
@@ -29,6 +34,8 @@ class Sample:
     """Side in pixels; by default as trained."""
     columns: int | None = None
     """Pictures per row of the sheet."""
+    gif: Path | None = None
+    """Also write how the pictures come out of noise, as a GIF."""
     out: Path = Path("sample.png")
     """Where the sheet goes; refused if it exists."""
     overwrite: bool = False
@@ -37,31 +44,69 @@ class Sample:
     def run(self, path: Path) -> None:
         from duotone.engine import pictures
         from duotone.engine.artifact import load
-        from duotone.engine.sample import sample
 
-        if self.out.exists() and not self.overwrite:
-            raise Refused(f"{self.out} exists: give another --out, or --overwrite")
+        self.check()
+        model = load(path)
+        asked, images = self.asked()
+        drawn, frames = self.draw(model, asked, images)
+        columns = self.columns or min(images, max(self.count, 8))
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        pictures.grid(drawn, columns).save(self.out)
+        if self.gif is not None:
+            self.gif.parent.mkdir(parents=True, exist_ok=True)
+            pictures.save_gif(self.gif, [pictures.grid(np.concatenate(frame), columns) for frame in frames])
+        print(f"{images} pictures in {self.out}, {model.forwards:.1f} forward passes each")
+
+    def check(self) -> None:
+        for path in (self.out, self.gif):
+            if path is not None and path.exists() and not self.overwrite:
+                raise Refused(f"{path} exists: give another --{'out' if path == self.out else 'gif'}, or --overwrite")
         if self.count < 1:
             raise Refused(f"count = {self.count}: it must be at least 1")
-        model = load(path)
+
+    def asked(self) -> tuple[dict, int]:
+        """Keyword arguments of sample(), and the number of pictures."""
         asked: dict = {}
         for name, values in (("prompts", self.prompt), ("labels", self.label)):
             if values:
                 asked[name] = [v for v in values for _ in range(self.count)]
         images = len(next(iter(asked.values()))) if asked else self.count
-        negative = {"prompts": [self.negative] * images} if self.negative else None
-        guidance = self.guidance if asked else 1.0
+        if self.attribute:
+            asked["attributes"] = [self.attributes()[0]] * images
+        return (asked or {"count": images}), images
+
+    def attributes(self) -> tuple[dict[str, int], dict[str, float]]:
+        """What every picture is asked to have, and the scales of those that have one of their own."""
+        states, scales = {}, {}
+        for text in self.attribute:
+            found = re.fullmatch(r"([^=]+)(?:=([01])(?::([\d.]+))?)?", text)
+            if not found:
+                raise Refused(f"attribute {text!r}: write NAME, NAME=0, or NAME=1:3 for a guidance scale of 3")
+            name, state, scale = found.groups()
+            states[name] = int(state or 1)
+            scales |= {name: float(scale)} if scale else {}
+        return states, scales
+
+    def draw(self, model, asked: dict, images: int) -> tuple[np.ndarray, list[list[np.ndarray]]]:
+        """The pictures and, for a GIF, every step's idea of them, chunk by chunk."""
+        from duotone.engine.sample import pixels, sample
+
+        frames: list[list[np.ndarray]] = []
+
+        def keep(step: int, x_NCHW, denoised_NCHW) -> None:
+            frames.extend([] for _ in range(step + 1 - len(frames)))
+            frames[step].append(pixels(denoised_NCHW))
+
         drawn = sample(
             model,
-            **(asked or {"count": images}),
-            negative=negative,
-            guidance=guidance,
+            **asked,
+            negative={"prompts": [self.negative] * images} if self.negative else None,
+            guidance=self.attributes()[1] or (1.0 if "count" in asked else self.guidance),
             steps=self.steps,
             sampler=self.sampler,
             seed=self.seed,
             size=self.size,
+            on_step=keep if self.gif is not None else None,
             progress=sys.stderr.isatty(),
         )
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        pictures.grid(drawn, self.columns or min(images, max(self.count, 8))).save(self.out)
-        print(f"{images} pictures in {self.out}, {model.forwards:.1f} forward passes each")
+        return drawn, frames

@@ -196,7 +196,7 @@ def duotone(monkeypatch, capsys):
     return call
 
 
-@pytest.mark.parametrize("recipe", ["fashion_mnist_edm", "mnist_concat"])
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "recipes").glob("*.py")))
 def test_the_command_finds_no_fault_in_a_recipe(recipe, duotone):
     code, said, _ = duotone("doctor", f"recipes/{recipe}.py")
     assert code == 0 and "0 faults" in said, said

@@ -1,0 +1,78 @@
+"""A model card: what a stranger must know of the weights, from the recipe and the data alone."""
+
+import os
+from pathlib import Path
+
+from duotone.engine.conditioning.base import Facts
+from duotone.engine.recipe import Recipe
+
+LIMITS = """\
+The model has learnt the pictures of its data set, with their gaps and biases, and may reproduce some of them closely
+(`duotone evaluate` shows each sample beside its nearest training image). It has not been checked for any use."""
+
+
+def write(path: Path, recipe: Recipe, facts: Facts, data, images: int) -> None:
+    """Writes the card in one step; no path of this machine is in it."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(card(recipe, facts, images, None if data is None else data.count))
+    os.replace(draft, path)
+
+
+def card(recipe: Recipe, facts: Facts, images: int, samples: int | None = None) -> str:
+    return "\n".join([*front_matter(recipe), "", f"# {recipe.name}", "", *told(recipe, facts, images, samples)]) + "\n"
+
+
+def front_matter(recipe: Recipe) -> list[str]:
+    kinds = [condition.kind for condition in recipe.conditioning]
+    tag = "text-to-image" if "text" in kinds else "unconditional-image-generation" if not kinds else "image-generation"
+    return ["---", "library_name: duotone", f"tags: [{tag}, diffusion]", "---"]
+
+
+def told(recipe: Recipe, facts: Facts, images: int, samples: int | None) -> list[str]:
+    model, objective, size = recipe.model, recipe.objective, recipe.data.size
+    seen = f"{images:,} images" + (f", {images / samples:,.1f} times its {samples:,} samples" if samples else "")
+    lines = [
+        "| | |",
+        "| --- | --- |",
+        f"| pictures | {size} x {size}, {'colour' if model.out_channels == 3 else 'gray'} |",
+        f"| conditions | {conditions(recipe)} |",
+        f"| objective | {named(objective)} |",
+        f"| network | UNet, channels {', '.join(map(str, model.channels))}, attention {', '.join(model.attention)} |",
+        f"| trained on | {seen}, batches of {recipe.batch_size}, seed {recipe.seed} |",
+        f"| weights | moving average, {average(recipe)} |",
+    ]
+    for what, names in (("classes", facts.classes), ("attributes", facts.attributes)):
+        if names:
+            lines.append(f"| {what} | {', '.join(names[:40])}{' ...' if len(names) > 40 else ''} |")
+    return [*lines, "", "## Use", "", *usage(recipe, facts), "", "## Limits", "", LIMITS]
+
+
+def conditions(recipe: Recipe) -> str:
+    parts = [f"{c.kind} (dropped for {c.dropout:.0%})" for c in recipe.conditioning]
+    return ", ".join(parts) or "none"
+
+
+def named(objective) -> str:
+    details = {name: getattr(objective, name) for name in ("schedule", "prediction", "weighting", "sigma_data", "times")
+               if hasattr(objective, name)}  # fmt: skip
+    return type(objective).__name__ + "".join(f", {name} {value}" for name, value in details.items())
+
+
+def average(recipe: Recipe) -> str:
+    if recipe.ema.power > 0:
+        return f"power {recipe.ema.power:.3g}, at most {recipe.ema.max_decay}"
+    return f"half-life {recipe.ema.half_life:,} images"
+
+
+def usage(recipe: Recipe, facts: Facts) -> list[str]:
+    asked = {"text": 'prompts=["..."]', "label": f"labels=[{(facts.classes or ['0'])[0]!r}]",
+             "class_map": f"labels=[{(facts.classes or ['0'])[0]!r}]",
+             "attributes": f"attributes=[[{(facts.attributes or ['name'])[0]!r}]]"}  # fmt: skip
+    given = [asked[c.kind] for c in recipe.conditioning if c.kind in asked] or ["count=1"]
+    return [
+        "```python",
+        "from duotone.engine import load, sample",
+        "",
+        f'images = sample(load("ema.safetensors"), {", ".join(given)}, steps={recipe.preview.steps}, seed=0)',
+        "```",
+    ]
