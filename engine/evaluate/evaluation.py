@@ -5,6 +5,7 @@ N samples, M real images, D features.
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,14 +15,14 @@ from duotone.data.refusal import Refused
 from duotone.engine.artifact import Model
 from duotone.engine.evaluate.classifier import ClassifierConfig, Judge, judge_of, wanted
 from duotone.engine.evaluate.distances import Distance, distance, refuse_too_few
-from duotone.engine.evaluate.features import FeaturesConfig, RealFeatures, choose, real_features
+from duotone.engine.evaluate.features import FeatureNetwork, FeaturesConfig, RealFeatures, choose, real_features
 from duotone.engine.evaluate.images import Images, Splits
 from duotone.engine.evaluate.loss_table import Loss, loss_table
 from duotone.engine.evaluate.nearest import Nearest, flat, nearest
 from duotone.engine.evaluate.progress import Progress
 from duotone.engine.evaluate.shares import Share
 from duotone.engine.recipe import say
-from duotone.engine.sample import sample, sampling_sigmas
+from duotone.engine.sample import sample
 
 CHUNK = 64
 
@@ -85,9 +86,7 @@ class Evaluation:
 def evaluate(model: Model, splits: Splits, settings: Settings) -> Evaluation:
     """Measures a model; what can be refused is, before the first sample is drawn."""
     refuse_unfit(model, splits, settings)
-    has_names = splits.train.labels_N is not None or splits.train.attributes_NK is not None
-    judge = judge_of(splits, settings.classifier, settings.cache, model.device) if has_names else None
-    network = choose(settings.features, judge, model.device)
+    network, judge = judges(model, splits, settings)
     real = real_features(network, splits, settings.cache)
     refuse_too_few(settings.samples, real.train_ND.shape[1])
     asked_for = splits.train.drawn(settings.samples)
@@ -111,6 +110,19 @@ def evaluate(model: Model, splits: Splits, settings: Settings) -> Evaluation:
     )
 
 
+def judges(model: Model, splits: Splits, settings: Settings) -> tuple[FeatureNetwork, Judge | None]:
+    """The feature network and, where the data has names for it, the classifier: a network from elsewhere is looked for first."""
+    elsewhere = settings.features.network in ("inception", "dinov2")
+    network = choose(settings.features, None, model.device) if elsewhere else None
+    judge = judge_of(splits, settings.classifier, settings.cache, model.device) if has_names(splits) else None
+    return network or choose(settings.features, judge, model.device), judge
+
+
+def has_names(splits: Splits) -> bool:
+    """Whether there is something for a classifier to tell apart."""
+    return splits.train.labels_N is not None or splits.train.attributes_NK is not None
+
+
 # ------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -118,14 +130,18 @@ def refuse_unfit(model: Model, splits: Splits, settings: Settings) -> None:
     """Settings, model and data that do not go together."""
     if settings.loss_images < 0:
         raise Refused(f"loss_images = {settings.loss_images}: it must not be negative (0 = no table of losses)")
-    sampling_sigmas(model, settings.steps, None)
-    conditions(model, splits.train)
+    if settings.loss_levels < 1:
+        raise Refused(f"loss_levels = {settings.loss_levels}: it must be at least 1")
+    settings.classifier.check()
+    if has_names(splits) and settings.features.network in ("auto", "classifier"):
+        refuse_too_few(settings.samples, settings.classifier.width)
     for name, images in (("training set", splits.train), ("held-out set", splits.held_out)):
         if len(images) < settings.samples:
             raise Refused(
                 f"the {name} has {len(images)} images and samples = {settings.samples}: the floor needs as many real "
                 f"images as samples; give --samples {len(images)} or less, or more images with --test"
             )
+    asked(model, splits.train.take(np.arange(1)), settings)  # what sample() refuses, it refuses for one image
 
 
 def refuse_other_names(model: Model, images: Images) -> None:
@@ -176,6 +192,10 @@ def drawn(model: Model, asked_for: Images, settings: Settings) -> np.ndarray:
     say(f"drawing {len(asked_for):,} samples, guidance {settings.guidance}, {settings.steps} {settings.sampler} steps")
     # A chunk that memory does not hold is drawn again in halves: the count of steps may pass the total.
     steps, progress = itertools.count(1), Progress("sampling", math.ceil(len(asked_for) / CHUNK) * settings.steps)
+    return asked(model, asked_for, settings, on_step=lambda *_: progress.at(next(steps)))
+
+
+def asked(model: Model, asked_for: Images, settings: Settings, on_step: Callable | None = None) -> np.ndarray:
     return sample(
         model,
         **conditions(model, asked_for),
@@ -184,7 +204,7 @@ def drawn(model: Model, asked_for: Images, settings: Settings) -> np.ndarray:
         sampler=settings.sampler,
         seed=settings.seed,
         chunk=CHUNK,
-        on_step=lambda *_: progress.at(next(steps)),
+        on_step=on_step,
     )
 
 

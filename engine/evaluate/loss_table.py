@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from duotone.data.refusal import Refused
 from duotone.engine import draws
 from duotone.engine.artifact import Model
 from duotone.engine.evaluate.images import Images
@@ -38,8 +37,6 @@ def loss_table(model: Model, images: Images, *, levels: int = 8, seed: int = 1) 
 
     Level l stands at the quantile (l + 1/2) / L of the training distribution. Image i draws the noise of position l N + i.
     """
-    if levels < 1:
-        raise Refused(f"loss_levels = {levels}: it must be at least 1")
     u_L = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
     sigma_L = model.objective.draw_sigma(u_L)
     progress = Progress("losses", levels * len(images))
