@@ -139,7 +139,7 @@ def engine_side(scratch: Path, course: Course, images: int) -> dict:
     clock = clocked(command, out.parent / "engine.log")
     facts = Facts(classes=course.splits.train.classes)
     checks = []
-    for path in sorted((out / "checkpoints").glob("images-*")):
+    for path in last(out / "checkpoints", "images-*"):
         manifest, tensors = checkpoint.read(path)
         network = artifact.build(recipe, facts)
         artifact.fill(network, tensors["ema"], path)
@@ -237,7 +237,7 @@ def notebook_side(scratch: Path, course: Course, core_seconds: float) -> dict:
     command = [sys.executable, __file__, "--scratch", str(scratch), "--notebook-seconds", str(core_seconds)]
     clock = clocked(command, scratch / "notebook.log")
     checks = []
-    for path in sorted(out.glob("images-*.pt")):
+    for path in last(out, "images-*.pt"):
         model = ClassBesideImage().eval()
         model.load_state_dict(torch.load(path, weights_only=True))
         began = time.monotonic()
@@ -267,6 +267,11 @@ def clocked(command: list[str], log: Path) -> dict:
     clock = {"began": began, "seconds": time.time() - began, "cpu_seconds": cpu_seconds() - before, "load": load}
     kept.write_text(json.dumps(clock))
     return clock
+
+
+def last(folder: Path, pattern: str) -> list[Path]:
+    """What was kept on the way, oldest first; with --checks, only the last of it."""
+    return sorted(folder.glob(pattern))[-parsed().checks :]
 
 
 def cpu_seconds() -> float:
@@ -339,6 +344,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=IMAGES, help="budget of our side")
     parser.add_argument("--core-seconds", type=float, default=1000, help="budget of the notebook's side")
     parser.add_argument("--again", action="store_true", help="measure what was trained before once more")
+    parser.add_argument("--checks", type=int, default=CHECKS, help="measure only the last so many of what was kept")
     parser.add_argument("--notebook-seconds", type=float, help=argparse.SUPPRESS)
     return parser.parse_args()
 

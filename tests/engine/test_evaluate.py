@@ -482,3 +482,18 @@ def test_the_parser_takes_the_documented_flags():
         "duotone evaluate",
     )
     assert parsed.test == Path("b") and parsed.per_caption == 2
+
+
+def test_the_speedrun_is_ready_to_start(tmp_path):
+    """Its recipe is one that training takes, and the other side's network draws what the classifier is shown."""
+    pytest.importorskip("diffusers")
+    path = Path(__file__).parents[2] / "bench" / "speedrun.py"
+    spec = importlib.util.spec_from_file_location("speedrun", path)
+    speedrun = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(speedrun)
+    speedrun.recipe.check()
+    assert speedrun.IMAGES % (speedrun.CHECKS * speedrun.recipe.batch_size) == 0
+    speedrun.NOTEBOOK_STEPS = 2
+    torch.manual_seed(0)
+    drawn = speedrun.notebook_samples(speedrun.ClassBesideImage().eval(), np.array([0, 9]))
+    assert drawn.shape == (2, 28, 28, 1) and drawn.dtype == np.uint8
