@@ -54,7 +54,14 @@ def join(device: str) -> Ranks:
     if not on_cuda:
         build_communication_operator()
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", verbose=False)
+        try:
+            deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", verbose=False)
+        except dist.DistNetworkError as error:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise Refused(
+                f"the ranks cannot meet at {address} ({str(error).splitlines()[0]}): if another run of this machine is "
+                "there, give this one a port of its own, as in deepspeed --master_port 29501 ..."
+            ) from None
     local = int(os.environ["LOCAL_RANK"])
     if on_cuda:
         torch.cuda.set_device(local)

@@ -2,6 +2,10 @@
 
 import json
 import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from duotone.engine.optimizer import AdamW, AdamWEma, Ema, parameter_groups
 from duotone.engine.preview import Previews
 from duotone.engine.speed import Choice
 
+ROOT = Path(__file__).parent.parent.parent
 CPU = Choice("cpu", "fp32", False)
 
 
@@ -146,3 +151,23 @@ def test_the_estimate_of_activations_is_what_autograd_keeps():
     real = sum(storage.nbytes() for at, storage in kept.items() if at not in weights)
     assert memory.saved_per_image(unet, 32, CPU) == pytest.approx(real, rel=0.02)
     assert memory.saved_per_image(unet, 32, Choice("cuda", "bf16", True)) < real / 2
+
+
+def test_a_port_that_another_run_holds_is_one_line(tmp_path):
+    """Two launchers on one machine take the same port unless told otherwise."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        held.listen()
+        port = str(held.getsockname()[1])
+        environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        environment |= {
+            "MASTER_PORT": port,
+            "DS_ACCELERATOR": "cpu",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, str(ROOT / "recipes" / "image_folder.py"), "--out", str(tmp_path / "run")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    refusals = [line for line in done.stderr.splitlines() if "refused" in line]
+    assert done.returncode == 2 and len(refusals) == 1 and "--master_port" in refusals[0], done.stderr[-2000:]
+    assert f"127.0.0.1:{port}" in refusals[0] and "Traceback" not in done.stderr and not (tmp_path / "run").exists()
