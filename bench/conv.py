@@ -1,7 +1,7 @@
 """Every convolution of a network, forward and both gradients, each way it can be run: time, rate, the best way per shape.
 
     python bench/conv.py                     # the reference network, 64 images of 128 px; on a CPU the small one
-    python bench/conv.py --small             # the small network, 4 images of 32 px, anywhere
+    python bench/conv.py --small             # the small network, 2 images of 64 px, anywhere
     python bench/conv.py --shapes 5 --json out.json
 
 Shapes and their numbers come from hooks on the network itself. On a GPU, bf16 and channels-last: cuDNN (benchmark on), the
@@ -235,7 +235,7 @@ def show(rows: list[dict], result: dict) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=[*NAMED, "sd15"], help="whose convolutions")
-    parser.add_argument("--small", action="store_true", help="the small network, 4 images of 32 px")
+    parser.add_argument("--small", action="store_true", help="the small network, 2 images of 64 px")
     parser.add_argument("--batch", type=int, help="images")
     parser.add_argument("--size", type=int, help="side in pixels")
     parser.add_argument("--shapes", type=int, help="only this many, the heaviest")
@@ -250,7 +250,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     small = asked.small or device == "cpu"
     network = asked.network or ("small" if small else "reference")
-    size, batch = asked.size or SIZES[network], asked.batch or (4 if small else 64)
+    size, batch = asked.size or SIZES[network], asked.batch or (2 if small else 64)
     if min(size, batch, asked.rounds) < 1 or (asked.shapes is not None and asked.shapes < 1):
         refuse("--size, --batch, --rounds and --shapes must be at least 1")
     torch.backends.cudnn.benchmark = True

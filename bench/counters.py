@@ -5,6 +5,7 @@ on tensors without storage, with the kernels that a GPU would run standing in fo
 """
 
 import contextlib
+import statistics
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -173,21 +174,33 @@ def group_of(operator: str) -> str:
     return "other"
 
 
-def profiled(step, device: str) -> dict:
-    """Shares of one step's time by part, and the kernels it launched on a GPU."""
+def profiled(step, device: str, repeats: int = 5) -> dict:
+    """Shares of a step's time by part, each part's median of a few steps, and the kernels launched on a GPU."""
+    profiles = [profile_of(step, device) for _ in range(repeats)]
+    times = [times_by_group(profile, device) for profile in profiles]
+    medians = {group: statistics.median(one[group] for one in times) for group in (*GROUPS, "other")}
+    total = sum(medians.values()) or 1
+    shares = {group: round(value / total, 4) for group, value in medians.items()}
+    return {"shares": shares} | ({"kernel_launches": kernel_launches(profiles[-1])} if device == "cuda" else {})
+
+
+def profile_of(step, device: str):
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profile:
         step()
-    rows = [row for row in profile.key_averages() if row.device_type == torch.autograd.DeviceType.CPU]
+    return profile
+
+
+def times_by_group(profile, device: str) -> Counter:
+    """Microseconds that operators of each part took themselves; on a GPU, the kernels that they launched."""
     own = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    times = Counter()
-    for row in rows:
-        times[group_of(row.key)] += getattr(row, own)
-    total = sum(times.values()) or 1
-    shares = {group: round(times[group] / total, 4) for group in (*GROUPS, "other")}
-    return {"shares": shares} | ({"kernel_launches": kernel_launches(profile)} if device == "cuda" else {})
+    times: Counter = Counter()
+    for row in profile.key_averages():
+        if row.device_type == torch.autograd.DeviceType.CPU:
+            times[group_of(row.key)] += getattr(row, own)
+    return times
 
 
 def kernel_launches(profile) -> int:

@@ -29,7 +29,7 @@ TINY = UNetConfig(
     groups=8,
 )
 NAMED = {"reference": REFERENCE, "small": SMALL, "tiny": TINY}
-SIZES = {"reference": 128, "small": 32, "tiny": 16, "sd15": 64}
+SIZES = {"reference": 128, "small": 64, "tiny": 16, "sd15": 64}
 # Stable Diffusion 1.5 as its config.json has it, where that differs from the class's defaults: 859.5 M parameters.
 SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 

@@ -121,13 +121,13 @@ def row_of(setting: Setting, step: Step | None, batch: dict, base: float) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=list(NAMED), help="our network of this shape")
-    parser.add_argument("--batch", type=int, help="images (32 on a GPU, 4 on a CPU)")
+    parser.add_argument("--batch", type=int, help="images (32 on a GPU, 2 on a CPU)")
     parser.add_argument("--rounds", type=int, default=10, help="interleaved rounds")
     parser.add_argument("--json", type=Path, help="where the result goes (default: bench/results/)")
     asked = parser.parse_args()
     usual = choose(Speed())
     network = asked.network or ("reference" if usual.device == "cuda" else "small")
-    images = asked.batch or (32 if usual.device == "cuda" else 4)
+    images = asked.batch or (32 if usual.device == "cuda" else 2)
     if min(images, asked.rounds) < 1:
         refuse("--batch and --rounds must be at least 1")
     loads = [load_average()]

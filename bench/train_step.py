@@ -216,7 +216,7 @@ def setting_of(asked: argparse.Namespace, unet, network: str) -> Setting:
     setting = Setting(
         network=network,
         size=size_of(unet.config, asked.size, SIZES.get(network, 32)),
-        batch=asked.batch or ((8 if large else 64) if cuda else 4),
+        batch=asked.batch or ((8 if large else 64) if cuda else 2),
         steps=asked.steps or (100 if cuda else 30),
         device="cuda" if cuda else "cpu",
         compiled=cuda and not asked.no_compile,
