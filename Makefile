@@ -5,6 +5,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := runs/captioned_shapes
+# Tests keep to one thread each; a file stays in one process, since its tests share what is dear to set up.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: env demo test gpu lint
 .DEFAULT_GOAL := test
@@ -30,8 +33,8 @@ demo: env
 
 test: env
 	$(BIN)/ruff check .
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -m "not gpu and not long"
-	$(BIN)/python -m pytest tests --ignore tests/kernels -m "not gpu and not long"
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels -m "not gpu and not long"
+	$(PYTEST) tests --ignore tests/kernels -m "not gpu and not long"
 
 gpu: env
 	$(BIN)/python -m pytest tests -m gpu

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from duotone.data.refusal import Refused
 from duotone.engine.model.unet import UNet, UNetConfig
 from duotone.kernels.dispatch import imagined
 
 MOST_ROWS = 64
+USABLE = 0.85  # of a GPU: the rest goes to workspaces, to gaps between tensors and to the driver
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,19 @@ def estimate(network: nn.Module, recipe, micro: int, choice, ranks: int) -> Esti
     gradients = parameters * 4 // (ranks if recipe.zero.stage > 1 else 1)
     weights = held // (ranks if recipe.zero.stage == 3 else 1)
     return Estimate(weights + gradients + sharded, micro * saved_per_image(network.unet, recipe.data.size, choice))
+
+
+def fewest_micro_batches(network: nn.Module, recipe, choice, ranks: int, room: int) -> int:
+    """Micro-batches per rank and step so that one fits into `room` bytes; refuses where a single image does not."""
+    share = recipe.batch_size // ranks
+    for times in (n for n in range(1, share + 1) if share % n == 0):
+        needed = estimate(network, recipe, share // times, choice, ranks)
+        if needed.state + needed.activations <= USABLE * room:
+            return times
+    raise Refused(
+        f"one image at a time needs about {needed.gib:.1f} GiB per rank, and there are {room / 2**30:.1f}: take "
+        "--speed.gradient-checkpointing, a higher --zero.stage with more ranks, or a smaller network or --data.size"
+    )
 
 
 def saved_per_image(unet: nn.Module, size: int, choice) -> int:

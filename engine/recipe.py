@@ -55,8 +55,8 @@ class Recipe:
     log: Log = Log()
     batch_size: int = 128
     """Images per optimizer step, over all ranks."""
-    accumulation: int = 1
-    """Micro-batches per rank and optimizer step."""
+    accumulation: int | None = None
+    """Micro-batches per rank and optimizer step; by default as few as fit into the GPU's memory, one on a CPU."""
     images: int = 10_000_000
     """Training budget in images."""
     drop_together: float = 0.0
@@ -78,7 +78,7 @@ class Recipe:
 
     def check(self) -> None:
         """Refuses values out of range, naming the key, before anything heavy is loaded."""
-        for name in ("batch_size", "accumulation", "images"):
+        for name in ("batch_size", "images", *(["accumulation"] if self.accumulation is not None else [])):
             at_least(name, getattr(self, name), 1)
         for name in ("checkpoint.every", "preview.every", "seed", "preview.steps"):
             at_least(name, value_at(self, name), 0)
@@ -129,11 +129,10 @@ class Recipe:
 
     def micro_batch(self, ranks: int) -> int:
         """Images per rank and forward pass."""
-        micro, rest = divmod(self.batch_size, ranks * self.accumulation)
+        times = self.accumulation or 1
+        micro, rest = divmod(self.batch_size, ranks * times)
         if rest or not micro:
-            raise Refused(
-                f"batch_size = {self.batch_size} is not divisible by {ranks} ranks x accumulation = {self.accumulation}"
-            )
+            raise Refused(f"batch_size = {self.batch_size} is not divisible by {ranks} ranks x accumulation = {times}")
         return micro
 
 

@@ -11,7 +11,7 @@ from duotone.data.shards import Dataset
 from duotone.engine import artifact, checkpoint, draws, run_folder, speed, zero
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.log import Logger
-from duotone.engine.memory import Estimate, estimate
+from duotone.engine.memory import Estimate, estimate, fewest_micro_batches
 from duotone.engine.model.network import Network
 from duotone.engine.recipe import Recipe, differences, say, to_json
 from duotone.engine.sharded import Sharded
@@ -55,6 +55,7 @@ def set_up(recipe: Recipe) -> Run:
     network = artifact.build(recipe, facts)
     begun = [] if recipe.start is None else begin_from(network, recipe.start, recipe.model)
     network.unet.checkpointing = recipe.speed.gradient_checkpointing
+    recipe = with_accumulation(recipe, stored, network, choice, ranks)
     micro = recipe.micro_batch(ranks.count)
     predicted = estimate(network, recipe, micro, choice, ranks.count)
     with zero.rank_0_first(ranks):
@@ -70,6 +71,18 @@ def set_up(recipe: Recipe) -> Run:
     )
     announce(run, predicted, [resumed] if resumed else begun)
     return run
+
+
+def with_accumulation(recipe: Recipe, stored: dict | None, network: Network, choice, ranks: zero.Ranks) -> Recipe:
+    """The recipe with its number of micro-batches: its own, the interrupted run's, or the fewest that fit on every rank."""
+    if recipe.accumulation is not None:
+        return recipe
+    if stored is not None and stored.get("accumulation"):
+        return replace(recipe, accumulation=stored["accumulation"])
+    if choice.device == "cpu":
+        return replace(recipe, accumulation=1)
+    room = min(zero.gathered([torch.cuda.get_device_properties(ranks.device).total_memory]))
+    return replace(recipe, accumulation=fewest_micro_batches(network, recipe, choice, ranks.count, room))
 
 
 def start_sharded(recipe: Recipe, network: Network, choice: speed.Choice, micro: int) -> Sharded:

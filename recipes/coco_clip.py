@@ -31,7 +31,6 @@ recipe = Recipe(
     optimizer=AdamW(lr=1e-4, weight_decay=1e-4, clip=1.0, warmup=2000 * 128, schedule="cosine"),
     ema=Ema(half_life=500 * 128 * 10),
     batch_size=128,
-    accumulation=2,
     images=200_000 * 128,
     flip=True,
     checkpoint=Checkpoints(every=500 * 128, keep=2),

@@ -3,8 +3,9 @@
 import os
 from pathlib import Path
 
+from duotone.engine.memory import USABLE
+
 CARDS = {"24 GB": 24e9, "48 GB": 48e9, "80 GB": 80e9, "141 GB": 141e9}
-USABLE = 0.92  # what the driver, the allocator's gaps and cuDNN's workspaces leave
 
 
 def run(path: Path, flags: list[str]) -> None:
@@ -52,7 +53,7 @@ def memory(network, recipe, choice) -> list[str]:
 
     lines = [f"  memory a rank   at {choice.precision}, micro-batch x ranks x accumulation = {recipe.batch_size}"]
     for ranks in (1, 2, 4, 8):
-        micro, rest = divmod(recipe.batch_size, ranks * recipe.accumulation)
+        micro, rest = divmod(recipe.batch_size, ranks * (recipe.accumulation or 1))
         if micro and not rest:
             found = estimate(network, recipe, micro, choice, ranks)
             state, activations = found.state / 2**30, found.activations / 2**30

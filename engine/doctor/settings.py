@@ -38,10 +38,10 @@ def averaging(patient: Patient) -> Iterator[Finding]:
 def batches(patient: Patient) -> Iterator[Finding]:
     """A batch must divide among ranks, and an epoch should hold several."""
     recipe = patient.recipe
-    uneven = [ranks for ranks in (2, 4, 8) if recipe.batch_size % (ranks * recipe.accumulation)]
+    uneven = [ranks for ranks in (2, 4, 8) if recipe.batch_size % (ranks * (recipe.accumulation or 1))]
     if uneven:
         listed = ", ".join(map(str, uneven))
-        says = f"{recipe.batch_size} with accumulation {recipe.accumulation} does not divide among {listed} ranks"
+        says = f"{recipe.batch_size} with accumulation {recipe.accumulation or 1} does not divide among {listed} ranks"
         yield Finding("warning", "batch_size", says)
     else:
         yield Finding("fine", "batch_size", f"{recipe.batch_size} divides among 2, 4 and 8 ranks")

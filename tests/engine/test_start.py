@@ -11,11 +11,15 @@ import pytest
 import torch
 
 from duotone.data.refusal import Refused
+from duotone.data.shards import Shards
 from duotone.engine import memory, run_folder, zero
 from duotone.engine.log import Log, Logger, duration
+from duotone.engine.model.network import Network
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.optimizer import AdamW, AdamWEma, Ema, parameter_groups
 from duotone.engine.preview import Previews
+from duotone.engine.recipe import Recipe
+from duotone.engine.run import with_accumulation
 from duotone.engine.speed import Choice
 
 ROOT = Path(__file__).parent.parent.parent
@@ -171,3 +175,36 @@ def test_a_port_that_another_run_holds_is_one_line(tmp_path):
     refusals = [line for line in done.stderr.splitlines() if "refused" in line]
     assert done.returncode == 2 and len(refusals) == 1 and "--master_port" in refusals[0], done.stderr[-2000:]
     assert f"127.0.0.1:{port}" in refusals[0] and "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_the_fewest_micro_batches_that_fit_are_taken():
+    """Room for a quarter of the batch, for all of it, and for not even one image."""
+    config = UNetConfig(
+        channels=(16, 32),
+        attention=("none", "self"),
+        middle="self",
+        heads=(2, 2),
+        blocks=(1, 1),
+        depth=(1, 1),
+        groups=8,
+    )
+    recipe = Recipe(name="r", model=config, data=Shards(size=32), batch_size=16, images=16)
+    network, choice = Network(config.build(), []), Choice("cuda", "bf16", True)
+
+    def room(micro: int) -> int:
+        needed = memory.estimate(network, recipe, micro, choice, 1)
+        return int((needed.state + needed.activations) / memory.USABLE) + 1
+
+    found = [memory.fewest_micro_batches(network, recipe, choice, 1, room(micro)) for micro in (4, 16, 15, 1)]
+    assert found == [4, 1, 2, 16]
+    with pytest.raises(Refused, match="one image at a time needs about .*--speed.gradient-checkpointing"):
+        memory.fewest_micro_batches(network, recipe, choice, 1, room(1) // 2)
+
+
+@pytest.mark.parametrize(
+    "asked,stored,taken", [(3, {"accumulation": 2}, 3), (None, {"accumulation": 2}, 2), (None, None, 1)]
+)
+def test_an_interrupted_run_goes_on_with_its_own_micro_batches(asked, stored, taken):
+    ranks = zero.Ranks(0, 1, torch.device("cpu"))
+    recipe = Recipe(name="r", accumulation=asked)
+    assert with_accumulation(recipe, stored, None, CPU, ranks).accumulation == taken
