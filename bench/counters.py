@@ -80,8 +80,19 @@ def order(tensor) -> list[int]:
     return sorted(axes, key=lambda axis: -tensor.stride(axis))
 
 
+def forward(unet, batch: dict):
+    """The prediction, on a GPU in bf16 as the timed step has it."""
+    with precision(batch):
+        return unet(batch["x"], batch["t"], **batch["condition"]).sample
+
+
+def precision(batch: dict):
+    on_gpu = batch["x"].is_cuda
+    return torch.autocast("cuda" if on_gpu else "cpu", torch.bfloat16, enabled=on_gpu)
+
+
 def forward_backward(unet, batch: dict) -> None:
-    unet(batch["x"], batch["t"], **batch["condition"]).sample.float().square().mean().backward()
+    forward(unet, batch).float().square().mean().backward()
     unet.zero_grad(set_to_none=True)
 
 
@@ -151,7 +162,7 @@ def kernels_standing_in():
 def graphs(unet, batch: dict) -> dict[str, int]:
     """How many pieces torch.compile cuts the forward pass into; it is traced, nothing is compiled."""
     torch._dynamo.reset()
-    with torch.no_grad():
+    with torch.no_grad(), precision(batch):
         explained = torch._dynamo.explain(unet)(batch["x"], batch["t"], **batch["condition"])
     torch._dynamo.reset()
     return {"graphs": explained.graph_count, "graph_breaks": explained.graph_break_count}
@@ -221,5 +232,5 @@ def saved_bytes(unet, batch: dict) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        unet(batch["x"], batch["t"], **batch["condition"])
+        forward(unet, batch)
     return sum(size for size, _ in held.values())

@@ -1,4 +1,4 @@
-"""Writes the README's tables from the JSON files under bench/results: a figure without a file cannot appear.
+"""Writes the tables of the README and of docs/speed.md from the JSON under bench/results: a figure without a file cannot appear.
 
 python bench/tables.py            rewrites the tables
 python bench/tables.py --check    says whether they are up to date (exit code 1 if not)
@@ -24,6 +24,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def source(path: Path) -> str:
+    """The file that a table was made from; main() makes the link right for the page that it stands on."""
     return f"\n\n[{path.name}](bench/results/{path.name})"
 
 
@@ -76,26 +77,134 @@ def loader() -> str:
     return table(head, rows) + source(path)
 
 
-TABLES = {"demo": demo, "kernels": kernels, "loader": loader}
+def step() -> str:
+    path, result = newest("train_step-*.json")
+    head = ["", "ms a step", "x diffusers eager", "of the matrix product's rate", "convolution", "norm", "attention"]
+    rows = []
+    for name, row in result["contenders"].items():
+        shares = row.get("shares", {})
+        rows.append(
+            [name, f"{row['milliseconds']:.0f}", f"{row['times_diffusers_eager']:.2f}"]
+            + [f"{row['share_of_matmul_rate']:.0%}"]
+            + [f"{shares[part]:.0%}" if shares else "" for part in head[4:]]
+        )
+    return setting_of(result) + table(head, rows) + source(path)
 
 
-def written(text: str) -> str:
-    for name, make in TABLES.items():
+def counts() -> str:
+    path, result = newest("train_step-*.json")
+    ghost = result["as_on_a_gpu"]
+    head = ["", "operator calls", "MB an image", "changes of layout", "MB an image in these"]
+    rows = [
+        [name, f"{row['operators']:,}", f"{row['megabytes_per_image']:,.0f}", str(row["layout_changes"])]
+        + [f"{row['layout_megabytes_per_image']:.1f}"]
+        for name, row in ghost["counts"].items()
+    ]
+    what = f"{ghost['network']} network, {ghost['batch']} images of {ghost['size']} px, {ghost['dtype']}, forward and backward\n\n"
+    return what + table(head, rows) + source(path)
+
+
+def convolution() -> str:
+    path, result = newest("conv-*.json")
+    totals = result["totals"]
+    head = ["pass", *next(iter(totals.values()))]
+    rows = [
+        [name, *(f"{value:.2f}x" if key == "ratio" else f"{value:.0f} ms" for key, value in total.items())]
+        for name, total in totals.items()
+    ]
+    return setting_of(result) + table(head, rows) + source(path)
+
+
+def sampling() -> str:
+    path, result = newest("sampling-*.json")
+    head = [
+        "way",
+        "images",
+        "forwards an evaluation",
+        "ms an image",
+        "x two forwards",
+        "largest difference, levels of 255",
+    ]
+    rows = []
+    for row in result["results"]:
+        apart = row["largest_pixel_difference"]
+        rows.append(
+            [row["way"], str(row["images"]), f"{row['forwards_per_evaluation']:.2f}"]
+            + [f"{row['milliseconds_per_image']['median']:.0f}", f"{row['times_two_forwards']:.2f}"]
+            + ["" if apart is None else f"{apart:.2f}"]
+        )
+    return setting_of(result) + table(head, rows) + source(path)
+
+
+def intervals() -> str:
+    path, result = newest("guidance-*.json")
+    head = ["guidance", "from sigma", "to sigma", "forwards an evaluation", "colour and background right"]
+    rows = [
+        [f"{row['guidance']:g}", f"{row['from']:g}", row["to"], f"{row['forwards_per_evaluation']:.2f}"]
+        + [f"{row['colour_and_background']:.0%}"]
+        for row in result["quality"]
+    ]
+    return table(head, rows) + source(path)
+
+
+def switches() -> str:
+    path, result = newest("switches-*.json")
+    head = ["switch", "ms a step", "x as chosen", "MiB kept for the backward pass"]
+    rows = [
+        [row["switch"], row["why"], "", ""]
+        if row["milliseconds"] is None
+        else [
+            row["switch"],
+            f"{row['milliseconds']:.0f}",
+            f"{row['times_as_chosen']:.2f}",
+            f"{row['saved_mebibytes']:.0f}",
+        ]
+        for row in result["results"]
+    ]
+    return setting_of(result) + table(head, rows) + source(path)
+
+
+def setting_of(result: dict) -> str:
+    """What was measured and on what, in a line above its table."""
+    machine, batch = result["machine"], f"{result['batch']} images of " if "batch" in result else ""
+    where = f"{machine.get('threads', 1)} thread of a CPU" if machine["device"] == "cpu" else machine["device"]
+    load = f", load average {max(result['load_average']):.1f}" if machine["device"] == "cpu" else ""
+    return f"{result['network']} network, {batch}{result['size']} px, {where}, {result['clock']}{load}\n\n"
+
+
+PAGES = {
+    "README.md": {"demo": demo, "kernels": kernels, "counts": counts, "step": step, "loader": loader},
+    "docs/speed.md": {
+        "counts": counts,
+        "step": step,
+        "convolution": convolution,
+        "sampling": sampling,
+        "intervals": intervals,
+        "switches": switches,
+    },
+}
+
+
+def written(text: str, page: str) -> str:
+    """The page with its tables made anew, links counted from where it lies."""
+    up = "../" * page.count("/")
+    for name, make in PAGES[page].items():
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-        text, found = re.subn(pattern, lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text, flags=re.S)
+        made = make().replace("](bench/", f"]({up}bench/")
+        text, found = re.subn(pattern, lambda m, made=made: f"{m[1]}{made}\n{m[2]}", text, flags=re.S)
         if found != 1:
-            sys.exit(f"README.md has {found} places for the table {name!r}: it needs one")
+            sys.exit(f"{page} has {found} places for the table {name!r}: it needs one")
     return text
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = written(readme.read_text())
-    if "--check" in sys.argv:
-        if text != readme.read_text():
-            sys.exit("README.md's tables differ from bench/results: run python bench/tables.py")
-        return
-    readme.write_text(text)
+    for page in PAGES:
+        path = ROOT / page
+        text = written(path.read_text(), page)
+        if "--check" in sys.argv and text != path.read_text():
+            sys.exit(f"{page}'s tables differ from bench/results: run python bench/tables.py")
+        if "--check" not in sys.argv:
+            path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from clocks import matmul_rate
-from counters import counts_of, forward_backward, ghost_counts, graphs, profiled, saved_bytes, summary
+from counters import counts_of, forward, forward_backward, ghost_counts, graphs, profiled, saved_bytes, summary
 from networks import SIZES, batches, one_line, size_of, their_unet
 from record import command, default_path, load_average, machine, refuse, table, write_json
 from torch.utils.flop_counter import FlopCounterMode
@@ -60,9 +60,7 @@ class Step:
 
     def __call__(self, batch: dict) -> None:
         held = self.begin()
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-            output = self.forward(batch["x"], batch["t"], **batch["condition"]).sample
-        loss = (output.float() - batch["target"]).square().mean()
+        loss = (forward(self.forward, batch).float() - batch["target"]).square().mean()
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -59,7 +59,9 @@ def tiny_unet() -> UNet2DModel:
 def step(tmp_path_factory):
     """One run of the step's bench on the tiny text network, as a user starts it."""
     path = tmp_path_factory.mktemp("step") / "step.json"
-    command = [sys.executable, str(BENCH / "train_step.py"), "--unet", "tiny", "--steps", "2", "--json", str(path)]
+    # Fewer images would be outweighed by the weights, whose gradients are re-laid.
+    flags = ["--unet", "tiny", "--steps", "2", "--batch", "8", "--json", str(path)]
+    command = [sys.executable, str(BENCH / "train_step.py"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr
     return path
@@ -181,6 +183,14 @@ def test_the_cheapest_interval_that_is_as_good(bench, monkeypatch):
     found = verdict([unguided, everywhere, narrow, worse])
     assert found["cheapest_as_good"] is narrow and found["holds"]
     assert not verdict([unguided, everywhere, worse])["holds"]
+
+
+def test_switches_are_moved_one_at_a_time(bench, tmp_path):
+    path = tmp_path / "switches.json"
+    assert bench("switches", "--network", "tiny", "--batch", 2, "--rounds", 1, "--json", path)[0] == 0
+    rows = {row["switch"]: row for row in result(path)["results"]}
+    kept = {name: row["saved_mebibytes"] for name, row in rows.items() if row["milliseconds"] is not None}
+    assert kept["speed.gradient_checkpointing = True"] < kept["speed.precision = bf16"] < kept["as chosen"]
 
 
 # --------------------------------------------------------------------------------------------------------- counters
