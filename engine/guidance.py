@@ -5,6 +5,7 @@ N images, C channels, H x W pixels; 2N rows: the first half conditional, the sec
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from duotone.engine.conditioning.base import Conditioning
 from duotone.engine.model.network import Network
-from duotone.engine.model.unet import UNet
+from duotone.engine.model.unet import UNet, UNetConfig
 from duotone.engine.objectives.base import Objective
 from duotone.kernels.guided_step import guided_step
 
@@ -140,10 +141,15 @@ def keys_values(network: Network, condition: Conditioning) -> list[tuple[Tensor,
 
 def cost_of_pair(unet: UNet, shape_CHW: tuple[int, int, int], tokens: int) -> float:
     """Both branches' cost in forward passes, their common beginning counted once: multiplications, on a twin without data."""
+    return pair_cost(unet.config, shape_CHW, tokens)
+
+
+@cache
+def pair_cost(config: UNetConfig, shape_CHW: tuple[int, int, int], tokens: int) -> float:
     with torch.device("meta"):
-        twin = UNet(unet.config)
+        twin = UNet(config)
         x_NCHW, time_N = torch.empty(1, *shape_CHW), torch.empty(1)
-        tokens_NMD = torch.empty(2, tokens, unet.config.context_width)
+        tokens_NMD = torch.empty(2, tokens, config.context_width)
         with FlopCounterMode(display=False) as pair:
             twin(x_NCHW, time_N, None, tokens_NMD, copies=2)
         with FlopCounterMode(display=False) as single:

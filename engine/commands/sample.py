@@ -1,5 +1,6 @@
 """`duotone sample RUN`: draw pictures with a trained model."""
 
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ class Sample:
     """Pictures of each prompt or label."""
     guidance: float = 2.0
     """Guidance scale: 1 = none."""
+    interval: tuple[float, float] = (0.0, math.inf)
+    """Noise levels sigma between which pictures are guided; outside a step costs one forward pass instead of two."""
     steps: int = 25
     sampler: str = "heun"
     """euler, heun, dpmpp_2m, ancestral or stochastic_heun."""
@@ -102,6 +105,7 @@ class Sample:
             **asked,
             negative={"prompts": [self.negative] * images} if self.negative else None,
             guidance=self.attributes()[1] or (1.0 if "count" in asked else self.guidance),
+            interval=self.interval,
             steps=self.steps,
             sampler=self.sampler,
             seed=self.seed,
