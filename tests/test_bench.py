@@ -292,3 +292,37 @@ def test_a_bare_machine_runs_all_but_the_training_stages(tmp_path):
     command = [sys.executable, "-c", BARE, str(tmp_path / "out.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- kernels and loading
+
+
+def started(script: str, *flags) -> None:
+    """A bench in a process of its own, where threads and handlers of other tests are not."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(BENCH / script), *map(str, flags)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_the_kernels_bench_says_what_the_compiler_makes_of_a_launch(tmp_path):
+    started(
+        "throughput.py",
+        "--kernel",
+        "guided_step",
+        "--case",
+        "single_128",
+        "--dtype",
+        "bf16",
+        "--json",
+        tmp_path / "k.json",
+    )
+    found = result(tmp_path / "k.json")
+    text = json.dumps(found)
+    assert '"spilled_bytes": 0' in text and "not yet measured" in text and "guided_step" in text
+
+
+def test_the_loaders_bench_reads_real_shards_by_every_reader(tmp_path):
+    started("loader.py", "--rounds", 1, "--seconds", 0.1, "--threads", 1, "--out", tmp_path / "l.json")
+    text = (tmp_path / "l.json").read_text()
+    assert all(reader in text for reader in ("ours, Pillow", "webdataset + Pillow", "plain DALI"))

@@ -20,7 +20,7 @@ FASHION = Path("/usr/share/datasets/fashion-mnist")
 RUN = "--images 32 --batch-size 16 --checkpoint.every 16 --preview.every 0 --preview.rows 1 --preview.columns 1 --preview.steps 1 --speed.threads 1"
 # What is laid over a command so that it takes seconds; a later pattern adds to an earlier one.
 SHORTER = {
-    r"recipes/": RUN,
+    r"^(deepspeed|python) recipes/": RUN,
     r"recipes/image_folder": "--model.channels 32 32 --model.attention none self --model.heads 2 2 --model.blocks 1 1 --model.depth 1 1 --data.size 16",
     r"coco_clip.py --data": "--model.channels 32 32 --model.attention none cross --model.heads 2 2 --model.blocks 1 1 --model.depth 1 1 --data.size 16 --conditioning.0.encoder clip",
     r"prepare idx": "--limit 40",
