@@ -33,6 +33,15 @@ setup(
         f"nvidia-dali-cuda130>=2.0; {LINUX}",
         'deepspeed>=0.19; platform_system == "Linux"',
     ],
-    extras_require={"dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "diffusers>=0.38", "scikit-learn>=1.5", "matplotlib>=3.9"]},
+    extras_require={
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.12",
+            "diffusers>=0.38",
+            "scikit-learn>=1.5",
+            "matplotlib>=3.9",
+        ]
+    },
     entry_points={"console_scripts": ["duotone = duotone.engine.cli:main"]},
 )
