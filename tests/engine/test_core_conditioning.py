@@ -315,7 +315,8 @@ def test_previews_ask_for_what_the_model_is_conditioned_on(config, tmp_path):
     rows = preview.asked_for(settings, model, [])
     assert rows in ({"labels": [0, 1, 2]}, {"attributes": [{"Bald": 1}, {"Male": 1}]})
     assert preview.guidance_of(settings, model) == settings.guidance, "dropped together, they have a null state"
-    assert len(preview.draw(settings, model, [], tmp_path, "p")) == 3
+    drawn = [path.name for path in preview.draw(settings, model, [], tmp_path, "p")]
+    assert drawn == ["p.png", "p-conditional.png", "p-unconditional.png", "p.gif"]
 
 
 # --------------------------------------------------------------------------------------------------------- text
