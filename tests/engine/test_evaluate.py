@@ -488,6 +488,7 @@ def test_the_speedrun_is_ready_to_start(tmp_path, monkeypatch):
     """Its recipe is one that training takes, and the other side's network draws what the classifier is shown."""
     pytest.importorskip("diffusers")
     path = Path(__file__).parents[2] / "bench" / "speedrun.py"
+    monkeypatch.syspath_prepend(str(path.parent))
     spec = importlib.util.spec_from_file_location("speedrun", path)
     speedrun = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(speedrun)

@@ -1,0 +1,62 @@
+"""Fashion-MNIST at 28 px as a course to run models over: its shards, its classifier, and what samples are measured by."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from duotone.data.prepare.idx import PrepareIdx
+from duotone.data.shards import Shards
+from duotone.engine.evaluate.classifier import ClassifierConfig, Judge, judge_of
+from duotone.engine.evaluate.distances import Statistics, frechet
+from duotone.engine.evaluate.features import FeaturesConfig, choose, real_features
+from duotone.engine.evaluate.images import Splits, read_splits
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+SAMPLES, CLASSES, SIDE = 1000, 10, 28
+DATA = Shards(size=SIDE, channels=1, resize="none")
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """What every model is measured by, made before any is trained."""
+
+    splits: Splits
+    judge: Judge
+    statistics: Statistics
+    floor: float
+    """Frechet distance of as many test images from the training set."""
+    labels_N: np.ndarray
+
+    @classmethod
+    def laid(cls, scratch: Path, samples: int = SAMPLES) -> "Course":
+        train, test = shards(scratch, "train"), shards(scratch, "t10k")
+        splits = read_splits(replace(DATA, shards=train), test, 60_000)
+        judge = judge_of(splits, ClassifierConfig(), scratch / "cache", CPU)
+        real = real_features(choose(FeaturesConfig(), judge, CPU), splits, scratch / "cache")
+        statistics = Statistics.of(real.train_ND)
+        some_ND = real.held_out_ND[splits.held_out.spread()[:samples]]
+        labels_N = np.arange(samples) * CLASSES // samples
+        floor = frechet(Statistics.of(some_ND), statistics)
+        return cls(splits=splits, judge=judge, statistics=statistics, floor=floor, labels_N=labels_N)
+
+    def measured(self, images_NHWC: np.ndarray) -> dict:
+        accuracy, by_name = self.judge.shares(images_NHWC, self.labels_N)
+        distance = frechet(Statistics.of(self.judge.features(images_NHWC).astype(np.float64)), self.statistics)
+        return {
+            "accuracy": accuracy.to_json(),
+            "accuracy_by_class": {name: share.value for name, share in by_name.items()},
+            "frechet": distance,
+            "ratio_to_floor": distance / self.floor,
+        }
+
+
+def shards(scratch: Path, split: str) -> Path:
+    """The shards of `train` or `t10k`, prepared on first use."""
+    out = scratch / "shards" / split
+    if not out.exists():
+        images, labels = (FASHION / f"{split}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1"))
+        PrepareIdx(images=images, labels=labels, names="fashion-mnist", out=out).run()
+    return out
