@@ -63,13 +63,15 @@ def stages(out: Path) -> list[Stage]:
         return python, f"bench/{script}.py", *flags, "--json", str(out / f"{name}.json")
 
     recipe = (python, "recipes/coco_clip.py")
+    tests = ("tests/kernels", "tests/engine/test_speed.py")
     return [
-        Stage("correctness", (python, "-m", "pytest", "tests/kernels", "-m", "gpu", "-q"), 10, ("pytest", "triton")),
+        Stage("correctness", (python, "-m", "pytest", *tests, "-m", "gpu", "-q"), 12, ("pytest", "triton")),
         Stage("ceilings", bench("ceilings", "ceilings"), 2),
         Stage("kernels", bench("throughput", "throughput"), 12, ("triton",)),
         Stage("convolution", bench("conv", "conv"), 10),
         Stage("step", bench("train_step", "train_step"), 8, ("diffusers",)),
         Stage("sampling", bench("sampling", "sampling"), 6),
+        Stage("switches", bench("switches", "switches"), 5),
         Stage("step of sd15", bench("train_step", "train_step-sd15", "--unet", "sd15", "--steps", "20"), 8, ("diffusers",)),
         Stage("shards", (python, "bench/decoded_shapes.py", "--out", str(out / "shards"), "--size", "128"), 3, ("webdataset",)),
         Stage("demo", (*recipe, "--out", str(out / "captioned_shapes")), 5, TRAINING),
@@ -133,7 +135,7 @@ def start(stage: Stage) -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=94, help="for all stages together")
+    parser.add_argument("--minutes", type=float, default=101, help="for all stages together")
     parser.add_argument("--only", nargs="*", help="names of stages")
     parser.add_argument("--out", type=Path, help="where results go (default: bench/results/gpu-DATE)")
     parser.add_argument("--dry-run", action="store_true", help="run nothing; say what would be run")

@@ -19,7 +19,7 @@ from networks import NAMED, SIZES
 from record import NOT_MEASURED, command, default_path, load_average, machine, refuse, table, write_json
 
 from duotone.engine.model.unet import UNet
-from duotone.engine.speed import Choice, Speed, choose, compile_blocks
+from duotone.engine.speed import Choice, Speed, choose, make_ready
 
 
 @dataclass(frozen=True)
@@ -28,19 +28,23 @@ class Setting:
 
     name: str
     choice: Choice
-    checkpointing: bool = False
+    switches: Speed = Speed()
     why_not: str | None = None
 
 
 def settings(usual: Choice) -> list[Setting]:
     """The usual choice first, then one switch moved at a time."""
     other = "fp32" if usual.precision == "bf16" else "bf16"
-    minutes = None if usual.device == "cuda" else "compilation takes minutes on a CPU"
+    cuda = usual.device == "cuda"
+    minutes = None if cuda else "compilation takes minutes on a CPU"
     return [
         Setting("as chosen", usual),
         Setting(f"speed.precision = {other}", replace(usual, precision=other)),
         Setting(f"speed.compile = {not usual.compile}", replace(usual, compile=not usual.compile), why_not=minutes),
-        Setting("speed.gradient_checkpointing = True", usual, checkpointing=True),
+        Setting("speed.autotune = True", usual, Speed(autotune=True), why_not=minutes),
+        Setting("speed.cuda_graphs = True", usual, Speed(cuda_graphs=True), why_not=None if cuda else "no CUDA device"),
+        Setting("speed.padded_ends = True", usual, Speed(padded_ends=True)),
+        Setting("speed.gradient_checkpointing = True", usual, Speed(gradient_checkpointing=True)),
     ]
 
 
@@ -49,9 +53,7 @@ class Step:
 
     def __init__(self, unet: UNet, setting: Setting):
         self.unet = copy.deepcopy(unet).to(setting.choice.device, setting.choice.dtype)
-        self.unet.checkpointing = setting.checkpointing
-        if setting.choice.compile:
-            compile_blocks(self.unet)
+        make_ready(self.unet, setting.switches, setting.choice)
         self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-4, fused=True)
         self.milliseconds: list[float] = []
         self.clock = time.perf_counter if setting.choice.device == "cuda" else time.process_time
@@ -63,6 +65,7 @@ class Step:
 
     def __call__(self, batch: dict) -> None:
         began = self.clock()
+        torch.compiler.cudagraph_mark_step_begin()
         self.loss(batch).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

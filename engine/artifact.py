@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from duotone.data.refusal import Refused
+from duotone.engine import speed as switches
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.model.network import Network
 from duotone.engine.model.uncertainty import Uncertainty
@@ -75,8 +76,13 @@ def umask() -> int:
     return mask
 
 
-def load(path: str | Path, device: str | torch.device | None = None) -> Model:
-    """A model from a run's folder or its ema.safetensors; raises Refused where the file is not one."""
+def load(
+    path: str | Path, device: str | torch.device | None = None, *, speed: switches.Speed = switches.SAMPLING
+) -> Model:
+    """A model from a run's folder or its ema.safetensors, ready to sample from; raises Refused where the file is not one.
+
+    In bf16 on a GPU and fp32 on a CPU, unless `speed` says otherwise; `device` is short for speed.device.
+    """
     path = Path(path)
     file = path / "ema.safetensors" if path.is_dir() else path
     if not file.exists():
@@ -93,9 +99,20 @@ def load(path: str | Path, device: str | torch.device | None = None) -> Model:
     facts = from_json(json.loads(metadata["duotone.facts"]))
     network = build(recipe, facts)
     fill(network, named, file)
-    network.eval().requires_grad_(False)
-    network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    put_to_sample(network, device, speed)
     return Model(network, recipe.objective, facts, recipe, int(metadata["duotone.images"]))
+
+
+def put_to_sample(network: Network, device: str | torch.device | None, speed: switches.Speed) -> None:
+    """Puts a network where it samples, with its switches set."""
+    if device is not None:
+        speed = replace(speed, device=torch.device(device).type)
+    choice = switches.choose(speed)
+    if choice.device == "cuda":
+        switches.set_up(speed, choice)
+    network.eval().requires_grad_(False).to(device or choice.device, choice.dtype)
+    network.records = speed.cuda_graphs and choice.device == "cuda"
+    switches.make_ready(network.unet, speed, choice)
 
 
 def fill(network: nn.Module, named: dict[str, Tensor], source: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from duotone.engine.conditioning.base import Conditioning
+from duotone.engine.cuda_graph import Recordings
 from duotone.engine.model.network import Network
 from duotone.engine.model.unet import UNet, UNetConfig
 from duotone.engine.objectives.base import Objective
@@ -63,6 +64,7 @@ class GuidedDenoiser:
         self.keys_values = {id(c): keys_values(network, c) for c in (self.both, self.half)}
         if guide:
             self.keys_values[id(guide[1])] = keys_values(*guide)
+        self.recordings = Recordings(recording=network.records)
         self.pair_cost: float | None = None
         self.forwards = 0.0
 
@@ -117,9 +119,11 @@ class GuidedDenoiser:
     ) -> Tensor:
         self.forwards += scaled_NCHW.shape[0]
         stored = self.keys_values[id(condition)]
-        scaled_NCHW = scaled_NCHW.to(network.dtype)
-        stored = None if stored is None else iter(stored)
-        return network.predict(scaled_NCHW, noise_N, condition, stored, copies=copies)
+
+        def output(scaled_NCHW: Tensor, noise_N: Tensor) -> Tensor:
+            return network.predict(scaled_NCHW, noise_N, condition, stored, copies=copies)
+
+        return self.recordings((id(condition), copies), output, scaled_NCHW.to(network.dtype), noise_N)
 
 
 def denoised(output_NCHW: Tensor, x_NCHW: Tensor, skip_N: Tensor, out_N: Tensor) -> Tensor:

@@ -41,13 +41,18 @@ def estimate(network: nn.Module, recipe, micro: int, choice, ranks: int) -> Esti
     return Estimate(weights + gradients + sharded, micro * saved_per_image(network.unet, recipe.data.size, choice))
 
 
-def fewest_micro_batches(network: nn.Module, recipe, choice, ranks: int, room: int) -> int:
-    """Micro-batches per rank and step so that one fits into `room` bytes; refuses where a single image does not."""
+def fewest_micro_batches(network: nn.Module, recipe, choice, ranks: int, room: int, least: int = 1) -> int:
+    """Micro-batches per rank and step, `least` or more, so that one fits into `room` bytes; refuses where no image does."""
     share = recipe.batch_size // ranks
-    for times in (n for n in range(1, share + 1) if share % n == 0):
+
+    def fits(times: int) -> bool:
         needed = estimate(network, recipe, share // times, choice, ranks)
-        if needed.state + needed.activations <= USABLE * room:
+        return needed.state + needed.activations <= USABLE * room
+
+    for times in range(least, share + 1):
+        if share % times == 0 and fits(times):
             return times
+    needed = estimate(network, recipe, 1, choice, ranks)
     raise Refused(
         f"one image at a time needs about {needed.gib:.1f} GiB per rank, and there are {room / 2**30:.1f}: take "
         "--speed.gradient-checkpointing, a higher --zero.stage with more ranks, or a smaller network or --data.size"

@@ -8,7 +8,7 @@ import torch
 from duotone.data import captioned_shapes
 from duotone.data.refusal import Refused
 from duotone.data.shards import Dataset
-from duotone.engine import artifact, checkpoint, draws, run_folder, speed, zero
+from duotone.engine import artifact, checkpoint, draws, probe, run_folder, speed, zero
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.log import Logger
 from duotone.engine.memory import Estimate, estimate, fewest_micro_batches
@@ -54,7 +54,8 @@ def set_up(recipe: Recipe) -> Run:
     torch.manual_seed(recipe.seed)
     network = artifact.build(recipe, facts)
     begun = [] if recipe.start is None else begin_from(network, recipe.start, recipe.model)
-    network.unet.checkpointing = recipe.speed.gradient_checkpointing
+    network.to(ranks.device)
+    blocks = speed.make_ready(network.unet, recipe.speed, choice)
     recipe = with_accumulation(recipe, stored, network, choice, ranks)
     micro = recipe.micro_batch(ranks.count)
     predicted = estimate(network, recipe, micro, choice, ranks.count)
@@ -62,7 +63,8 @@ def set_up(recipe: Recipe) -> Run:
         if ranks.rank == 0:
             begin_folder(recipe, stored)
     recipe = replace(recipe, objective=recipe.objective.fitted(data))
-    network.to(ranks.device)
+    if blocks:
+        say(f"compiling {blocks} blocks on first use")
     sharded = start_sharded(recipe, network, choice, micro)
     run = Run(recipe, choice, ranks, data, facts, network, sharded)
     resumed = resume(run)
@@ -74,7 +76,9 @@ def set_up(recipe: Recipe) -> Run:
 
 
 def with_accumulation(recipe: Recipe, stored: dict | None, network: Network, choice, ranks: zero.Ranks) -> Recipe:
-    """The recipe with its number of micro-batches: its own, the interrupted run's, or the fewest that fit on every rank."""
+    """The recipe with its number of micro-batches: its own, the interrupted run's, or the fewest that fit on every rank.
+
+    The estimate proposes, and two steps tried for real decide."""
     if recipe.accumulation is not None:
         return recipe
     if stored is not None and stored.get("accumulation"):
@@ -82,13 +86,19 @@ def with_accumulation(recipe: Recipe, stored: dict | None, network: Network, cho
     if choice.device == "cpu":
         return replace(recipe, accumulation=1)
     room = min(zero.gathered([torch.cuda.get_device_properties(ranks.device).total_memory]))
-    return replace(recipe, accumulation=fewest_micro_batches(network, recipe, choice, ranks.count, room))
+    times = fewest_micro_batches(network, recipe, choice, ranks.count, room)
+    while not all(zero.gathered([tried(network, recipe, times, choice, ranks.count)])):
+        times = fewest_micro_batches(network, recipe, choice, ranks.count, room, least=times + 1)
+    return replace(recipe, accumulation=times)
+
+
+def tried(network: Network, recipe: Recipe, times: int, choice: speed.Choice, ranks: int) -> bool:
+    micro = recipe.batch_size // ranks // times
+    needed = estimate(network, recipe, micro, choice, ranks)
+    return probe.fits(network.unet, recipe.data.size, micro, needed, recipe.speed, choice)
 
 
 def start_sharded(recipe: Recipe, network: Network, choice: speed.Choice, micro: int) -> Sharded:
-    if choice.compile:
-        blocks = speed.compile_blocks(network, recipe.speed.backend)
-        say(f"compiling {blocks} blocks on first use")
     return Sharded(
         network,
         recipe.optimizer.build(network),
@@ -157,7 +167,14 @@ def announce(run: Run, predicted: Estimate, begun: list[str]) -> None:
         f"accumulations x {run.ranks.count} ranks, ZeRO-{stage}, about {predicted.gib:.1f} GiB per rank, "
         f"fused kernels at {fused} of {sites} sites, {run.data.count:,} samples decoded by {run.data.decoder}, {recipe.images:,} images = {recipe.images // recipe.batch_size:,} steps"
     )
-    for line in [why, run.data.decoder_note, *run.data.notes, *begun, *speed.substitutions(choice), *faults]:
+    for line in [
+        why,
+        run.data.decoder_note,
+        *run.data.notes,
+        *begun,
+        *speed.substitutions(recipe.speed, choice),
+        *faults,
+    ]:
         if line:
             run.log.say(line)
 

@@ -1,4 +1,4 @@
-"""Every performance switch in one place: device, precision, compilation, TF32, cuDNN, gradient checkpointing."""
+"""Every performance switch in one place: device, precision, compilation, CUDA graphs, TF32, cuDNN, gradient checkpointing."""
 
 import os
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from torch import nn
 
 from duotone.data.refusal import Refused
 from duotone.engine.model.blocks import Attention, GroupNormSiLU, ResBlock, SelfAttention, Transformer
+from duotone.engine.model.unet import UNet
 from duotone.kernels.dispatch import runs_kernel
 
 
@@ -18,15 +19,25 @@ class Speed:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 on CUDA (fp16 on cards without it), fp32 on the CPU, where bf16 is slower."""
+    """auto: bf16 on CUDA (fp16 on cards without it), fp32 on the CPU."""
     compile: bool | None = None
     """torch.compile of every repeated block; by default on CUDA only, since on a CPU it takes minutes."""
     backend: str = "inductor"
     """Backend of torch.compile."""
+    autotune: bool = False
+    """Try cuDNN and the compiler's own templates on every convolution and matrix product and keep the faster: minutes, once."""
+    cuda_graphs: bool = False
+    """Replay launches instead of repeating them: each compiled block in training, the whole network in sampling; on CUDA."""
+    padded_ends: bool = False
+    """Carry the image's few channels as eight, the others zero: what tensor cores want of the first and last convolution."""
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: about a third more work for much less memory."""
     threads: int | None = None
     """CPU threads of each rank; by default the cores divided among the ranks of this machine."""
+
+
+SAMPLING = Speed(compile=False)
+"""By default for sampling: compiling takes longer than a few pictures."""
 
 
 @dataclass(frozen=True)
@@ -67,21 +78,40 @@ def set_up(speed: Speed, choice: Choice) -> None:
     torch.backends.cudnn.benchmark = True
 
 
-def compile_blocks(network: nn.Module, backend: str = "inductor") -> int:
+def compile_blocks(network: nn.Module, speed: Speed = Speed()) -> int:
     """Compiles each residual block and attention in place, fullgraph; blocks of one shape share the compiled code."""
     # One block class meets every width and resolution of the network: each is one specialisation.
     torch._dynamo.config.recompile_limit = 256
     blocks = [m for m in network.modules() if isinstance(m, ResBlock | SelfAttention | Transformer)]
     for block in blocks:
-        block.compile(backend=backend, fullgraph=True, dynamic=False)
+        block.compile(backend=speed.backend, fullgraph=True, dynamic=False, options=compiler_options(speed))
     return len(blocks)
 
 
-def substitutions(choice: Choice) -> list[str]:
-    """One line for each part of this machine's set-up that is not the fast one."""
+def compiler_options(speed: Speed) -> dict[str, bool] | None:
+    """What the switches ask of Inductor; no other backend is given options."""
+    if speed.backend != "inductor":
+        return None
+    return {"max_autotune": speed.autotune, "triton.cudagraphs": speed.cuda_graphs}
+
+
+def make_ready(unet: UNet, speed: Speed, choice: Choice) -> int:
+    """The switches that change the network itself, set before it is used; returns how many blocks will be compiled."""
+    unet.checkpointing = speed.gradient_checkpointing
+    unet.pad_ends(speed.padded_ends)
+    return compile_blocks(unet, speed) if choice.compile else 0
+
+
+def substitutions(speed: Speed, choice: Choice) -> list[str]:
+    """One line for each part of this machine's set-up that is not the fast one, or not what was asked for."""
+    lines = []
     if choice.device == "cpu":
-        return ["no CUDA device: the CPU runs the kernels' plain PyTorch definitions"]
-    return []
+        lines.append("no CUDA device: the CPU runs the kernels' plain PyTorch definitions")
+    if choice.device == "cpu" and speed.cuda_graphs:
+        lines.append("speed.cuda_graphs has no effect without a CUDA device")
+    if speed.autotune and not choice.compile:
+        lines.append("speed.autotune has no effect without speed.compile")
+    return lines
 
 
 def kernel_sites(network: nn.Module, device: torch.device) -> tuple[int, int]:

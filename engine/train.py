@@ -93,6 +93,9 @@ def micro_step(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
     )
     time_N = objective.scalings(sigma_N).noise_N.float().to(device)
     tensors, keep = conditions(run, batch)
+    if recipe.speed.cuda_graphs:
+        # What the last replay left behind is used up: its memory may be written again.
+        torch.compiler.cudagraph_mark_step_begin()
     output_NCHW, log_scale_N = run.sharded(input_NCHW, time_N, tensors, keep)
     loss = objective(output_NCHW, target_NCHW, sigma_N.to(device), log_scale_N)
     run.sharded.backward(loss)
@@ -189,7 +192,7 @@ def draw_with(run: Run, ema: dict[str, Tensor]) -> list[Path]:
     """Pictures from the EMA weights, in a copy of the network."""
     network = artifact.build(run.recipe, run.facts)
     artifact.fill(network, ema, run.recipe.folder)
-    network.eval().requires_grad_(False).to(run.ranks.device)
+    network.eval().requires_grad_(False).to(run.ranks.device, run.choice.dtype)
     model = artifact.Model(network, run.recipe.objective, run.facts, run.recipe, run.images)
     captions = some_captions(run) if run.data.has_captions else []
     folder = run.recipe.folder / "previews"

@@ -8,6 +8,7 @@ from pathlib import Path
 from duotone.data.refusal import Refused
 from duotone.engine.evaluate.classifier import ClassifierConfig
 from duotone.engine.evaluate.features import FeaturesConfig
+from duotone.engine.speed import SAMPLING, Speed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +56,13 @@ class Evaluate:
     """Also write the result here."""
     per_caption: int = 1
     """For the embedded captioned shapes: pictures of each caption."""
+    speed: Speed = SAMPLING
+    """Device, precision and switches: bf16 on a GPU, fp32 on a CPU."""
 
     def run(self, path: Path) -> None:
         from duotone.engine.artifact import load
 
-        model = load(path)
+        model = load(path, speed=self.speed)
         if self.data.shards is None and draws_captioned_shapes(model):
             self.obedience(model)
         else:

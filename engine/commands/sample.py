@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from duotone.data.refusal import Refused
+from duotone.engine.speed import SAMPLING, Speed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +44,15 @@ class Sample:
     """Where the sheet goes; refused if it exists."""
     overwrite: bool = False
     """Replace an existing sheet."""
+    speed: Speed = SAMPLING
+    """Device, precision and switches: bf16 on a GPU, fp32 on a CPU."""
 
     def run(self, path: Path) -> None:
         from duotone.engine import pictures
         from duotone.engine.artifact import load
 
         self.check()
-        model = load(path)
+        model = load(path, speed=self.speed)
         asked, images = self.asked()
         drawn, frames = self.draw(model, asked, images)
         columns = self.columns or min(images, max(self.count, 8))

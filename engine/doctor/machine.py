@@ -9,7 +9,7 @@ from duotone.kernels.attention import xformers
 
 def device(patient: Patient) -> Iterator[Finding]:
     choice = speed.choose(patient.recipe.speed)
-    lines = speed.substitutions(choice)
+    lines = speed.substitutions(patient.recipe.speed, choice)
     yield Finding("fine", "device", f"{choice.device}, {choice.precision}{', compiled' if choice.compile else ''}")
     for line in lines:
         yield Finding("warning", "device", line)

@@ -67,8 +67,8 @@ def unread(recipe) -> Iterator[tuple[str, str]]:
         yield "ema.max_decay", "ema.power is 0"
     if isinstance(objective, DDPM) and "gamma" in changed(objective) and "min_snr" not in objective.weighting:
         yield "objective.gamma", f"objective.weighting is {objective.weighting}"
-    if "backend" in changed(recipe.speed) and recipe.speed.compile is False:
-        yield "speed.backend", "speed.compile is off"
+    if recipe.speed.compile is False:
+        yield from ((f"speed.{n}", "speed.compile is off") for n in changed(recipe.speed) & {"backend", "autotune"})
     if recipe.drop_together and not recipe.conditioning:
         yield "drop_together", "there is no condition"
     if objective.stratified and recipe.batch_size == 1:

@@ -12,6 +12,7 @@ from torch import Tensor
 from duotone.data.refusal import Refused
 from duotone.engine.conditioning.attributes import UNKNOWN, attribute_row, place
 from duotone.engine.conditioning.base import Conditioning
+from duotone.engine.cuda_graph import Recordings
 from duotone.engine.guidance import denoised, keys_values
 from duotone.engine.model.network import Network
 from duotone.engine.objectives.base import Objective
@@ -51,7 +52,11 @@ class ComposedDenoiser:
         """`condition` holds (1 + K) N rows, as `branches` orders them."""
         self.network, self.objective, self.condition, self.scales = network, objective, condition, scales
         self.keys_values = keys_values(network, condition)
+        self.recordings = Recordings(recording=network.records)
         self.forwards = 0.0
+
+    def output(self, scaled_NCHW: Tensor, noise_N: Tensor) -> Tensor:
+        return self.network.predict(scaled_NCHW, noise_N, self.condition, self.keys_values)
 
     @torch.inference_mode()
     def __call__(self, x_NCHW: Tensor, sigma: float) -> Tensor:
@@ -61,7 +66,6 @@ class ComposedDenoiser:
         skip_N, out_N, in_N, noise_N = [v.to(x_NCHW.device, torch.float32) for v in self.objective.scalings(sigma_N)]
         self.forwards += rows_NCHW.shape[0]
         scaled_NCHW = (rows_NCHW * in_N[:, None, None, None]).to(self.network.dtype)
-        stored = None if self.keys_values is None else iter(self.keys_values)
-        output_NCHW = self.network.predict(scaled_NCHW, noise_N, self.condition, stored)
+        output_NCHW = self.recordings("all branches", self.output, scaled_NCHW, noise_N)
         base_NCHW, *raised = denoised(output_NCHW, rows_NCHW, skip_N, out_N).chunk(copies)
         return base_NCHW + sum(scale * (d_NCHW - base_NCHW) for scale, d_NCHW in zip(self.scales, raised))

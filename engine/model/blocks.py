@@ -188,6 +188,22 @@ class Transformer(nn.Module):
         return x_NCHW + image_of(self.project(self.proj_out, h), x_NCHW)
 
 
+class EndConv(nn.Conv2d):
+    """The first or last convolution of a network: an image has fewer channels than tensor cores want."""
+
+    padded_to = 1
+    """Channels are carried in multiples of this, with zeros: the result stays what it is."""
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        more_in, more_out = -self.in_channels % self.padded_to, -self.out_channels % self.padded_to
+        if not more_in and not more_out:
+            return super().forward(x_NCHW)
+        weight = F.pad(self.weight, (0, 0, 0, 0, 0, more_in, 0, more_out))
+        x_NCHW = F.pad(x_NCHW, (0, 0, 0, 0, 0, more_in))
+        y_NCHW = F.conv2d(x_NCHW, weight, F.pad(self.bias, (0, more_out)), padding=self.padding)
+        return y_NCHW[:, : self.out_channels]
+
+
 class Downsample(nn.Module):
     def __init__(self, width: int):
         super().__init__()

@@ -3,7 +3,7 @@
 N images, C channels of H x W pixels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ class Network(nn.Module):
         self.unet = unet
         self.conditioners = nn.ModuleDict({conditioner.kind: conditioner for conditioner in conditioners})
         self.uncertainty = uncertainty
+        self.records = False
+        """Sampling replays its forward passes as CUDA graphs."""
         self.refuse_other_channels()
 
     def refuse_other_channels(self) -> None:
@@ -61,7 +63,7 @@ class Network(nn.Module):
         input_NCHW: Tensor,
         time_N: Tensor,
         condition: Conditioning,
-        keys_values: Iterator | None = None,
+        keys_values: Sequence[tuple[Tensor, Tensor]] | None = None,
         copies: int = 1,
     ) -> Tensor:
         """F for a condition that is already computed; `keys_values` replace the projections of its tokens.
@@ -71,5 +73,5 @@ class Network(nn.Module):
         if condition.channels_NKHW is not None:
             channels_NKHW = condition.channels_NKHW.to(input_NCHW.dtype).expand(-1, -1, *input_NCHW.shape[2:])
             input_NCHW = torch.cat([input_NCHW, channels_NKHW], dim=1)
-        tokens = condition.tokens_NMD if keys_values is None else keys_values
+        tokens = condition.tokens_NMD if keys_values is None else iter(keys_values)
         return self.unet(input_NCHW, time_N, condition.vector_NE, tokens, condition.mask_NM, copies=copies)

@@ -16,6 +16,7 @@ from duotone.data.refusal import Refused
 from duotone.engine.model.blocks import (
     Downsample,
     Embedding,
+    EndConv,
     GroupNormSiLU,
     ResBlock,
     SelfAttention,
@@ -122,6 +123,9 @@ class Level(nn.Module):
 
     def block(self, i: int, x_NCHW: Tensor, embedding_NE: Tensor, context, mask_NM) -> Tensor:
         x_NCHW = self.resnets[i](x_NCHW, embedding_NE)
+        return self.attend(i, x_NCHW, context, mask_NM)
+
+    def attend(self, i: int, x_NCHW: Tensor, context, mask_NM) -> Tensor:
         return self.attentions[i](x_NCHW, context, mask_NM) if hasattr(self, "attentions") else x_NCHW
 
 
@@ -194,8 +198,8 @@ def repeated(x_NCHW: Tensor, skips: list[Tensor], condition: tuple, copies: int)
     if copies == 1:
         return x_NCHW, skips, condition
     embedding_NE, *tokens_mask = condition
-    skips = [torch.cat([skip] * copies) for skip in skips]
-    return skips[-1], skips, (torch.cat([embedding_NE] * copies), *tokens_mask)
+    x_NCHW, embedding_NE, *skips = (torch.cat([one] * copies) for one in (x_NCHW, embedding_NE, *skips))
+    return x_NCHW, skips, (embedding_NE, *tokens_mask)
 
 
 class UNet(nn.Module):
@@ -206,7 +210,7 @@ class UNet(nn.Module):
         self.config = config
         self.checkpointing = False
         levels = range(len(config.channels))
-        self.conv_in = nn.Conv2d(config.in_channels + config.extra_channels, config.channels[0], 3, padding=1)
+        self.conv_in = EndConv(config.in_channels + config.extra_channels, config.channels[0], 3, padding=1)
         self.time_embedding = Embedding(config.channels[0], config.embedding_width)
         self.film_projection = (
             nn.Linear(config.embedding_width, 2 * max(config.channels)) if config.film_shared else None
@@ -215,7 +219,7 @@ class UNet(nn.Module):
         self.mid_block = None if config.middle == "absent" else Middle(config)
         self.up_blocks = nn.ModuleList([UpLevel(config, i) for i in reversed(levels)])
         self.conv_norm_out = GroupNormSiLU(config.groups, config.channels[0], config.eps)
-        self.conv_out = nn.Conv2d(config.channels[0], config.out_channels, 3, padding=1)
+        self.conv_out = EndConv(config.channels[0], config.out_channels, 3, padding=1)
         if config.zero_init:
             self.zero_residual_branches()
 
@@ -231,6 +235,10 @@ class UNet(nn.Module):
         for layer in ends:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+    def pad_ends(self, padded: bool) -> None:
+        """Carry the image's channels in multiples of eight at both ends."""
+        self.conv_in.padded_to = self.conv_out.padded_to = 8 if padded else 1
 
     def embed(self, time_N: Tensor, vector_NE: Tensor | None) -> Tensor:
         """SiLU of the time's embedding plus the vector condition: every residual block projects this one tensor.
@@ -275,15 +283,22 @@ class UNet(nn.Module):
     def down(self, x_NCHW: Tensor, condition: tuple, copies: int) -> tuple[Tensor, list[Tensor], tuple]:
         skips = [x_NCHW]
         for level, kind in zip(self.down_blocks, self.config.attention):
-            if kind == "cross":
-                x_NCHW, skips, condition, copies = *repeated(x_NCHW, skips, condition, copies), 1
             for i in range(len(level.resnets)):
-                x_NCHW = self.run(level.block, i, x_NCHW, *condition)
+                if kind == "cross" and copies > 1:
+                    x_NCHW, skips, condition, copies = *self.parted(level, x_NCHW, skips, condition, copies), 1
+                else:
+                    x_NCHW = self.run(level.block, i, x_NCHW, *condition)
                 skips.append(x_NCHW)
             if hasattr(level, "downsamplers"):
                 x_NCHW = level.downsamplers[0](x_NCHW)
                 skips.append(x_NCHW)
         return repeated(x_NCHW, skips, condition, copies)
+
+    def parted(self, level: Level, x_NCHW: Tensor, skips: list[Tensor], condition: tuple, copies: int) -> tuple:
+        """The first block that reads tokens: the copies go apart only where its attention begins."""
+        x_NCHW = level.resnets[0](x_NCHW, condition[0])
+        x_NCHW, skips, condition = repeated(x_NCHW, skips, condition, copies)
+        return level.attend(0, x_NCHW, *condition[1:]), skips, condition
 
     def up(self, x_NCHW: Tensor, skips: list[Tensor], condition: tuple) -> Tensor:
         for level in self.up_blocks:

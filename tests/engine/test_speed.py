@@ -1,0 +1,228 @@
+"""The switches of engine/speed.py: what they may change is speed and rounding, nothing else."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from duotone.data.shards import Shards
+from duotone.engine import artifact, probe, speed
+from duotone.engine.conditioning.attributes import Attributes
+from duotone.engine.conditioning.base import Facts
+from duotone.engine.conditioning.image import ClassMap
+from duotone.engine.conditioning.label import Label
+from duotone.engine.conditioning.text import ByteText
+from duotone.engine.cuda_graph import Recordings
+from duotone.engine.memory import Estimate, estimate
+from duotone.engine.model.network import Network
+from duotone.engine.model.unet import UNet, UNetConfig
+from duotone.engine.objectives.edm import EDM
+from duotone.engine.recipe import Recipe
+from duotone.engine.sample import sample
+
+SHAPE = UNetConfig(
+    channels=(16, 16),
+    attention=("none", "cross"),
+    heads=(2, 2),
+    blocks=(1, 1),
+    depth=(1, 1),
+    context_width=16,
+    groups=8,
+    zero_init=False,
+)
+FACTS = Facts(classes=("cat", "dog"), attributes=("Bald", "Male"))
+CPU = speed.Choice("cpu", "fp32", False)
+ASKED = {
+    "text": (ByteText(width=16, layers=1, heads=2, length=24), {"prompts": ["a cat", "a dog"]}, 0),
+    "label": (Label(), {"labels": ["dog", "cat"]}, 0),
+    "attributes": (Attributes(), {"attributes": [{"Bald": 1}, {"Male": 0}]}, 0),
+    "class_map": (ClassMap(), {"labels": [0, 1]}, 4),
+}
+
+
+def exported(folder, kind: str):
+    """A model of this conditioning, untrained, as a run leaves it."""
+    torch.manual_seed(0)
+    config, _, extra = ASKED[kind]
+    reads = ("none", "cross" if config.port == "tokens" else "self")
+    shape = replace(SHAPE, extra_channels=extra, attention=reads, middle=reads[1])
+    recipe = Recipe(name="t", data=Shards(size=8), conditioning=(config,), model=shape, objective=EDM(sigma_max=5.0))
+    network = artifact.build(recipe, FACTS)
+    artifact.save(folder / "ema.safetensors", dict(network.named_parameters()), recipe, FACTS, 0)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("kind", ASKED)
+def test_sampling_in_bf16_is_sampling_in_fp32_but_for_rounding(kind, tmp_path):
+    folder = exported(tmp_path, kind)
+    drawn = {}
+    for precision in ("fp32", "bf16"):
+        model = artifact.load(folder, speed=speed.Speed(device="cpu", precision=precision, compile=False))
+        assert model.network.dtype == getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[precision])
+        drawn[precision] = sample(model, **ASKED[kind][1], steps=6, guidance=2.0, sampler="euler", seed=3).astype(int)
+    apart = np.abs(drawn["bf16"] - drawn["fp32"])
+    assert 0 < apart.mean() < 4, "levels of 255"
+
+
+def test_a_model_is_loaded_as_its_device_wants_it(tmp_path):
+    folder = exported(tmp_path, "label")
+    assert artifact.load(folder, "cpu").network.dtype == torch.float32
+    padded = artifact.load(folder, "cpu", speed=replace(speed.SAMPLING, padded_ends=True, cuda_graphs=True))
+    assert padded.network.unet.conv_in.padded_to == 8 and not padded.network.records, "no CUDA device, no recording"
+
+
+# -------------------------------------------------------------------------------------------------------- network
+
+
+@pytest.mark.parametrize("channels,extra", [(3, 0), (1, 0), (3, 4), (4, 4)])
+def test_padded_ends_change_nothing(channels, extra):
+    torch.manual_seed(0)
+    plain = replace(SHAPE, in_channels=channels, out_channels=channels, extra_channels=extra).build().double()
+    padded = copy.deepcopy(plain)
+    padded.pad_ends(True)
+    x_NCHW, tokens_NMD = torch.randn(2, channels + extra, 8, 8).double(), torch.randn(2, 5, 16).double()
+    results = []
+    for unet in (plain, padded):
+        given_NCHW = x_NCHW.clone().requires_grad_()
+        y_NCHW = unet(given_NCHW, torch.tensor([0.1, 0.7]), None, tokens_NMD)
+        y_NCHW.square().sum().backward()
+        results.append([y_NCHW.detach(), given_NCHW.grad, *(p.grad for p in unet.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-12, atol=1e-12)
+    assert {name: p.shape for name, p in plain.named_parameters()} == {n: p.shape for n, p in padded.named_parameters()}
+
+
+def test_padded_ends_hand_the_convolutions_multiples_of_eight(monkeypatch):
+    unet, widths = SHAPE.build(), []
+    unet.pad_ends(True)
+    conv2d = torch.nn.functional.conv2d
+
+    def noted(x_NCHW, weight, *rest, **named):
+        widths.append(weight.shape[:2])
+        return conv2d(x_NCHW, weight, *rest, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", noted)
+    unet(torch.randn(1, 3, 8, 8), torch.zeros(1), None, torch.randn(1, 5, 16))
+    assert widths[0] == (16, 8) and widths[-1] == (8, 16)
+
+
+# -------------------------------------------------------------------------------------------------------- compiler
+
+
+def test_the_compiler_knows_every_option_that_it_is_given():
+    """An unknown option would be found out on the first GPU only: Inductor refuses it when a function is wrapped."""
+    options = speed.compiler_options(speed.Speed(autotune=True, cuda_graphs=True))
+    assert options == {"max_autotune": True, "triton.cudagraphs": True}
+    torch.compile(lambda x: x, options=options)
+    with pytest.raises(RuntimeError, match="Unexpected optimization option"):
+        torch.compile(lambda x: x, options={"triton.no_such_switch": True})
+    assert "TRITON" in torch._inductor.config.max_autotune_conv_backends, "convolutions are among what is tried"
+
+
+def test_a_compiled_network_gives_what_it_gave():
+    torch.manual_seed(0)
+    unet = SHAPE.build().eval()
+    inputs = (torch.randn(1, 3, 8, 8), torch.zeros(1), None, torch.randn(1, 5, 16))
+    expected = unet(*inputs)
+    compiled = copy.deepcopy(unet)
+    count = speed.make_ready(compiled, speed.Speed(backend="aot_eager"), speed.Choice("cpu", "fp32", True))
+    assert count == 8 + 4, "residual blocks and transformers"
+    torch.testing.assert_close(compiled(*inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_has_no_effect_here_is_said():
+    said = speed.substitutions(speed.Speed(autotune=True, cuda_graphs=True), CPU)
+    assert any("speed.cuda_graphs has no effect without a CUDA device" in line for line in said)
+    assert any("speed.autotune has no effect without speed.compile" in line for line in said)
+    assert len(speed.substitutions(speed.Speed(), CPU)) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- probes
+
+
+def needed_by(unet: UNet, rows: int) -> Estimate:
+    recipe = Recipe(name="r", data=Shards(size=8), model=SHAPE, batch_size=8, images=8)
+    return estimate(Network(unet, []), recipe, rows, CPU, 1)
+
+
+def test_two_steps_are_tried_and_leave_no_trace():
+    unet = SHAPE.build()
+    before = copy.deepcopy(unet.state_dict())
+    drawn = torch.get_rng_state()
+    assert probe.fits(unet, 8, 4, needed_by(unet, 4), speed.Speed(), CPU)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+    assert all(p.grad is None for p in unet.parameters())
+
+
+def test_what_runs_out_of_memory_does_not_fit(monkeypatch):
+    unet, forward, seen = SHAPE.build(), UNet.forward, []
+
+    def small(self, x_NCHW, *rest, **named):
+        seen.append(len(x_NCHW))
+        if len(x_NCHW) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return forward(self, x_NCHW, *rest, **named)
+
+    monkeypatch.setattr(UNet, "forward", small)
+    tried = [probe.fits(unet, 8, rows, needed_by(unet, rows), speed.Speed(), CPU) for rows in (4, 2)]
+    assert tried == [False, True] and seen == [4, 2, 2]
+
+
+# ------------------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ASKED)
+def test_a_recorded_network_draws_the_same_pictures(kind, tmp_path):
+    folder = exported(tmp_path, kind)
+    drawn = []
+    for graphs in (False, True):
+        model = artifact.load(folder, "cuda", speed=replace(speed.SAMPLING, cuda_graphs=graphs))
+        assert model.network.records == graphs
+        drawn.append(sample(model, **ASKED[kind][1], steps=6, guidance=2.0, interval=(0.1, 3.0), seed=3))
+    np.testing.assert_array_equal(*drawn)
+
+
+@pytest.mark.gpu
+def test_a_recording_follows_its_inputs():
+    call = Recordings(recording=True)
+    x = torch.randn(4, 4, device="cuda")
+    assert torch.equal(call("double", lambda t: 2 * t, x), 2 * x)
+    assert torch.equal(call("double", lambda t: 2 * t, x + 1), 2 * (x + 1)) and len(call.recorded) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("switches", [{"cuda_graphs": True}, {"autotune": True}, {"padded_ends": True}], ids=str)
+def test_a_switch_changes_rounding_at_most(switches):
+    """Two training steps of a compiled network with and without it, gradients and all."""
+    results = []
+    for chosen in (speed.Speed(), speed.Speed(**switches)):
+        torch.manual_seed(0)
+        unet = SHAPE.build().to("cuda", torch.bfloat16)
+        speed.make_ready(unet, chosen, speed.Choice("cuda", "bf16", True))
+        for _ in range(2):
+            torch.compiler.cudagraph_mark_step_begin()
+            unet.zero_grad()
+            inputs = (
+                torch.ones(2, 3, 8, 8).cuda(),
+                torch.zeros(2).cuda(),
+                None,
+                torch.ones(2, 5, 16).cuda().bfloat16(),
+            )
+            unet(*inputs).float().square().mean().backward()
+        results.append(torch.cat([p.grad.flatten().float() for p in unet.parameters()]))
+    assert (results[0] - results[1]).norm() <= 0.02 * results[0].norm()
+
+
+@pytest.mark.gpu
+def test_a_micro_batch_too_large_for_the_memory_does_not_fit():
+    unet = SHAPE.build().cuda()
+    choice, free = speed.Choice("cuda", "bf16", False), torch.cuda.mem_get_info()[0]
+    assert probe.fits(unet, 8, 2, Estimate(0, 0), speed.Speed(), choice)
+    assert not probe.fits(unet, 8, 2, Estimate(2 * free, 0), speed.Speed(), choice)
