@@ -23,6 +23,11 @@ def image_of(tokens_NLC: Tensor, like_NCHW: Tensor) -> Tensor:
     return tokens_NLC.unflatten(1, like_NCHW.shape[2:]).permute(0, 3, 1, 2)
 
 
+def repeated(x: Tensor, copies: int) -> Tensor:
+    """All rows, `copies` times after each other; the tensor itself where that is once."""
+    return x if copies == 1 else torch.cat([x] * copies)
+
+
 def sinusoid(time_N: Tensor, width: int, *, flip: bool = True, shift: float = 0.0) -> Tensor:
     """Sinusoidal embedding of a time, (N, width) fp32; Vaswani et al. 2017, section 3.5, cosines first when `flip`."""
     half = width // 2
@@ -159,8 +164,9 @@ class TransformerLayer(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, x_NLC: Tensor, context, mask_NM: Tensor | None) -> Tensor:
-        x_NLC = x_NLC + self.attn1(self.norm1(x_NLC))
+    def forward(self, x_NLC: Tensor, context, mask_NM: Tensor | None, copies: int = 1) -> Tensor:
+        """With `copies`, context and mask hold that many times N rows: the copies go apart where they read it."""
+        x_NLC = repeated(x_NLC + self.attn1(self.norm1(x_NLC)), copies)
         x_NLC = x_NLC + self.attn2(self.norm2(x_NLC), context, mask_NM)
         return x_NLC + self.ff(self.norm3(x_NLC))
 
@@ -180,11 +186,16 @@ class Transformer(nn.Module):
         # A 1 x 1 convolution over channels-last pixels is a linear layer over tokens: same weights, no layout change.
         return F.linear(x_NLC, layer.weight.flatten(1), layer.bias)
 
-    def forward(self, x_NCHW: Tensor, context=None, mask_NM: Tensor | None = None) -> Tensor:
-        """`context` is tokens_NMD for every layer, or an iterator over keys and values, one pair a layer."""
+    def forward(self, x_NCHW: Tensor, context=None, mask_NM: Tensor | None = None, copies: int = 1) -> Tensor:
+        """`context` is tokens_NMD for every layer, or an iterator over keys and values, one pair a layer.
+
+        With `copies`, context and mask hold that many times N rows, and so does the result.
+        """
         h = self.project(self.proj_in, tokens_of(self.norm(x_NCHW, silu=False)))
+        x_NCHW = repeated(x_NCHW, copies)
         for layer in self.transformer_blocks:
-            h = layer(h, context if isinstance(context, Tensor) else next(context), mask_NM)
+            h = layer(h, context if isinstance(context, Tensor) else next(context), mask_NM, copies)
+            copies = 1
         return x_NCHW + image_of(self.project(self.proj_out, h), x_NCHW)
 
 

@@ -22,6 +22,7 @@ from duotone.engine.model.blocks import (
     SelfAttention,
     Transformer,
     Upsample,
+    repeated,
     sinusoid,
 )
 
@@ -123,9 +124,6 @@ class Level(nn.Module):
 
     def block(self, i: int, x_NCHW: Tensor, embedding_NE: Tensor, context, mask_NM) -> Tensor:
         x_NCHW = self.resnets[i](x_NCHW, embedding_NE)
-        return self.attend(i, x_NCHW, context, mask_NM)
-
-    def attend(self, i: int, x_NCHW: Tensor, context, mask_NM) -> Tensor:
         return self.attentions[i](x_NCHW, context, mask_NM) if hasattr(self, "attentions") else x_NCHW
 
 
@@ -193,13 +191,10 @@ def attention_block(config: UNetConfig, kind: str, index: int) -> nn.Module:
     )
 
 
-def repeated(x_NCHW: Tensor, skips: list[Tensor], condition: tuple, copies: int) -> tuple[Tensor, list[Tensor], tuple]:
-    """The state on the way down, for every copy; tokens and mask already hold them all."""
-    if copies == 1:
-        return x_NCHW, skips, condition
+def for_copies(skips: list[Tensor], condition: tuple, copies: int) -> tuple[list[Tensor], tuple]:
+    """What the way up and later blocks read, for every copy; tokens and mask already hold them all."""
     embedding_NE, *tokens_mask = condition
-    x_NCHW, embedding_NE, *skips = (torch.cat([one] * copies) for one in (x_NCHW, embedding_NE, *skips))
-    return x_NCHW, skips, (embedding_NE, *tokens_mask)
+    return [repeated(skip, copies) for skip in skips], (repeated(embedding_NE, copies), *tokens_mask)
 
 
 class UNet(nn.Module):
@@ -285,20 +280,21 @@ class UNet(nn.Module):
         for level, kind in zip(self.down_blocks, self.config.attention):
             for i in range(len(level.resnets)):
                 if kind == "cross" and copies > 1:
-                    x_NCHW, skips, condition, copies = *self.parted(level, x_NCHW, skips, condition, copies), 1
+                    x_NCHW, skips, condition = self.parted(level, x_NCHW, skips, condition, copies)
+                    copies = 1
                 else:
                     x_NCHW = self.run(level.block, i, x_NCHW, *condition)
                 skips.append(x_NCHW)
             if hasattr(level, "downsamplers"):
                 x_NCHW = level.downsamplers[0](x_NCHW)
                 skips.append(x_NCHW)
-        return repeated(x_NCHW, skips, condition, copies)
+        return repeated(x_NCHW, copies), *for_copies(skips, condition, copies)
 
     def parted(self, level: Level, x_NCHW: Tensor, skips: list[Tensor], condition: tuple, copies: int) -> tuple:
-        """The first block that reads tokens: the copies go apart only where its attention begins."""
-        x_NCHW = level.resnets[0](x_NCHW, condition[0])
-        x_NCHW, skips, condition = repeated(x_NCHW, skips, condition, copies)
-        return level.attend(0, x_NCHW, *condition[1:]), skips, condition
+        """The first block that reads tokens: within its attention the copies go apart."""
+        embedding_NE, *tokens_mask = condition
+        x_NCHW = level.attentions[0](level.resnets[0](x_NCHW, embedding_NE), *tokens_mask, copies)
+        return x_NCHW, *for_copies(skips, condition, copies)
 
     def up(self, x_NCHW: Tensor, skips: list[Tensor], condition: tuple) -> Tensor:
         for level in self.up_blocks:
