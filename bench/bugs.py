@@ -48,6 +48,7 @@ from duotone.engine.train import noise_levels
 IMAGES = 28_800
 GUIDANCE, STEPS, SAMPLER = 3.0, 12, "dpmpp_2m"
 LEVELS, SEED = 8, 1
+SETTLING = 100  # batches over which statistics are taken
 
 sound = Recipe(
     name="sound",
@@ -229,14 +230,14 @@ def batch_norms(model: artifact.Model) -> list[BatchNormSiLU]:
 
 
 @torch.inference_mode()
-def settle(model: artifact.Model, images: Images, batches: int = 100) -> None:
+def settle(model: artifact.Model, images: Images) -> None:
     """Statistics of the averaged weights over training batches: those that training kept are of other weights."""
     layers, size = batch_norms(model), model.recipe.batch_size
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None  # the plain mean over all that follows
         layer.train()
-    for first in range(0, batches * size if layers else 0, size):
+    for first in range(0, SETTLING * size if layers else 0, size):
         sigma_N = noise_levels(model.recipe, np.arange(first, first + size))
         losses_of(model, images, slice(first, first + size), sigma_N, 0, 0)
     for layer in layers:
