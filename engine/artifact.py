@@ -16,7 +16,8 @@ from duotone.engine.conditioning.base import Facts
 from duotone.engine.model.network import Network
 from duotone.engine.model.uncertainty import Uncertainty
 from duotone.engine.objectives.base import Objective
-from duotone.engine.recipe import Recipe, from_json, to_json
+from duotone.engine.recipe import Recipe
+from duotone.engine.recipe_json import from_json, to_json
 
 
 @dataclass

@@ -4,6 +4,7 @@ Every format string of training lives here.
 """
 
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -33,6 +34,12 @@ class Window:
     began: float
     images: int = 0
     waited: float = 0.0
+
+
+def say(line: str) -> None:
+    """One line outside of a run's log, from rank 0 only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"duotone: {line}", flush=True)
 
 
 class Logger:

@@ -1,20 +1,11 @@
-"""A recipe is a whole run as data: frozen dataclasses, overridden on the command line, stored as JSON beside the weights."""
+"""A recipe is a whole run as data: frozen dataclasses, overridden on the command line (entry.py), stored as JSON (recipe_json.py)."""
 
-import dataclasses
-import importlib
-import json
-import os
-import re
-import sys
-import types
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
 from duotone.engine.checkpoint import Checkpoints
-from duotone.engine.command_line import parse
 from duotone.engine.conditioning.attributes import Attributes
 from duotone.engine.conditioning.image import ClassMap, Hole, LowResolution
 from duotone.engine.conditioning.label import Label
@@ -146,124 +137,3 @@ def value_at(recipe: Recipe, dotted: str):
     for part in dotted.split("."):
         value = getattr(value, part)
     return value
-
-
-# ------------------------------------------------------------------------------------------------- command line
-
-
-def main(recipe: Recipe, embedded: Recipe | None = None) -> None:
-    """Runs a recipe file: overrides from the command line, then training; refused input is one line and exit code 2.
-
-    `embedded` is the small network for the embedded data set: it is taken where no --data.shards is given, and, for data of
-    one's own, with --small.
-    """
-    arguments = [a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank"))]
-    try:
-        recipe = parse(Recipe, without_small(arguments), default=base_of(recipe, embedded, arguments))
-        recipe.check()
-        from duotone.engine.train import train
-
-        train(recipe)
-    except Refused as refusal:
-        say(f"refused: {refusal}", file=sys.stderr)
-        sys.exit(2)
-
-
-def base_of(recipe: Recipe, embedded: Recipe | None, arguments: list[str]) -> Recipe:
-    """The recipe that the command line's overrides are laid over."""
-    small = "--small" in arguments
-    if embedded is None and small:
-        raise Refused(f"--small: {recipe.name} has no small network of its own")
-    if small:
-        return embedded
-    if embedded is None or any(a.split("=")[0] == "--data.shards" for a in arguments):
-        return recipe
-    say(
-        f"no --data.shards: training a small network on the embedded captioned shapes. The full {recipe.name} recipe: "
-        "duotone prepare --help, then --data.shards DIR (with --small for the small network on your data)"
-    )
-    return embedded
-
-
-def without_small(arguments: list[str]) -> list[str]:
-    return [a for a in arguments if a != "--small"]
-
-
-def say(line: str, **to) -> None:
-    """One line of output, from rank 0 only."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"duotone: {line}", flush=True, **to)
-
-
-# --------------------------------------------------------------------------------------------------------- JSON
-
-
-def to_json(value) -> object:
-    """A dataclass tree as plain JSON values; each dataclass names its type."""
-    if dataclasses.is_dataclass(value):
-        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"type": f"{type(value).__module__}:{type(value).__qualname__}", **fields}
-    if isinstance(value, tuple | list):
-        return [to_json(v) for v in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def from_json(value, kind=None) -> object:
-    """The dataclass tree back; only dataclasses inside duotone are built."""
-    if isinstance(value, dict) and "type" in value:
-        cls = dataclass_named(value["type"])
-        hints = typing.get_type_hints(cls)
-        known = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{k: from_json(v, hints[k]) for k, v in value.items() if k in known})
-    if isinstance(value, list):
-        return tuple(from_json(v) for v in value)
-    return Path(value) if isinstance(value, str) and wants_path(kind) else value
-
-
-def wants_path(kind) -> bool:
-    return kind is Path or (isinstance(kind, types.UnionType) and Path in typing.get_args(kind))
-
-
-def dataclass_named(name: str) -> type:
-    module, _, cls = name.partition(":")
-    if not module.startswith("duotone.") or not re.fullmatch(r"[\w.]+", module) or not cls.isidentifier():
-        raise Refused(f"recipe names the type {name!r}, which is not one of duotone's")
-    try:
-        found = getattr(importlib.import_module(module), cls)
-    except (ImportError, AttributeError):
-        raise Refused(f"recipe names the type {name!r}, which this version of duotone does not have") from None
-    if not dataclasses.is_dataclass(found):
-        raise Refused(f"recipe names the type {name!r}, which is no configuration")
-    return found
-
-
-def flat(value, prefix: str = "") -> dict[str, object]:
-    """A JSON tree as dotted keys."""
-    if isinstance(value, dict):
-        return {k: v for name, inner in value.items() for k, v in flat(inner, f"{prefix}{name}.").items()}
-    if isinstance(value, list) and any(isinstance(v, dict) for v in value):
-        return {k: v for i, inner in enumerate(value) for k, v in flat(inner, f"{prefix}{i}.").items()}
-    return {prefix[:-1]: value}
-
-
-FREE = (
-    "data.shards",
-    "out",
-    "fresh",
-    "log.",
-    "checkpoint.",
-    "preview.",
-    "speed.",
-    "zero.",
-    "accumulation",
-    "data.decoder",
-    "data.threads",
-)
-
-
-def differences(stored: dict, recipe: Recipe) -> list[str]:
-    """The fields by which a stored recipe is another run than this one; what leaves the numbers alone does not count."""
-    then, now = flat(stored), flat(json.loads(json.dumps(to_json(recipe))))
-    free = (*FREE, "images") if recipe.optimizer.schedule == "constant" else FREE
-    changed = [k for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k) and not k.startswith(free)]
-    return [f"{key}: {then.get(key)} there, {now.get(key)} here" for key in changed]

@@ -6,7 +6,8 @@ from pathlib import Path
 from duotone.data.refusal import Refused
 from duotone.engine import run_folder
 from duotone.engine.command_line import parse
-from duotone.engine.recipe import Recipe, from_json
+from duotone.engine.recipe import Recipe
+from duotone.engine.recipe_json import from_json
 
 
 def recipe_at(path: Path, flags: list[str], name: str) -> Recipe:

@@ -10,10 +10,11 @@ from duotone.data.refusal import Refused
 from duotone.data.shards import Dataset
 from duotone.engine import artifact, checkpoint, draws, probe, run_folder, speed, zero
 from duotone.engine.conditioning.base import Facts
-from duotone.engine.log import Logger
+from duotone.engine.log import Logger, say
 from duotone.engine.memory import Estimate, estimate, fewest_micro_batches
 from duotone.engine.model.network import Network
-from duotone.engine.recipe import Recipe, differences, say, to_json
+from duotone.engine.recipe import Recipe
+from duotone.engine.recipe_json import differences, to_json
 from duotone.engine.sharded import Sharded
 from duotone.engine.starting_weights import begin_from
 from duotone.kernels.self_test import self_test

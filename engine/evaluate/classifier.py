@@ -19,7 +19,7 @@ from duotone.data.refusal import Refused
 from duotone.engine.evaluate.images import Images, Splits
 from duotone.engine.evaluate.progress import Progress
 from duotone.engine.evaluate.shares import Share
-from duotone.engine.recipe import say
+from duotone.engine.log import say
 from duotone.engine.run_folder import write_json
 
 CHUNK = 512

@@ -21,7 +21,7 @@ from duotone.engine.evaluate.loss_table import Loss, loss_table
 from duotone.engine.evaluate.nearest import Nearest, flat, nearest
 from duotone.engine.evaluate.progress import Progress
 from duotone.engine.evaluate.shares import Share
-from duotone.engine.recipe import say
+from duotone.engine.log import say
 from duotone.engine.sample import sample
 
 CHUNK = 64

@@ -21,7 +21,7 @@ from duotone.data.refusal import Refused
 from duotone.engine.evaluate.classifier import Judge
 from duotone.engine.evaluate.images import Splits
 from duotone.engine.evaluate.progress import Progress
-from duotone.engine.recipe import say
+from duotone.engine.log import say
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CHUNK = 64

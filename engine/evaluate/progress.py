@@ -3,7 +3,7 @@
 import datetime
 import time
 
-from duotone.engine.recipe import say
+from duotone.engine.log import say
 
 SECONDS_BETWEEN = 10.0
 

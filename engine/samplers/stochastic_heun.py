@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from duotone.engine.samplers.slope import slope
+from duotone.engine.samplers.heun import heun_step
 
 
 def stochastic_heun(
@@ -33,13 +33,7 @@ def stochastic_heun(
         raised = sigma * (1 + gamma)
         if gamma > 0:
             x_NCHW = x_NCHW + (raised**2 - sigma**2) ** 0.5 * noise_scale * noise(i)
-        denoised = denoise(x_NCHW, raised)
-        here = slope(x_NCHW, denoised, raised)
-        x_next = denoised + following * here
-        if following > 0 and math.isfinite(sigma):
-            there = slope(x_next, denoise(x_next, following), following)
-            x_next = x_NCHW + (following - raised) * (here + there) / 2
-        x_NCHW = x_next
+        x_NCHW, denoised = heun_step(denoise, x_NCHW, raised, following)
         if on_step:
             on_step(i, x_NCHW, denoised)
     return x_NCHW

@@ -19,7 +19,8 @@ from duotone.engine.command_line import parse
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.text import ClipText
 from duotone.engine.model.unet import UNetConfig
-from duotone.engine.recipe import Recipe, from_json, to_json
+from duotone.engine.recipe import Recipe
+from duotone.engine.recipe_json import from_json, to_json
 
 RECIPE = Path(__file__).with_name("tiny_recipe.py")
 COCO = Path(__file__).parents[2] / "recipes" / "coco_clip.py"
@@ -112,6 +113,17 @@ def test_a_wrong_key_is_refused_before_deepspeed_and_transformers_are_loaded(tmp
     assert done.returncode == 0, done.stderr
     assert "nearest key is --batch-size" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rank,says", [("0", "duotone: refused: "), ("1", "duotone: refused on rank 1 (")])
+def test_a_rank_that_refuses_alone_is_heard(rank, says, tmp_path):
+    """What only one machine lacks is said by its own rank, after the others had time to say the same."""
+    alone = "import duotone.engine.entry as entry, runpy, sys; entry.ONLY_THIS_RANK = 0.1\n"
+    alone += f"sys.argv = ['recipe', '--batch-size', '0']; runpy.run_path({str(RECIPE)!r}, run_name='__main__')"
+    environment = os.environ | {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}
+    done = subprocess.run([sys.executable, "-c", alone], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    lines = [line for line in done.stderr.splitlines() if "refused" in line]
+    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith(says) and "batch_size = 0" in lines[0]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,61 @@
+"""main(recipe): what a recipe file calls, from the command line to the end of the run."""
+
+import os
+import socket
+import sys
+import time
+
+from duotone.data.refusal import Refused
+from duotone.engine.command_line import parse
+from duotone.engine.log import say
+from duotone.engine.recipe import Recipe
+
+ONLY_THIS_RANK = 10
+"""Seconds after which a rank that refuses is known to be the only one: the launcher would have ended it."""
+
+
+def main(recipe: Recipe, embedded: Recipe | None = None) -> None:
+    """Runs a recipe file: overrides from the command line, then training; refused input is one line and exit code 2.
+
+    `embedded` is the small network for the embedded data set: it is taken where no --data.shards is given, and, for data of
+    one's own, with --small.
+    """
+    arguments = [a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank"))]
+    try:
+        recipe = parse(Recipe, without_small(arguments), default=base_of(recipe, embedded, arguments))
+        recipe.check()
+        from duotone.engine.train import train
+
+        train(recipe)
+    except Refused as refusal:
+        tell(refusal)
+        sys.exit(2)
+
+
+def tell(refusal: Refused) -> None:
+    """One line from all ranks together: rank 0 speaks, and where the launcher then ends the others they say nothing."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank != 0:
+        time.sleep(ONLY_THIS_RANK)
+    where = f" on rank {rank} ({socket.gethostname()})" if rank else ""
+    print(f"duotone: refused{where}: {refusal}", file=sys.stderr, flush=True)
+
+
+def base_of(recipe: Recipe, embedded: Recipe | None, arguments: list[str]) -> Recipe:
+    """The recipe that the command line's overrides are laid over."""
+    small = "--small" in arguments
+    if embedded is None and small:
+        raise Refused(f"--small: {recipe.name} has no small network of its own")
+    if small:
+        return embedded
+    if embedded is None or any(a.split("=")[0] == "--data.shards" for a in arguments):
+        return recipe
+    say(
+        f"no --data.shards: training a small network on the embedded captioned shapes. The full {recipe.name} recipe: "
+        "duotone prepare --help, then --data.shards DIR (with --small for the small network on your data)"
+    )
+    return embedded
+
+
+def without_small(arguments: list[str]) -> list[str]:
+    return [a for a in arguments if a != "--small"]

@@ -1,0 +1,83 @@
+"""Recipes as JSON, beside the weights that they made."""
+
+import dataclasses
+import importlib
+import json
+import re
+import types
+import typing
+from pathlib import Path
+
+from duotone.data.refusal import Refused
+from duotone.engine.recipe import Recipe
+
+
+def to_json(value) -> object:
+    """A dataclass tree as plain JSON values; each dataclass names its type."""
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": f"{type(value).__module__}:{type(value).__qualname__}", **fields}
+    if isinstance(value, tuple | list):
+        return [to_json(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def from_json(value, kind=None) -> object:
+    """The dataclass tree back; only dataclasses inside duotone are built."""
+    if isinstance(value, dict) and "type" in value:
+        cls = dataclass_named(value["type"])
+        hints = typing.get_type_hints(cls)
+        known = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{k: from_json(v, hints[k]) for k, v in value.items() if k in known})
+    if isinstance(value, list):
+        return tuple(from_json(v) for v in value)
+    return Path(value) if isinstance(value, str) and wants_path(kind) else value
+
+
+def wants_path(kind) -> bool:
+    return kind is Path or (isinstance(kind, types.UnionType) and Path in typing.get_args(kind))
+
+
+def dataclass_named(name: str) -> type:
+    module, _, cls = name.partition(":")
+    if not module.startswith("duotone.") or not re.fullmatch(r"[\w.]+", module) or not cls.isidentifier():
+        raise Refused(f"recipe names the type {name!r}, which is not one of duotone's")
+    try:
+        found = getattr(importlib.import_module(module), cls)
+    except (ImportError, AttributeError):
+        raise Refused(f"recipe names the type {name!r}, which this version of duotone does not have") from None
+    if not dataclasses.is_dataclass(found):
+        raise Refused(f"recipe names the type {name!r}, which is no configuration")
+    return found
+
+
+def flat(value, prefix: str = "") -> dict[str, object]:
+    """A JSON tree as dotted keys."""
+    if isinstance(value, dict):
+        return {k: v for name, inner in value.items() for k, v in flat(inner, f"{prefix}{name}.").items()}
+    if isinstance(value, list) and any(isinstance(v, dict) for v in value):
+        return {k: v for i, inner in enumerate(value) for k, v in flat(inner, f"{prefix}{i}.").items()}
+    return {prefix[:-1]: value}
+
+
+FREE = (
+    "data.shards",
+    "out",
+    "fresh",
+    "log.",
+    "checkpoint.",
+    "preview.",
+    "speed.",
+    "zero.",
+    "accumulation",
+    "data.decoder",
+    "data.threads",
+)
+
+
+def differences(stored: dict, recipe: Recipe) -> list[str]:
+    """The fields by which a stored recipe is another run than this one; what leaves the numbers alone does not count."""
+    then, now = flat(stored), flat(json.loads(json.dumps(to_json(recipe))))
+    free = (*FREE, "images") if recipe.optimizer.schedule == "constant" else FREE
+    changed = [k for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k) and not k.startswith(free)]
+    return [f"{key}: {then.get(key)} there, {now.get(key)} here" for key in changed]
