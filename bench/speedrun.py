@@ -46,8 +46,8 @@ from duotone.engine.speed import Speed
 RESULTS = Path(__file__).parent / "results" / "speedrun"
 CPU = torch.device("cpu")
 LEAST_ACCURACY, MOST_RATIO = 0.9, 1.5
-GUIDANCE, STEPS, SAMPLER = 3.0, 12, "dpmpp_2m"
-IMAGES, CHECKS = 48_000, 3
+GUIDANCE, STEPS, SAMPLER = 2.0, 12, "dpmpp_2m"
+IMAGES, CHECKS = 216_000, 3
 
 recipe = Recipe(
     name="speedrun",
@@ -56,9 +56,10 @@ recipe = Recipe(
     objective=EDM(sigma_data=0.7, log_mean=-0.5, log_std=1.3, sigma_max=40.0, stratified=True),
     model=UNetConfig(
         channels=(16, 64, 128),
-        attention=("none", "none", "self"),
+        # No attention: in bf16 on a CPU PyTorch's takes over a tenth of a step for 49 tokens.
+        attention=("none", "none", "none"),
         middle="single",
-        heads=(1, 1, 4),
+        heads=(1, 1, 1),
         blocks=(1, 1, 1),
         depth=(1, 1, 1),
         in_channels=1,
@@ -67,14 +68,14 @@ recipe = Recipe(
         film=True,
         time_width=256,
     ),
-    optimizer=AdamW(lr=2e-3, weight_decay=0.0, clip=1.0, warmup=1_600, schedule="cosine"),
-    ema=Ema(half_life=3_200, rampup=0.1),
+    optimizer=AdamW(lr=4e-3, weight_decay=0.0, clip=1.0, warmup=3_200, schedule="cosine"),
+    ema=Ema(half_life=6_400, rampup=0.1),
     batch_size=32,
     images=IMAGES,
     checkpoint=Checkpoints(every=IMAGES // CHECKS, keep=CHECKS + 1),
     preview=Previews(every=0, rows=1, columns=1, steps=1, sampler="euler", strips=False),
     log=Log(every=100),
-    speed=Speed(threads=1),
+    speed=Speed(precision="bf16", threads=1),
 )
 
 
