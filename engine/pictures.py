@@ -1,10 +1,20 @@
-"""Grids, strips and GIFs of uint8 images (N, H, W, C), written with Pillow."""
+"""Images as bytes, uint8 (N, H, W, C); their grids, strips and GIFs, written with Pillow."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from duotone.data.refusal import Refused
+
+
+def pixels(x_NCHW: Tensor) -> np.ndarray:
+    """[-1, 1] to uint8, (N, H, W, C)."""
+    bytes_NCHW = ((x_NCHW.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return bytes_NCHW.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def grid(images_NHWC: np.ndarray, columns: int, *, gap: int = 2, zoom: int = 1) -> Image.Image:
@@ -26,6 +36,16 @@ def opened(paths: Sequence[Path]) -> list[Image.Image]:
         with Image.open(path) as picture:
             pictures.append(picture.convert("RGB"))
     return [picture for picture in pictures if picture.size == pictures[-1].size]
+
+
+def read(path: Path, channels: int) -> np.ndarray:
+    """A picture as uint8 (H, W, C), in grey for one channel; raises Refused where it cannot be read."""
+    try:
+        with Image.open(path) as picture:
+            converted = np.array(picture.convert("RGB" if channels == 3 else "L"))
+    except (OSError, UnidentifiedImageError) as error:
+        raise Refused(f"{path} is no readable picture ({error})") from None
+    return converted.reshape(*converted.shape[:2], -1)
 
 
 def save_gif(path: Path, frames: Sequence[Image.Image], *, milliseconds: int = 80) -> None:

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from duotone.engine import pictures
+from duotone.engine.pictures import pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,22 +32,56 @@ class Previews:
     """Also draw how the first pictures of each row come out of noise, conditional and unconditional, and as a GIF."""
 
 
-def asked_for(config: Previews, model, captions: list[str]) -> dict[str, list]:
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """What the data shows, for models that are asked for more than a name."""
+
+    captions: tuple[str, ...] = ()
+    images_NHWC: np.ndarray | None = None
+
+
+def asked_for(config: Previews, model, examples: Examples) -> dict[str, list]:
     """The conditions of one column: keyword arguments of sample()."""
     rows: dict[str, list] = {}
     asked = {conditioner.asked for conditioner in model.network.conditioners.values()}
     if "prompts" in asked:
-        rows["prompts"] = list(config.prompts or captions)[: config.rows]
+        rows["prompts"] = list(config.prompts or examples.captions)[: config.rows]
     if "labels" in asked:
         rows["labels"] = list(range(len(model.facts.classes)))
         if "prompts" not in asked:
             rows["labels"] = rows["labels"][: max(config.rows, 10)]
     if "attributes" in asked:
         rows["attributes"] = [{name: 1} for name in model.facts.attributes[: config.rows]]
+    rows |= {c.asked: c.values_of(examples.images_NHWC[: config.rows]) for c in spatial(model)}
     if not rows:
         return {"count": config.rows}
     count = min(len(v) for v in rows.values())
     return {name: v[:count] for name, v in rows.items()}
+
+
+def spatial(model) -> list:
+    """The conditioners that are given an image."""
+    return [conditioner for conditioner in model.network.conditioners.values() if conditioner.spatial]
+
+
+def given(model, rows: dict) -> list[np.ndarray]:
+    """The images that each row is conditioned on, as the network sees them: (rows, H, W, C) for each such condition."""
+    channels, size = model.network.unet.config.out_channels, (model.size, model.size)
+    found = []
+    for conditioner in spatial(model):
+        tensors = conditioner.of_values(rows[conditioner.asked], size)
+        keep_N = torch.ones(len(rows[conditioner.asked]), dtype=torch.bool)
+        found.append(pixels(conditioner(tensors, keep_N).channels_NKHW[:, :channels]))
+    return found
+
+
+def beside(given_NHWC: list[np.ndarray], images_NHWC: np.ndarray, columns: int) -> np.ndarray:
+    """Each row of a grid, begun with what it was given."""
+    if not given_NHWC:
+        return images_NHWC
+    rows = images_NHWC.reshape(-1, columns, *images_NHWC.shape[1:])
+    whole = np.concatenate([*(g[:, None] for g in given_NHWC), rows], axis=1)
+    return whole.reshape(-1, *whole.shape[2:])
 
 
 def repeated(rows: dict, columns: int) -> dict:
@@ -61,17 +97,18 @@ def guidance_of(config: Previews, model) -> float:
     return config.guidance if drops and min(drops) > 0 else 1.0
 
 
-def draw(config: Previews, model, captions: list[str], folder: Path, name: str) -> list[Path]:
-    """Writes <name>.png and the strips; returns what was written."""
+def draw(config: Previews, model, examples: Examples, folder: Path, name: str) -> list[Path]:
+    """Writes <name>.png and the strips; returns what was written. Where a row is given an image, that one comes first."""
     from duotone.engine.sample import sample  # sample knows artifacts, which know recipes, which hold Previews
 
     folder.mkdir(parents=True, exist_ok=True)
-    rows = asked_for(config, model, captions)
+    rows = asked_for(config, model, examples)
     settings = {"steps": config.steps, "sampler": config.sampler, "guidance": guidance_of(config, model)}
     images = sample(model, **repeated(rows, config.columns), **settings, seed=0)
     zoom = max(1, 64 // images.shape[1])
     written = [folder / f"{name}.png"]
-    pictures.grid(images, config.columns, zoom=zoom).save(written[0])
+    shown = given(model, rows)
+    pictures.grid(beside(shown, images, config.columns), config.columns + len(shown), zoom=zoom).save(written[0])
     if config.strips:
         conditional = strip(model, rows, settings, config.columns)
         height = next(v if isinstance(v, int) else len(v) for v in rows.values())
@@ -101,7 +138,7 @@ def film_of_grids(folder: Path) -> Path | None:
 
 def strip(model, rows: dict, settings: dict, columns: int) -> np.ndarray:
     """Each row's image at `columns` moments of its way out of noise, row by row."""
-    from duotone.engine.sample import pixels, sample
+    from duotone.engine.sample import sample
 
     seen = []
     sample(model, **rows, **settings, seed=0, on_step=lambda i, x, denoised: seen.append(pixels(denoised)))

@@ -13,6 +13,7 @@ from duotone.engine.conditioning.base import Facts
 from duotone.engine.log import Logger, say
 from duotone.engine.memory import Estimate, estimate, fewest_micro_batches
 from duotone.engine.model.network import Network
+from duotone.engine.preview import Examples
 from duotone.engine.recipe import Recipe
 from duotone.engine.recipe_json import differences, to_json
 from duotone.engine.sharded import Sharded
@@ -34,6 +35,7 @@ class Run:
     images: int = 0
     log: Logger | None = None
     graphs_at_step_2: int = 0
+    examples: Examples = Examples()
 
     @property
     def step(self) -> int:

@@ -21,6 +21,7 @@ from duotone.engine.guiding import composed
 from duotone.engine.guiding.apg import Apg
 from duotone.engine.guiding.cfg_plus_plus import CfgPlusPlus
 from duotone.engine.memory import rows_that_fit
+from duotone.engine.pictures import pixels
 from duotone.engine.request import (
     kept,
     negative_values,
@@ -70,7 +71,7 @@ def sample(
     Give what the model is conditioned on, or `count` images without a condition: `prompts`; `labels` by number or name;
     `attributes`, for each image a vector of 0, 1 and None (unknown), a list of the names that are present, or a mapping
     from the known names to 0 or 1; low-resolution `images`, uint8 (h, w, C); `holes`, pairs of an image and its mask (H, W),
-    true where it is to be filled. `negative` takes the same by name for the branch that guidance leads away from. `guidance` is
+    true where it is to be filled, and around which the image stays as it is. `negative` takes the same by name for the branch that guidance leads away from. `guidance` is
     a number or one per image, or for attributes a scale of each by name (engine/guiding/composed.py); `seed` too: image i of a single seed uses seed and i, and its noise does not depend on the
     batch. Guidance is plain, or by a `rule` of engine/guiding; it leads away from the null state, the negative condition or,
     with a `guide`, a weaker model of the same objective (autoguidance). `on_step(step, x_NCHW, denoised_NCHW)` is called after every step, and `progress` shows a bar. `chunk` images are drawn at once, by
@@ -109,7 +110,8 @@ def sample(
         return run(model, denoiser(rows), solver, sigmas, seeds[rows], height_width, told)
 
     at_once = chunk or rows_that_fit(model.network.unet, max(height_width))
-    return in_chunks(draw, number, at_once, Steps(number * steps, on_step, shown=progress))
+    images_NHWC = in_chunks(draw, number, at_once, Steps(number * steps, on_step, shown=progress))
+    return filled(images_NHWC, asked["holes"]) if "holes" in asked else images_NHWC
 
 
 def in_chunks(draw: Callable, number: int, at_once: int, steps: "Steps") -> np.ndarray:
@@ -128,6 +130,12 @@ def in_chunks(draw: Callable, number: int, at_once: int, steps: "Steps") -> np.n
         first = rows.stop
     steps.close()
     return np.concatenate(parts)
+
+
+def filled(images_NHWC: np.ndarray, holes: Sequence) -> np.ndarray:
+    """What was drawn inside the holes, what was given around them."""
+    given_NHWC, inside_NHW = (np.stack([np.asarray(pair[part]) for pair in holes]) for part in (0, 1))
+    return np.where(inside_NHW[..., None].astype(bool), images_NHWC, given_NHWC.reshape(images_NHWC.shape))
 
 
 class Steps:
@@ -175,12 +183,6 @@ def run(
         x_NCHW = solver(denoise, x_NCHW, sigmas, noise=fresh, on_step=on_step)
     model.forwards = denoise.forwards / len(seeds)
     return pixels(x_NCHW)
-
-
-def pixels(x_NCHW: Tensor) -> np.ndarray:
-    """[-1, 1] to uint8, (N, H, W, C)."""
-    bytes_NCHW = ((x_NCHW.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return bytes_NCHW.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def noise(seeds: list[tuple[int, int]], purpose: draws.Purpose, step: int, shape: tuple, device) -> Tensor:

@@ -29,6 +29,7 @@ def train(recipe: Recipe) -> Path:
     recipe.check()
     run = set_up(recipe)
     try:
+        run.examples = examples(run)  # before the reading thread: one decoder serves one reader
         batches = run.data.batches(plans(run))
         while run.images < recipe.images:
             train_step(run, batches)
@@ -194,18 +195,25 @@ def draw_with(run: Run, ema: dict[str, Tensor]) -> list[Path]:
     artifact.fill(network, ema, run.recipe.folder)
     network.eval().requires_grad_(False).to(run.ranks.device, run.choice.dtype)
     model = artifact.Model(network, run.recipe.objective, run.facts, run.recipe, run.images)
-    captions = some_captions(run) if run.data.has_captions else []
     folder = run.recipe.folder / "previews"
-    written = preview.draw(run.recipe.preview, model, captions, folder, f"images-{run.images:012d}")
+    written = preview.draw(run.recipe.preview, model, run.examples, folder, f"images-{run.images:012d}")
     preview.film_of_grids(folder)
     return written
 
 
-def some_captions(run: Run) -> list[str]:
-    """The first distinct captions of the data."""
+def examples(run: Run) -> preview.Examples:
+    """The first distinct captions of the data, and its first images where a condition is made of them."""
+    images_NHWC = None
+    if any(conditioner.spatial for conditioner in run.network.conditioners.values()):
+        positions_N = np.arange(min(run.data.count, run.recipe.preview.rows))
+        images_NHWC = run.data.read(draws.plan(run.recipe.seed, positions_N, run.data.count)).images_NHWC.cpu().numpy()
+    return preview.Examples(captions=some_captions(run) if run.data.has_captions else (), images_NHWC=images_NHWC)
+
+
+def some_captions(run: Run) -> tuple[str, ...]:
     found: dict[str, None] = {}
     for i in range(min(run.data.count, 20 * run.recipe.preview.rows)):
         found.setdefault(run.data.captions_at(i)[0])
         if len(found) == run.recipe.preview.rows:
             break
-    return list(found)
+    return tuple(found)

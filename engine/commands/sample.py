@@ -22,6 +22,10 @@ class Sample:
     """Classes to draw, by name or number."""
     attribute: tuple[str, ...] = ()
     """Attributes of every picture: NAME (present), NAME=0 (absent), NAME=1:3 or NAME=0:3 (with a guidance scale of its own)."""
+    image: tuple[Path, ...] = ()
+    """Pictures to sharpen, or with --mask to fill, for a model that is conditioned on an image."""
+    mask: tuple[Path, ...] = ()
+    """For each --image, or once for all, a picture that is white where it is to be filled."""
     negative: str | None = None
     """Caption to steer away from."""
     count: int = 1
@@ -53,7 +57,7 @@ class Sample:
 
         self.check()
         model = load(path, speed=self.speed)
-        asked, images = self.asked()
+        asked, images = self.asked(model.network.unet.config.out_channels)
         drawn, frames = self.draw(model, asked, images)
         columns = self.columns or min(images, max(self.count, 8))
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -69,17 +73,31 @@ class Sample:
                 raise Refused(f"{path} exists: give another --{'out' if path == self.out else 'gif'}, or --overwrite")
         if self.count < 1:
             raise Refused(f"count = {self.count}: it must be at least 1")
+        if self.mask and len(self.mask) not in (1, len(self.image)) or len(self.mask) > len(self.image):
+            raise Refused(f"{len(self.mask)} masks for {len(self.image)} images: give one for each, or one for all")
 
-    def asked(self) -> tuple[dict, int]:
+    def asked(self, channels: int) -> tuple[dict, int]:
         """Keyword arguments of sample(), and the number of pictures."""
         asked: dict = {}
-        for name, values in (("prompts", self.prompt), ("labels", self.label)):
+        named = {"prompts": self.prompt, "labels": self.label}
+        named["holes" if self.mask else "images"] = self.pictures(channels)
+        for name, values in named.items():
             if values:
                 asked[name] = [v for v in values for _ in range(self.count)]
         images = len(next(iter(asked.values()))) if asked else self.count
         if self.attribute:
             asked["attributes"] = [self.attributes()[0]] * images
         return (asked or {"count": images}), images
+
+    def pictures(self, channels: int) -> list:
+        """The given pictures, each with its mask where there are any."""
+        from duotone.engine.pictures import read
+
+        images = [read(path, channels) for path in self.image]
+        if not self.mask:
+            return images
+        masks = [read(path, 1)[:, :, 0] > 127 for path in self.mask]
+        return list(zip(images, masks * (len(images) // len(masks)), strict=True))
 
     def attributes(self) -> tuple[dict[str, int], dict[str, float]]:
         """What every picture is asked to have, and the scales of those that have one of their own."""
@@ -95,7 +113,8 @@ class Sample:
 
     def draw(self, model, asked: dict, images: int) -> tuple[np.ndarray, list[list[np.ndarray]]]:
         """The pictures and, for a GIF, every step's idea of them, chunk by chunk."""
-        from duotone.engine.sample import pixels, sample
+        from duotone.engine.pictures import pixels
+        from duotone.engine.sample import sample
 
         frames: list[list[np.ndarray]] = []
 

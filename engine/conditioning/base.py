@@ -6,6 +6,7 @@ N images, E embedding width, M tokens of width D, K channels of H x W pixels.
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -55,6 +56,10 @@ class Conditioner(nn.Module, ABC):
     @abstractmethod
     def of_values(self, values: list, size: tuple[int, int] | None = None) -> dict[str, Tensor]:
         """The tensors of what a person asks for when sampling at `size` pixels; refuses values that do not fit."""
+
+    def values_of(self, images_NHWC: np.ndarray, seed: int = 0) -> list:
+        """What a person would ask for to have these images (uint8) restored; only a spatial condition is made of an image."""
+        raise NotImplementedError
 
     @abstractmethod
     def forward(self, tensors: dict[str, Tensor], keep_N: Tensor) -> Conditioning:

@@ -17,6 +17,7 @@ from duotone.engine import draws
 from duotone.engine.conditioning.base import Conditioner, Conditioning, Facts
 from duotone.engine.conditioning.label import class_index, classes_of, one_hot
 from duotone.engine.model.unet import UNetConfig
+from duotone.engine.pictures import pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +108,16 @@ class LowResolutionConditioner(Conditioner):
         super().__init__()
         self.factor, self.dropout, self.extra_channels = config.factor, config.dropout, channels
 
+    def shrunk(self, x_NCHW: Tensor) -> Tensor:
+        height, width = x_NCHW.shape[2:]
+        return F.adaptive_avg_pool2d(x_NCHW, (max(1, height // self.factor), max(1, width // self.factor)))
+
     def of_batch(self, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
         x_NCHW = unit(batch.images_NHWC)
-        height, width = x_NCHW.shape[2:]
-        small_NCHW = F.adaptive_avg_pool2d(x_NCHW, (max(1, height // self.factor), max(1, width // self.factor)))
-        return {"image_NCHW": enlarged(small_NCHW, (height, width))}
+        return {"image_NCHW": enlarged(self.shrunk(x_NCHW), x_NCHW.shape[2:])}
+
+    def values_of(self, images_NHWC: np.ndarray, seed: int = 0) -> list[np.ndarray]:
+        return list(pixels(self.shrunk(unit(torch.from_numpy(images_NHWC)))))
 
     def of_values(self, values: list, size: tuple[int, int] | None = None) -> dict[str, Tensor]:
         rows = [torch.zeros(1, self.extra_channels, *size) if v is None else self.row(v, size) for v in values]
@@ -139,6 +145,11 @@ class HoleConditioner(Conditioner):
         u_N4 = draws.uniform(seed, batch.positions_N, draws.Purpose.HOLE, 4)
         mask_N1HW = rectangles(u_N4, height, width).to(batch.images_NHWC.device)
         return {"image_NCHW": unit(batch.images_NHWC), "mask_N1HW": mask_N1HW}
+
+    def values_of(self, images_NHWC: np.ndarray, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+        count, height, width, _ = images_NHWC.shape
+        masks_N1HW = rectangles(draws.uniform(seed, np.arange(count), draws.Purpose.HOLE, 4), height, width)
+        return [(image, mask) for image, mask in zip(images_NHWC, masks_N1HW[:, 0].numpy())]
 
     def of_values(self, values: list, size: tuple[int, int] | None = None) -> dict[str, Tensor]:
         pairs = [self.all_hole(size) if value is None else self.pair(value, size) for value in values]

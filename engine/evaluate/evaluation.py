@@ -179,9 +179,9 @@ def conditions(model: Model, images: Images) -> dict:
         "prompts": images.captions,
         "attributes": None if images.attributes_NK is None else images.attributes_NK.tolist(),
     }
+    spatial = [conditioner for conditioner in model.network.conditioners.values() if conditioner.spatial]
+    said |= {conditioner.asked: conditioner.values_of(images.images_NHWC) for conditioner in spatial}
     for name in sorted(takes(model)):
-        if name not in said:
-            raise Refused(f"this model takes {name}: evaluate knows labels, prompts and attributes")
         if said[name] is None:
             raise Refused(f"this model takes {name}, and the data has none: give --data.shards data with {name}")
     return {name: said[name] for name in takes(model)} or {"count": len(images)}

@@ -1,14 +1,18 @@
 """Conditionings by themselves: what reaches the network's ports, drop rates there, null states, values that do not fit."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
+from PIL import Image
 
+from duotone.data import captioned_shapes
 from duotone.data.batch import Batch
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
-from duotone.engine import diffusers_folder, preview
+from duotone.engine import artifact, cli, diffusers_folder, preview
 from duotone.engine.artifact import Model, build
 from duotone.engine.conditioning.attributes import Attributes, attribute_row
 from duotone.engine.conditioning.base import Facts
@@ -20,6 +24,8 @@ from duotone.engine.conditioning.text import EncoderText
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.recipe import Recipe
 from duotone.engine.sample import sample
+from duotone.engine.speed import Speed
+from duotone.engine.train import train
 
 NAMES = ("Bald", "Male", "Smiling")
 FACTS = Facts(classes=("cat", "dog", "bird"), attributes=NAMES)
@@ -312,11 +318,96 @@ def test_every_condition_samples_without_being_given(config):
 def test_previews_ask_for_what_the_model_is_conditioned_on(config, tmp_path):
     model = model_of(config, drop_together=0.1)
     settings = preview.Previews(columns=2, rows=2, steps=1, sampler="euler", strips=True)
-    rows = preview.asked_for(settings, model, [])
+    rows = preview.asked_for(settings, model, preview.Examples())
     assert rows in ({"labels": [0, 1, 2]}, {"attributes": [{"Bald": 1}, {"Male": 1}]})
     assert preview.guidance_of(settings, model) == settings.guidance, "dropped together, they have a null state"
-    drawn = [path.name for path in preview.draw(settings, model, [], tmp_path, "p")]
+    drawn = [path.name for path in preview.draw(settings, model, preview.Examples(), tmp_path, "p")]
     assert drawn == ["p.png", "p-conditional.png", "p-unconditional.png", "p.gif"]
+
+
+SPATIAL = [LowResolution(factor=4), Hole()]
+
+
+@pytest.mark.parametrize("config", SPATIAL, ids=lambda c: c.kind)
+def test_what_restores_an_image_is_what_training_saw_of_it(config):
+    """values_of and of_batch tell the network the same of an image, but for rounding to bytes."""
+    conditioner, batch = model_of(config).network.conditioners[config.kind], batch_of(3)
+    asked = conditioner.of_values(conditioner.values_of(batch.images_NHWC.numpy(), seed=5), (8, 8))
+    for name, seen in conditioner.of_batch(batch, seed=5).items():
+        torch.testing.assert_close(asked[name], seen, atol=1 / 127, rtol=0)
+
+
+@pytest.mark.parametrize("config", SPATIAL, ids=lambda c: c.kind)
+def test_previews_begin_with_the_image_that_was_given(config, tmp_path):
+    model = model_of(config)
+    settings = preview.Previews(columns=2, rows=2, steps=1, sampler="euler", strips=True)
+    images_NHWC = batch_of(3).images_NHWC.numpy()
+    drawn = preview.draw(settings, model, preview.Examples(images_NHWC=images_NHWC), tmp_path, "p")
+    assert [path.name for path in drawn] == ["p.png", "p-conditional.png", "p-unconditional.png", "p.gif"]
+    sheet = np.asarray(Image.open(drawn[0]))
+    assert sheet.shape[:2] == (8 * (2 * 10 + 2), 8 * (3 * 10 + 2)), "two rows of three, eight times enlarged"
+    first = sheet[16 : 16 + 64 : 8, 16 : 16 + 64 : 8].astype(int)
+    conditioner = model.network.conditioners[config.kind]
+    tensors = conditioner.of_values(conditioner.values_of(images_NHWC[:1]), (8, 8))
+    shown = conditioner(tensors, torch.tensor([True])).channels_NKHW[0, :3].permute(1, 2, 0)
+    assert np.abs((shown.numpy() + 1) * 127.5 - first).max() <= 1
+
+
+def test_a_run_that_learns_to_fill_holes_draws_them_of_its_data(tmp_path):
+    captioned_shapes.write(tmp_path / "shapes", count=16, size=16, seed=0)
+    recipe = Recipe(
+        name="holes",
+        data=Shards(size=16, shards=tmp_path / "shapes"),
+        conditioning=(Hole(),),
+        model=network_for(Hole()),
+        batch_size=4,
+        images=8,
+        preview=preview.Previews(every=4, columns=2, rows=3, steps=1, sampler="euler"),
+        speed=Speed(threads=1),
+        out=tmp_path / "run",
+    )
+    folder = train(recipe)
+    for name in ("images-000000000004", "images-000000000008"):
+        with Image.open(folder / "previews" / f"{name}.png") as sheet:
+            assert sheet.size == (4 * 56, 4 * 56), "three rows of what is given and two fillings"
+
+
+def test_around_a_hole_nothing_changes():
+    image = batch_of(1).images_NHWC[0].numpy()
+    mask = np.zeros((8, 8), bool)
+    mask[2:5, 3:7] = True
+    drawn = sample(model_of(Hole()), holes=[(image, mask)] * 2, steps=2, sampler="euler")
+    assert np.array_equal(drawn[0][~mask], image[~mask]) and not np.array_equal(drawn[0][mask], image[mask])
+    assert not np.array_equal(*drawn)
+
+
+def test_pictures_are_sharpened_and_filled_from_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    image = batch_of(1).images_NHWC[0].numpy()
+    Image.fromarray(image).save("image.png")
+    Image.fromarray(image[::4, ::4]).save("small.png")
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:4] = 255
+    Image.fromarray(mask).save("mask.png")
+    for config, given in (
+        (LowResolution(), ["--image", "small.png"]),
+        (Hole(), ["--image", "image.png", "--mask", "mask.png"]),
+    ):
+        model, out = model_of(config), f"{config.kind}.png"
+        artifact.save(Path("m.safetensors"), dict(model.network.named_parameters()), model.recipe, FACTS, 0)
+        cli.main(["sample", "m.safetensors", *given, "--count", "3", "--steps", "2", "--columns", "3", "--out", out])
+        assert "3 pictures" in capsys.readouterr().out
+        sheet = np.asarray(Image.open(out))
+        assert sheet.shape == (12, 32, 3)
+    assert np.array_equal(sheet[2 + 4 : 2 + 8, 2:10], image[4:]), "around the hole the picture is its own"
+    for wrong, says in (
+        (["--mask", "mask.png"], "1 masks for 0 images"),
+        (["--image", "mask.txt"], "mask.txt is no readable picture"),
+        (["--image", "image.png"], "this model takes no images: it takes holes"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["sample", "m.safetensors", *wrong, "--out", "new.png"])
+        assert says in capsys.readouterr().err and not Path("new.png").exists()
 
 
 # --------------------------------------------------------------------------------------------------------- text

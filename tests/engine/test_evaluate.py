@@ -16,6 +16,7 @@ from duotone.data.write_shards import Sample, write_shards
 from duotone.engine import artifact, cli
 from duotone.engine.conditioning.attributes import Attributes
 from duotone.engine.conditioning.base import Facts
+from duotone.engine.conditioning.image import Hole, LowResolution
 from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.text import ByteText
 from duotone.engine.evaluate import evaluation
@@ -379,6 +380,26 @@ def test_attributes_are_judged_one_by_one(tmp_path, cache):
     found = evaluation.evaluate(artifact.load(path), splits, settings)
     assert found.judge.attributes and set(found.by_name) == set(names)
     assert found.accuracy.trials == 40 * len(names) and found.judge.accuracy.value > 0.75
+
+
+@pytest.mark.parametrize("config,extra", [(LowResolution(), 1), (Hole(), 2)], ids=["low_resolution", "hole"])
+def test_a_model_that_restores_images_is_given_those_of_the_data(config, extra, clothes, tmp_path, cache):
+    model = replace(TINY, extra_channels=extra)
+    path = untrained(tmp_path / "m.safetensors", (config,), Facts(), model=model)
+    splits = read_splits(replace(FRAME, shards=clothes), None, 400)
+    settings = evaluation.Settings(
+        samples=40,
+        steps=1,
+        sampler="euler",
+        loss_images=4,
+        loss_levels=1,
+        classifier=ClassifierConfig(width=32, epochs=4),
+        cache=cache,
+    )
+    found = evaluation.evaluate(artifact.load(path), splits, settings)
+    assert found.settings is settings and len(found.samples_NHWC) == 40 and found.accuracy.trials == 40
+    if config.kind == "hole":  # most of each picture is the data's own: an untrained network is recognised more often
+        assert found.accuracy.value > 0.2
 
 
 def test_dinov2_from_a_folder(clothes, tmp_path, capsys):
