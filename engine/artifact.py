@@ -50,11 +50,19 @@ def build(recipe: Recipe, facts: Facts) -> Network:
 
 
 def save(path: Path, named: dict[str, Tensor], recipe: Recipe, facts: Facts, images: int) -> None:
-    """Writes the single file, whole or not at all; values of its header are strings, and no path of this machine is among them."""
+    """Writes the single file, whole or not at all."""
+    draft = path.with_name(f".{path.name}.draft")
+    save_file({name: value.contiguous() for name, value in named.items()}, draft, header(recipe, facts, images))
+    os.chmod(draft, 0o666 & ~umask())
+    os.replace(draft, path)
+
+
+def header(recipe: Recipe, facts: Facts, images: int) -> dict[str, str]:
+    """What makes a file of weights a model: values are strings, and no path of this machine is among them."""
     stored = to_json(recipe)
     stored["out"] = stored["start"] = None
     stored["data"]["shards"] = None
-    metadata = {
+    return {
         "format": "pt",
         "duotone.recipe": json.dumps(stored),
         "duotone.facts": json.dumps(to_json(facts)),
@@ -65,10 +73,6 @@ def save(path: Path, named: dict[str, Tensor], recipe: Recipe, facts: Facts, ima
         "modelspec.title": recipe.name,
         "modelspec.resolution": f"{recipe.data.size}x{recipe.data.size}",
     }
-    draft = path.with_name(f".{path.name}.draft")
-    save_file({name: value.contiguous() for name, value in named.items()}, draft, metadata)
-    os.chmod(draft, 0o666 & ~umask())
-    os.replace(draft, path)
 
 
 def umask() -> int:
@@ -80,7 +84,7 @@ def umask() -> int:
 def load(
     path: str | Path, device: str | torch.device | None = None, *, speed: switches.Speed = switches.SAMPLING
 ) -> Model:
-    """A model from a run's folder or its ema.safetensors, ready to sample from; raises Refused where the file is not one.
+    """A model from a run, one of its checkpoints or an ema.safetensors, ready to sample from; raises Refused where it is none.
 
     In bf16 on a GPU and fp32 on a CPU, unless `speed` says otherwise; `device` is short for speed.device.
     """

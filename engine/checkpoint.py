@@ -2,7 +2,7 @@
 
     images-000000123000/  weight.safetensors  exp_avg.safetensors  exp_avg_sq.safetensors  ema.safetensors  manifest.json
 
-It is written beside its place under a temporary name, synced, and renamed; resuming takes the newest whose manifest verifies.
+Its ema.safetensors is a model that can be loaded, as the run's own will be. It is written beside its place under a temporary name, synced, and renamed; resuming takes the newest whose manifest verifies.
 """
 
 import hashlib
@@ -32,14 +32,16 @@ class Checkpoints:
     """Newest checkpoints kept."""
 
 
-def publish(folder: Path, images: int, tensors: dict[str, dict[str, Tensor]], facts: dict) -> Path:
-    """Writes a checkpoint whole or not at all; `facts` go into its manifest."""
+def publish(
+    folder: Path, images: int, tensors: dict[str, dict[str, Tensor]], facts: dict, header: dict[str, str] | None = None
+) -> Path:
+    """Writes a checkpoint whole or not at all; `facts` go into its manifest, `header` into the file of the EMA."""
     final = folder / f"images-{images:012d}"
     draft = folder / f".{final.name}-{uuid.uuid4().hex[:8]}"
     draft.mkdir(parents=True)
     try:
         for kind, named in tensors.items():
-            save_file(named, draft / f"{kind}.safetensors")
+            save_file(named, draft / f"{kind}.safetensors", header if kind == "ema" else None)
         files = {path.name: {"bytes": path.stat().st_size, "sha256": digest(path)} for path in sorted(draft.iterdir())}
         manifest = {"images": images, **facts, "files": files}
         (draft / "manifest.json").write_text(json.dumps(manifest, indent=1))

@@ -197,7 +197,8 @@ def save(run: Run) -> None:
     if run.ranks.rank == 0:
         folder = run.recipe.folder / "checkpoints"
         facts = {"counters": run.sharded.counters(), "data": run.data.fingerprint}
-        checkpoint.publish(folder, run.images, tensors, facts)
+        header = artifact.header(run.recipe, run.facts, run.images)
+        checkpoint.publish(folder, run.images, tensors, facts, header)
         checkpoint.retire(folder, run.recipe.checkpoint.keep)
     zero.wait()
 

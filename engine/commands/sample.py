@@ -32,6 +32,8 @@ class Sample:
     """Pictures of each prompt or label."""
     guidance: float = 2.0
     """Guidance scale: 1 = none."""
+    guide: Path | None = None
+    """Be led away from this weaker model instead of the null state, as from an early checkpoint: autoguidance."""
     interval: tuple[float, float] = (0.0, math.inf)
     """Noise levels sigma between which pictures are guided; outside a step costs one forward pass instead of two."""
     steps: int = 25
@@ -113,6 +115,7 @@ class Sample:
 
     def draw(self, model, asked: dict, images: int) -> tuple[np.ndarray, list[list[np.ndarray]]]:
         """The pictures and, for a GIF, every step's idea of them, chunk by chunk."""
+        from duotone.engine.artifact import load
         from duotone.engine.pictures import pixels
         from duotone.engine.sample import sample
 
@@ -126,8 +129,9 @@ class Sample:
             model,
             **asked,
             negative={"prompts": [self.negative] * images} if self.negative else None,
-            guidance=self.attributes()[1] or (1.0 if "count" in asked else self.guidance),
+            guidance=self.attributes()[1] or (1.0 if "count" in asked and self.guide is None else self.guidance),
             interval=self.interval,
+            guide=load(self.guide, speed=self.speed) if self.guide else None,
             steps=self.steps,
             sampler=self.sampler,
             seed=self.seed,

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from duotone.data import captioned_shapes
-from duotone.engine import checkpoint
+from duotone.engine import artifact, checkpoint, cli
 
 RECIPE = Path(__file__).with_name("tiny_recipe.py")
 BIN = Path(sys.executable).parent
@@ -77,6 +77,21 @@ def test_a_run_leaves_what_it_promises(whole):
     ema, weight = load_file(whole / "ema.safetensors"), state(whole)["weight"]
     assert ema.keys() == weight.keys() and any(not torch.equal(ema[n], weight[n]) for n in ema)
     assert all(v.dtype == torch.float32 for kind in state(whole).values() for v in kind.values())
+
+
+def test_a_checkpoint_is_a_model_and_guides_a_later_one(whole, tmp_path):
+    """Autoguidance from the command line, and the last checkpoint is what the run exported."""
+    early, late = sorted((whole / "checkpoints").iterdir())
+    models = {path: artifact.load(path, "cpu") for path in (early, late, whole)}
+    assert [model.images for model in models.values()] == [80, 96, 96]
+    ours, exported = (models[path].network.state_dict() for path in (late, whole))
+    assert all(torch.equal(value, exported[name]) for name, value in ours.items())
+    asked = ["--prompt", "a red circle on a blue background", "--label", "circle", "--steps", "2", "--guidance", "3"]
+    pictures = []
+    for name, flags in (("plain", []), ("guided", ["--guide", str(early)])):
+        cli.main(["sample", str(whole), *asked, *flags, "--out", str(tmp_path / f"{name}.png")])
+        pictures.append((tmp_path / f"{name}.png").read_bytes())
+    assert pictures[0] != pictures[1]
 
 
 @pytest.mark.parametrize("at", [3, 8])
