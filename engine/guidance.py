@@ -24,7 +24,7 @@ class Guidance:
     """Classifier-free guidance (Ho and Salimans 2022): D = D_uncond + scale (D_cond - D_uncond)."""
 
     scale_N: Tensor
-    """Of each image; 0 = unconditional, 1 = conditional, above 1 = guided."""
+    """Of each image, on the CPU: 0 = unconditional, 1 = conditional, above 1 = guided."""
     interval: tuple[float, float] = (0.0, float("inf"))
     """Guided where sigma lies in it, conditional elsewhere; Kynkaanniemi et al. 2024."""
     rescale: float = 0.0
@@ -60,6 +60,7 @@ class GuidedDenoiser:
         """
         self.network, self.objective, self.guidance, self.guide = network, objective, guidance, guide
         self.both = both
+        self.scale_N = None if guidance is None else guidance.scale_N.to(network.device)
         self.half = both if guidance is None or guide else first_half(both)
         self.keys_values = {id(c): keys_values(network, c) for c in (self.both, self.half)}
         if guide:
@@ -84,12 +85,12 @@ class GuidedDenoiser:
         guidance = self.guidance
         if guidance.rule is not None:
             conditional_NCHW, other_NCHW = (denoised(f, x_NCHW, skip_N, out_N) for f in output_2NCHW.chunk(2))
-            return guidance.rule(conditional_NCHW, other_NCHW, guidance.scale_N, sigma)
+            return guidance.rule(conditional_NCHW, other_NCHW, self.scale_N, sigma)
         if guidance.rescale == 0:
-            return guided_step(output_2NCHW, x_NCHW, skip_N, out_N, guidance.scale_N)
+            return guided_step(output_2NCHW, x_NCHW, skip_N, out_N, self.scale_N)
         # The kernel pulls back the deviation of c_skip x + c_out F: with 0 and 1 that is the output's own.
         zero_N, one_N = torch.zeros_like(skip_N), torch.ones_like(out_N)
-        output_NCHW = guided_step(output_2NCHW, x_NCHW, zero_N, one_N, guidance.scale_N, rescale=guidance.rescale)
+        output_NCHW = guided_step(output_2NCHW, x_NCHW, zero_N, one_N, self.scale_N, rescale=guidance.rescale)
         return denoised(output_NCHW, x_NCHW, skip_N, out_N)
 
     def outputs(self, scaled_NCHW: Tensor, noise_N: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def sample(
         here, images = (part(values, rows), part(negatives, rows)), len(scales[rows])
         if by_attribute is not None:
             return composed_denoiser(model, here[0], by_attribute, height_width)
-        steer = steering.guidance(scales[rows], sigmas, solver, model.device) if steering.doubles(scales) else None
+        steer = steering.guidance(scales[rows], sigmas, solver) if steering.doubles(scales) else None
         return guided_denoiser(model, here, steering, steer, images, height_width)
 
     def draw(rows: slice, told: Callable | None) -> np.ndarray:
@@ -227,11 +227,10 @@ class Steering:
         """Whether a second prediction is needed at all."""
         return self.rule is not None or any(scale != 1 for scale in scales)
 
-    def guidance(self, scales: list[float], sigmas: Tensor, solver: Callable, device: torch.device) -> Guidance:
+    def guidance(self, scales: list[float], sigmas: Tensor, solver: Callable) -> Guidance:
         """For one chunk of images: a rule begins anew with each."""
-        rule = None if self.rule is None else self.rule.begin(sigmas, solver)
-        scale_N = torch.tensor(scales, dtype=torch.float32, device=device)
-        return Guidance(scale_N=scale_N, interval=self.interval, rescale=self.rescale, rule=rule)
+        rule = None if self.rule is None else self.rule.begin(sigmas, solver, scales)
+        return Guidance(scale_N=torch.tensor(scales, dtype=torch.float32), interval=self.interval, rescale=self.rescale, rule=rule)
 
 
 def guided_denoiser(

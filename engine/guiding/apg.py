@@ -3,7 +3,7 @@
 N images, C channels, H x W pixels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ class Apg:
     momentum: float = -0.5
     """Share of the earlier differences (beta); below 0 it steers away from where they led."""
 
-    def begin(self, sigmas: Tensor, solver: Callable) -> "ApgRun":
+    def begin(self, sigmas: Tensor, solver: Callable, scales: Sequence[float]) -> "ApgRun":
         if not -1 < self.momentum < 1:
             raise Refused(f"momentum = {self.momentum}: it must lie between -1 and 1")
         return ApgRun(self)

@@ -4,7 +4,7 @@ N images, C channels, H x W pixels.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -17,11 +17,13 @@ from duotone.engine.samplers.euler import euler
 class CfgPlusPlus:
     """Denoises with guidance, renoises with the unconditional noise; scales lie in [0, 1]. For Euler steps (DDIM)."""
 
-    def begin(self, sigmas: Tensor, solver: Callable) -> "CfgPlusPlusRun":
+    def begin(self, sigmas: Tensor, solver: Callable, scales: Sequence[float]) -> "CfgPlusPlusRun":
         if solver is not euler:
             raise Refused(
                 f"CFG++ is a rule for Euler steps, and the sampler is {solver.__name__}: set sampler to euler"
             )
+        if min(scales) < 0 or max(scales) > 1:
+            raise Refused("CFG++ takes guidance between 0 and 1 (0.6 is like 7.5 without it)")
         return CfgPlusPlusRun(sigmas)
 
 
@@ -36,8 +38,6 @@ class CfgPlusPlusRun:
         self.following = dict(zip(sigmas[:-1].tolist(), sigmas[1:].tolist()))
 
     def __call__(self, conditional_NCHW: Tensor, unconditional_NCHW: Tensor, scale_N: Tensor, sigma: float) -> Tensor:
-        if bool(((scale_N < 0) | (scale_N > 1)).any()):
-            raise Refused("CFG++ takes guidance between 0 and 1 (0.6 is like 7.5 without it)")
         left = 1.0 if math.isinf(sigma) else 1 - self.following[sigma] / sigma
         share_N111 = (scale_N / left)[:, None, None, None]
         return unconditional_NCHW + share_N111 * (conditional_NCHW - unconditional_NCHW)

@@ -157,7 +157,7 @@ def test_cfg_plus_plus_is_its_papers_step():
         guided = d_null + scale * (cond(x, sigma) - d_null)
         noise = (x - d_null) / sigma
         z = alpha(following) * guided + alpha(following) * following * noise
-    rule = CfgPlusPlus().begin(sigmas, euler)
+    rule = CfgPlusPlus().begin(sigmas, euler, [scale])
     guidance = Guidance(scale_N=torch.tensor([scale] * 2), rule=rule)
     denoise = GuidedDenoiser(model.network, model.objective, branches(model), guidance)
     got = euler(denoise, first * sigmas[0].item(), sigmas)
@@ -173,7 +173,7 @@ def test_cfg_plus_plus_from_infinite_noise():
 def test_apg_is_its_papers_update():
     """Sadat et al. 2024, algorithm 1, written with plain vectors: momentum, bound, projection."""
     rule = Apg(parallel=0.3, radius=4.0, momentum=-0.5)
-    run = rule.begin(torch.tensor([2.0, 1.0, 0.0]), heun)
+    run = rule.begin(torch.tensor([2.0, 1.0, 0.0]), heun, [0.6])
     g = torch.Generator().manual_seed(0)
     running = 0.0
     for _ in range(3):
