@@ -365,12 +365,20 @@ _KEY = ("images", "queries", "keys", "heads", "width", "dtype", "masked")
 
 
 @torch.compiler.assume_constant_result
-def _backend(*key):
+def _backend(compiling, *key):
     if key not in _choices:
         if torch.cuda.is_current_stream_capturing():
             return "default"
         _choices[key] = _measure(*key)
-    return _choices[key]["backend"]
+    return taken(_choices[key], compiling)
+
+
+def taken(choice: dict, compiling: bool) -> str:
+    """The backend that runs: xformers breaks a graph (its issue 765), so where one is compiled, the fastest of the others."""
+    others = {name: time for name, time in choice["milliseconds"].items() if name != "xformers"}
+    return (
+        min(others, key=others.get) if compiling and choice["backend"] == "xformers" and others else choice["backend"]
+    )
 
 
 def _measure(images, queries, keys, heads, width, dtype, masked):
@@ -379,12 +387,13 @@ def _measure(images, queries, keys, heads, width, dtype, masked):
     for name, run in BACKENDS.items():
         try:
             milliseconds[name] = _time(run, images, queries, keys, heads, width, dtype, masked)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             refused[name] = str(error).splitlines()[0]
     backend = min(milliseconds, key=milliseconds.get, default="default")
     return {"backend": backend, "milliseconds": milliseconds, "refused": refused}
 
 
+@torch.inference_mode(False)
 @torch.enable_grad()
 def _time(run, images, queries, keys, heads, width, dtype, masked, rounds=10):
     def draw(length):
@@ -424,7 +433,8 @@ def attention(q_NLHD, k_NMHD, v_NMHD, *, mask_NM=None, scale=None):
         return _imagined(q_NLHD, k_NMHD, v_NMHD)
     if not q_NLHD.is_cuda:
         return _scaled_dot_product(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale)
-    backend = _backend(images, queries, keys, heads, width, q_NLHD.dtype, mask_NM is not None)
+    shape = (images, queries, keys, heads, width, q_NLHD.dtype, mask_NM is not None)
+    backend = _backend(torch.compiler.is_compiling(), *shape)
     return BACKENDS[backend](q_NLHD, k_NMHD, v_NMHD, mask_NM, scale)
 
 

@@ -13,6 +13,7 @@ from duotone.kernels.attention import (
     choices,
     choose,
     fits,
+    taken,
     tiling,
     xformers,
 )
@@ -143,6 +144,13 @@ def test_a_choice_can_be_fixed_and_read():
     assert shape | {"backend": "flash", "milliseconds": {}, "refused": {}} in choices()
     with pytest.raises(ValueError, match="^backend must be one of default, flash"):
         choose("fastest", **shape)
+
+
+def test_xformers_is_not_taken_where_a_graph_is_compiled():
+    measured = {"backend": "xformers", "milliseconds": {"xformers": 1.0, "flash": 3.0, "cudnn": 2.0}, "refused": {}}
+    assert taken(measured, compiling=False) == "xformers" and taken(measured, compiling=True) == "cudnn"
+    asked_for = {"backend": "xformers", "milliseconds": {}, "refused": {}}
+    assert taken(asked_for, compiling=True) == "xformers", "who overrides, decides"
 
 
 def test_xformers_that_cannot_run_is_named():

@@ -150,3 +150,22 @@ def test_replay_of_a_captured_graph_reads_new_numbers():
 
 def test_sound_kernels_pass_the_start_up_check():
     assert self_test("cuda") == []
+
+
+@pytest.mark.parametrize("backend", attention.BACKENDS)
+def test_attention_over_many_keys_is_one_graph(backend):
+    """With every backend that was measured to run; xformers gives way to the next where a graph is compiled."""
+    tokens, _ = attention_inputs(images=1, queries=256, keys=256)
+    shape = dict(images=1, queries=256, keys=256, heads=4, width=64, dtype=torch.bfloat16, masked=False)
+    with torch.inference_mode():
+        attention.attention(*tokens)
+    (measured,) = (row for row in attention.choices() if shape.items() <= row.items())
+    if backend not in measured["milliseconds"]:
+        assert measured["refused"][backend]
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(attention._choices[tuple(shape.values())], "backend", backend)
+        expected = attention.attention_reference(*tokens)
+        torch._dynamo.reset()
+        out = torch.compile(attention.attention, fullgraph=True)(*tokens)
+    assert (out - expected).norm() <= 0.02 * expected.norm()
