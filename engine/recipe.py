@@ -86,6 +86,10 @@ class Recipe:
         self.optimizer.check()
         self.check_size()
         self.check_conditioning()
+        if self.speed.compile and self.zero.stage == 3:
+            raise Refused(
+                "speed.compile = True, but ZeRO-3 gathers weights within the blocks: leave it off, or take stage 2"
+            )
 
     def check_size(self) -> None:
         if self.data.size < 1:

@@ -44,7 +44,7 @@ class Run:
 
 def set_up(recipe: Recipe) -> Run:
     """Everything before the first step: what can be refused comes before what is written."""
-    choice = speed.choose(recipe.speed)
+    choice = speed.choose(recipe.speed, recipe.zero.stage)
     speed.set_up(recipe.speed, choice)
     stored = None if recipe.fresh else run_folder.stored_recipe(recipe.folder)
     refuse_other_run(recipe, stored)

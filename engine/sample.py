@@ -230,7 +230,9 @@ class Steering:
     def guidance(self, scales: list[float], sigmas: Tensor, solver: Callable) -> Guidance:
         """For one chunk of images: a rule begins anew with each."""
         rule = None if self.rule is None else self.rule.begin(sigmas, solver, scales)
-        return Guidance(scale_N=torch.tensor(scales, dtype=torch.float32), interval=self.interval, rescale=self.rescale, rule=rule)
+        return Guidance(
+            scale_N=torch.tensor(scales, dtype=torch.float32), interval=self.interval, rescale=self.rescale, rule=rule
+        )
 
 
 def guided_denoiser(

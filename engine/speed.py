@@ -21,7 +21,7 @@ class Speed:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on CUDA (fp16 on cards without it), fp32 on the CPU."""
     compile: bool | None = None
-    """torch.compile of every repeated block; by default on CUDA only, since on a CPU it takes minutes."""
+    """torch.compile of every repeated block; by default on CUDA below ZeRO-3, since on a CPU it takes minutes."""
     backend: str = "inductor"
     """Backend of torch.compile."""
     autotune: bool = False
@@ -53,8 +53,11 @@ class Choice:
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
 
-def choose(speed: Speed) -> Choice:
-    """Resolves every `auto`; refuses a device that is not here."""
+def choose(speed: Speed, stage: int = 1) -> Choice:
+    """Resolves every `auto` for a run of this ZeRO stage; refuses a device that is not here.
+
+    Stage 3 gathers weights between a block's modules, so that a block is no single graph.
+    """
     cuda = torch.cuda.is_available()
     if speed.device == "cuda" and not cuda:
         raise Refused("speed.device = cuda, but torch finds no CUDA device: leave it at auto to train on the CPU")
@@ -62,7 +65,7 @@ def choose(speed: Speed) -> Choice:
     precision = speed.precision
     if precision == "auto":
         precision = "fp32" if device == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    compiled = device == "cuda" if speed.compile is None else speed.compile
+    compiled = device == "cuda" and stage < 3 if speed.compile is None else speed.compile
     return Choice(device, precision, compiled)
 
 
@@ -107,6 +110,8 @@ def substitutions(speed: Speed, choice: Choice) -> list[str]:
     lines = []
     if choice.device == "cpu":
         lines.append("no CUDA device: the CPU runs the kernels' plain PyTorch definitions")
+    if choice.device == "cuda" and speed.compile is None and not choice.compile:
+        lines.append("ZeRO-3 gathers weights within the blocks, which are therefore not compiled")
     if choice.device == "cpu" and speed.cuda_graphs:
         lines.append("speed.cuda_graphs has no effect without a CUDA device")
     if speed.autotune and not choice.compile:

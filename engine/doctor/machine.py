@@ -8,7 +8,7 @@ from duotone.kernels.attention import xformers
 
 
 def device(patient: Patient) -> Iterator[Finding]:
-    choice = speed.choose(patient.recipe.speed)
+    choice = speed.choose(patient.recipe.speed, patient.recipe.zero.stage)
     lines = speed.substitutions(patient.recipe.speed, choice)
     yield Finding("fine", "device", f"{choice.device}, {choice.precision}{', compiled' if choice.compile else ''}")
     for line in lines:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
 from duotone.engine import artifact, probe, speed
 from duotone.engine.conditioning.attributes import Attributes
@@ -21,6 +22,7 @@ from duotone.engine.model.unet import UNet, UNetConfig
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.recipe import Recipe
 from duotone.engine.sample import sample
+from duotone.engine.zero import Zero
 
 SHAPE = UNetConfig(
     channels=(16, 16),
@@ -133,6 +135,22 @@ def test_a_compiled_network_gives_what_it_gave():
     count = speed.make_ready(compiled, speed.Speed(backend="aot_eager"), speed.Choice("cpu", "fp32", True))
     assert count == 8 + 4, "residual blocks and transformers"
     torch.testing.assert_close(compiled(*inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_zero_3_runs_its_blocks_uncompiled(monkeypatch):
+    """It gathers weights between a block's modules; a compiled block would have to be one graph."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    compiled = {stage: speed.choose(speed.Speed(), stage).compile for stage in (1, 2, 3)}
+    assert compiled == {1: True, 2: True, 3: False}
+    said = speed.substitutions(speed.Speed(), speed.choose(speed.Speed(), 3))
+    assert said == ["ZeRO-3 gathers weights within the blocks, which are therefore not compiled"]
+    with pytest.raises(Refused, match="speed.compile = True, but ZeRO-3"):
+        Recipe(name="r", speed=speed.Speed(compile=True), zero=Zero(stage=3), model=plain(), batch_size=100).check()
+
+
+def plain() -> UNetConfig:
+    return replace(SHAPE, attention=("none", "self"), middle="self")
 
 
 def test_what_has_no_effect_here_is_said():

@@ -110,15 +110,15 @@ def test_memory_is_counted_without_allocating():
 def test_previews_ask_for_what_the_model_takes():
     from types import SimpleNamespace
 
-    from duotone.engine.preview import asked_for, guidance_of, repeated
+    from duotone.engine.preview import Examples, asked_for, guidance_of, repeated
 
     def model(dropout: float):
-        conditioner = SimpleNamespace(dropout=dropout, asked="prompts")
+        conditioner = SimpleNamespace(dropout=dropout, asked="prompts", spatial=False)
         network = SimpleNamespace(conditioners={"text": conditioner})
         return SimpleNamespace(network=network, recipe=SimpleNamespace(drop_together=0.0))
 
-    assert asked_for(Previews(rows=2), model(0.1), ["a", "b", "c"]) == {"prompts": ["a", "b"]}
-    assert asked_for(Previews(prompts=("x",)), model(0.1), ["a"]) == {"prompts": ["x"]}
+    assert asked_for(Previews(rows=2), model(0.1), Examples(captions=("a", "b", "c"))) == {"prompts": ["a", "b"]}
+    assert asked_for(Previews(prompts=("x",)), model(0.1), Examples(captions=("a",))) == {"prompts": ["x"]}
     assert repeated({"prompts": ["a", "b"]}, 2) == {"prompts": ["a", "a", "b", "b"]}
     assert guidance_of(Previews(guidance=3.0), model(0.1)) == 3.0
     assert guidance_of(Previews(guidance=3.0), model(0.0)) == 1.0
