@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fashion import CLASSES, DATA, SAMPLES, Course, shards
-from record import command, default_path, load_average, machine, refuse, write_json
+from record import default_path, load_average, machine, refuse, write_json
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -45,6 +45,7 @@ from duotone.engine.sample import sample
 from duotone.engine.speed import Speed
 from duotone.engine.train import noise_levels
 
+REMADE = "python bench/bugs.py --scratch DIR"  # whichever of its runs a call added
 IMAGES = 28_800
 GUIDANCE, STEPS, SAMPLER = 3.0, 12, "dpmpp_2m"
 LEVELS, SEED = 8, 1
@@ -334,20 +335,20 @@ def earlier(path: Path, same: dict) -> dict[str, dict]:
 
 def picture(scratch: Path, path: Path) -> None:
     """A row for each set of samples, two of each class, all from the same noise."""
-    rows = [samples_at(scratch, *row) for row in ROWS]
+    rows = [samples_at(scratch, bug, kind) for bug, kind, _ in PICTURED]
     rows = [row[:: max(1, len(row) // (2 * CLASSES))][: 2 * CLASSES] for row in rows if row is not None]
     pictures.grid(np.concatenate(rows), len(rows[0]), zoom=2).save(path)
 
 
-ROWS = (
-    ("sound", "guided"),
-    ("sound", "unguided"),
-    ("dropout", "guided"),
-    ("dropout", "unguided"),
-    ("timestep", "guided"),
-    ("batchnorm", "guided"),
-    ("batchnorm", "own_batch"),
-    ("sinusoid", "guided"),
+PICTURED = (
+    ("sound", "guided", "none"),
+    ("sound", "unguided", "guidance never applied"),
+    ("dropout", "guided", "54 % of labels dropped"),
+    ("dropout", "unguided", "54 % of labels dropped, guidance never applied"),
+    ("timestep", "guided", "last timestep never trained"),
+    ("batchnorm", "guided", "batch norm, stored statistics"),
+    ("batchnorm", "own_batch", "batch norm, statistics of the batch of both branches"),
+    ("sinusoid", "guided", "class number as a sinusoid"),
 )
 
 
@@ -363,8 +364,8 @@ def bench(asked: argparse.Namespace) -> None:
     for name in asked.only or NAMES:
         rows[name] = row_of(bug_named(name), asked, course)
         ordered = [rows[n] for n in NAMES if n in rows]
-        said = command().replace(str(asked.scratch), "DIR")
-        write_json(asked.json, {"machine": machine(), "command": said, **same, "results": ordered})
+        head = {"machine": machine(), "command": REMADE, **same, "pictured": PICTURED}
+        write_json(asked.json, head | {"results": ordered})
     picture(asked.scratch, asked.json.parent / "bugs.png")
     print(f"written: {asked.json} and bugs.png")
 

@@ -136,7 +136,7 @@ def test_the_picture_has_a_row_for_each_set_of_samples(bugs, scratch, record):
 
     with Image.open(scratch / "out" / "bugs.png") as opened:
         width, height = opened.size
-    assert (width, height) == (2 * (20 * 30 + 2), 2 * (len(bugs.ROWS) * 30 + 2))
+    assert (width, height) == (2 * (20 * 30 + 2), 2 * (len(bugs.PICTURED) * 30 + 2))
 
 
 def test_one_run_is_measured_again_and_the_others_stay(bugs, scratch, record):
