@@ -3,6 +3,8 @@
 The estimate (engine/memory.py) counts what autograd keeps; workspaces and gaps between tensors show only in a run.
 """
 
+from dataclasses import replace
+
 import torch
 
 from duotone.engine import speed
@@ -26,7 +28,8 @@ def runs(config, size: int, rows: int, needed: Estimate, switches, choice, devic
     # Random numbers are left as they were: a run that tries goes on as one that does not.
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
         twin = UNet(config).to(choice.dtype)
-    speed.make_ready(twin, switches, choice)
+    # Uncompiled: that holds more than what is compiled, and does not keep the run waiting.
+    speed.make_ready(twin, switches, replace(choice, compile=False))
     weights = sum(p.nbytes for p in twin.parameters())
     # The twin brings weights and gradients of its own; the rest of the state is held free for the run.
     state = torch.empty(max(0, needed.state - 2 * weights), dtype=torch.uint8, device=device)
