@@ -113,7 +113,7 @@ def put_to_sample(network: Network, device: str | torch.device | None, speed: sw
     if device is not None:
         speed = replace(speed, device=torch.device(device).type)
     choice = switches.choose(speed)
-    if choice.device == "cuda":
+    if choice.device == "cuda" or speed.threads:
         switches.set_up(speed, choice)
     network.eval().requires_grad_(False).to(device or choice.device, choice.dtype)
     network.records = speed.cuda_graphs and choice.device == "cuda"
