@@ -1,4 +1,4 @@
-"""Writes the tables of the README and of docs/speed.md from the JSON under bench/results: a figure without a file cannot appear.
+"""Writes the tables of the README, docs/speed.md and docs/bugs.md from the JSON under bench/results: a figure without a file cannot appear.
 
 python bench/tables.py            rewrites the tables
 python bench/tables.py --check    says whether they are up to date (exit code 1 if not)
@@ -164,6 +164,34 @@ def switches() -> str:
     return setting_of(result) + table(head, rows) + source(path)
 
 
+def bugs() -> str:
+    path, result = newest("bugs-*.json")
+    rows, brightness = {row["bug"]: row for row in result["results"]}, result["brightness_of_test_images"]
+    cells = [["real test images", "", share(result["classifier"]), f"{result['floor']:.1f}", f"{brightness:.3f}"]]
+    for bug, kind, says in result["pictured"]:
+        found = rows[bug][kind]
+        guidance = 1 if kind == "unguided" else result["guidance"]
+        cells.append([says, f"{guidance:g}", share(found["accuracy"]), f"{found['frechet']:.1f}"])
+        cells[-1].append(f"{found['brightness']:.3f}")
+    head = ["what is wrong", "guidance", "recognised as asked", "Frechet distance", "mean brightness"]
+    return table(head, cells) + source(path)
+
+
+def bugs_in_training() -> str:
+    path, result = newest("bugs-*.json")
+    rows = []
+    for row in result["results"]:
+        losses, last = [level["loss"] for level in row["losses"]], row["last_step"]["loss"]
+        rows.append([row["bug"], f"{row['training']['core_seconds']:.0f}", share(row["unguided"]["accuracy"])])
+        rows[-1] += [f"{row['unguided']['frechet']:.1f}", f"{sum(losses) / len(losses):.4f}", f"{last:.4f}"]
+    head = ["run", "core-seconds", "recognised at guidance 1", "Frechet distance at guidance 1"]
+    return table([*head, "loss, mean of 8 levels", "loss at the last timestep"], rows) + source(path)
+
+
+def share(found: dict) -> str:
+    return f"{found['value']:.1%} [{found['low']:.1%}, {found['high']:.1%}]"
+
+
 def setting_of(result: dict) -> str:
     """What was measured and on what, in a line above its table."""
     machine, batch = result["machine"], f"{result['batch']} images of " if "batch" in result else ""
@@ -182,6 +210,7 @@ PAGES = {
         "intervals": intervals,
         "switches": switches,
     },
+    "docs/bugs.md": {"bugs": bugs, "bugs_in_training": bugs_in_training},
 }
 
 
