@@ -112,11 +112,14 @@ def test_gradients_of_any_stride(name, gradient, device, agree, launching):
 
 @pytest.mark.parametrize("name", ["four_per_group", "chunks"])
 def test_statistics_do_not_cancel(name, device, agree, launching):
-    """Images 2,000 standard deviations from zero: E[x^2] - E[x]^2 in fp32 would lose every digit."""
+    """Images 2,000 standard deviations from zero: E[x^2] - E[x]^2 in fp32 would lose every digit.
+
+    There the last bit of a mean is 2e-4 of a deviation, and a gain of 4 makes it 1e-3 of a gradient.
+    """
     case = BY_NAME[name]
     inputs = draw(case, device, torch.float32, offset=3000.0)
     inputs["x_NCHW"] = channels_last(inputs["x_NCHW"])
-    compare(case, inputs, torch.randn(case.shape, device=device), agree, launching, arithmetic=3e-4)
+    compare(case, inputs, torch.randn(case.shape, device=device), agree, launching, arithmetic=1e-3)
 
 
 def test_the_output_on_chip_is_not_limited_by_the_means_last_bit(device, agree, launching):
