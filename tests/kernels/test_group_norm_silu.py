@@ -114,12 +114,14 @@ def test_gradients_of_any_stride(name, gradient, device, agree, launching):
 def test_statistics_do_not_cancel(name, device, agree, launching):
     """Images 2,000 standard deviations from zero: E[x^2] - E[x]^2 in fp32 would lose every digit.
 
-    There the last bit of a mean is 2e-4 of a deviation, and a gain of 4 makes it 1e-3 of a gradient.
+    What a mean's last bit is there, 1.6e-4 of a deviation, a large gain would multiply: it is kept to 2.
     """
     case = BY_NAME[name]
     inputs = draw(case, device, torch.float32, offset=3000.0)
+    for gain in ("weight_C", "scale_NC"):
+        inputs[gain] = inputs[gain].clamp(-1, 1)
     inputs["x_NCHW"] = channels_last(inputs["x_NCHW"])
-    compare(case, inputs, torch.randn(case.shape, device=device), agree, launching, arithmetic=1e-3)
+    compare(case, inputs, torch.randn(case.shape, device=device), agree, launching, arithmetic=3e-4)
 
 
 def test_the_output_on_chip_is_not_limited_by_the_means_last_bit(device, agree, launching):
