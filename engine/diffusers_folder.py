@@ -16,10 +16,10 @@ from duotone.data.refusal import Refused
 from duotone.engine.artifact import Model, umask
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.model.unet import UNet, UNetConfig
-from duotone.engine.model_card import card
 from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.objectives.flow import Flow
+from duotone.engine.recipe import Recipe
 
 CONDITIONED, PLAIN = "UNet2DConditionModel", "UNet2DModel"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -33,6 +33,7 @@ class Inexpressible(Refused):
 
     def __init__(self, reason: str):
         super().__init__(f"diffusers cannot hold this network: {reason}; export --format safetensors instead")
+        self.reason = reason
 
 
 # ------------------------------------------------------------------------------------------------ ours to theirs
@@ -63,15 +64,39 @@ def to_config(config: UNetConfig, size: int, classes: int | None = None) -> dict
     return shared | (conditioned_part(config) if reads_tokens else plain_part(config))
 
 
+def config_of(recipe: Recipe, classes: int) -> dict:
+    """Their config.json for a recipe's network and what its conditions add to it; raises Inexpressible with the reason."""
+    kinds = {condition.kind: condition for condition in recipe.conditioning}
+    others = sorted(kinds.keys() - {"label", "text"})
+    if others:
+        raise Inexpressible(f"the condition {', '.join(others)}")
+    config = to_config(recipe.model, recipe.data.size, classes + 1 if "label" in kinds else None)
+    # For diffusers a caption that also reaches the time embedding is a projected class embedding.
+    if not getattr(kinds.get("text"), "pooled", False):
+        return config
+    if "label" in kinds:
+        raise Inexpressible("a label and a pooled caption, both added to the time embedding")
+    return config | {
+        "class_embed_type": "projection",
+        "projection_class_embeddings_input_dim": recipe.model.context_width,
+    }
+
+
+def why_not(recipe: Recipe) -> str | None:
+    """Why diffusers cannot hold what a recipe trains, or None where it can."""
+    try:
+        config_of(recipe, classes=1)
+        scheduler_config(recipe.objective)
+    except Inexpressible as refusal:
+        return refusal.reason
+    return None
+
+
 def conditioned_part(config: UNetConfig) -> dict:
     middles = {"cross": "UNetMidBlock2DCrossAttn", "single": "UNetMidBlock2D", "absent": None}
     if config.middle not in middles:
         raise Inexpressible(f"model.middle = {config.middle} beside cross-attention")
-    # Their name is historical: it counts heads where there is cross-attention and is a head's width elsewhere.
-    head_numbers = [
-        width // heads if kind == "self" else heads
-        for width, heads, kind in zip(config.channels, config.heads, config.attention)
-    ]
+    head_numbers = their_head_numbers(config)
     if not mirrored(config.attention, head_numbers):
         raise Inexpressible(
             "on the way up their self-attention takes its head width from the opposite level of the list"
@@ -86,6 +111,19 @@ def conditioned_part(config: UNetConfig) -> dict:
     }
 
 
+def their_head_numbers(config: UNetConfig) -> list[int]:
+    """attention_head_dim, one a level: it counts heads where there is cross-attention and is a head's width elsewhere.
+
+    A level without attention has a number too, free to be what self-attention at the opposite end of the list asks for.
+    """
+    kinds = config.attention
+    numbers = [w // heads if kind == "self" else heads for w, heads, kind in zip(config.channels, config.heads, kinds)]
+    free = [kind == "none" for kind in kinds]
+    free[-1] = free[-1] and config.middle != "cross"
+    opposite = list(zip(kinds, numbers))[::-1]
+    return [n if not f or kind != "self" else other for n, f, (kind, other) in zip(numbers, free, opposite)]
+
+
 def mirrored(attention: tuple, head_numbers: list) -> bool:
     """Whether every self-attention level finds its own number at the opposite end of their list too."""
     pairs = zip(attention, head_numbers, reversed(head_numbers))
@@ -95,6 +133,8 @@ def mirrored(attention: tuple, head_numbers: list) -> bool:
 def plain_part(config: UNetConfig) -> dict:
     if config.middle == "single":
         raise Inexpressible("model.middle = single without cross-attention")
+    if config.middle == "self" and not config.middle_norm and not config.film:
+        raise Inexpressible("model.middle_norm off without model.film")
     if len(set(config.blocks)) > 1:
         raise Inexpressible(f"model.blocks = {config.blocks} differ by level without cross-attention")
     levels = [i for i, kind in enumerate(config.attention) if kind == "self"] + [-1] * (config.middle == "self")
@@ -153,24 +193,15 @@ def export(model: Model, out: Path) -> list[str]:
     """Writes the folder whole or not at all; returns a line for each thing that diffusers will not know of the model."""
     if out.exists():
         raise Refused(f"{out} exists: give another --out, nothing was written")
+    from duotone.engine.model_card import card  # which asks this file what diffusers can hold
+
     conditioners = model.network.conditioners
-    classes = len(model.facts.classes) + 1 if "label" in conditioners else None
-    config = to_config(model.recipe.model, model.size, classes)
-    if pooled_text(conditioners):
-        if classes:
-            raise Inexpressible("a label and a pooled caption, both added to the time embedding")
-        config |= {
-            "class_embed_type": "projection",
-            "projection_class_embeddings_input_dim": model.recipe.model.context_width,
-        }
-    others = sorted(set(conditioners) - {"label", "text"})
-    if others:
-        raise Inexpressible(f"the condition {', '.join(others)}")
+    config = config_of(model.recipe, len(model.facts.classes or ()))
     scheduler = scheduler_config(model.objective)
     draft = out.with_name(f".{out.name}-{uuid.uuid4().hex[:8]}")
     try:
         weights = unet_weights(model.network.state_dict())
-        if classes:
+        if "label" in conditioners:
             weights["class_embedding.weight"] = conditioners["label"].rows().float().contiguous().cpu()
         write_folder(draft, config, weights, scheduler, list(conditioners))
         notes = save_text_encoder(draft, model)
@@ -181,11 +212,6 @@ def export(model: Model, out: Path) -> list[str]:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     return notes
-
-
-def pooled_text(conditioners) -> bool:
-    """Whether captions also reach the time embedding: for diffusers that is a projected class embedding."""
-    return "text" in conditioners and conditioners["text"].pool is not None
 
 
 def write_folder(
@@ -252,6 +278,44 @@ NEUTRAL = {
     "cross_attention_norm": (None,),
     "resnet_time_scale_shift": ("default", "scale_shift"),
 }
+REQUIRED = ("block_out_channels", "down_block_types", "up_block_types")
+READ = (
+    *REQUIRED,
+    *("mid_block_type", "add_attention", "layers_per_block", "transformer_layers_per_block", "attention_head_dim"),
+    *("in_channels", "out_channels", "cross_attention_dim", "norm_num_groups", "attn_norm_num_groups", "norm_eps"),
+    *("dropout", "use_linear_projection", "time_embedding_dim", "flip_sin_to_cos", "freq_shift", "num_class_embeds"),
+)
+WITHOUT_EFFECT = (
+    *("sample_size", "upcast_attention"),
+    # These speak only where another feature, refused above, is on.
+    *("num_train_timesteps", "addition_time_embed_dim", "addition_embed_type_num_heads"),
+)
+
+
+def refuse_unsupported(theirs: dict, kind: str) -> None:
+    """A feature that we do not have is named, and so is a field that this file has never heard of."""
+    for name, supported in NEUTRAL.items():
+        if name in theirs and theirs[name] not in supported:
+            raise Refused(
+                f"{kind} with {name} = {theirs[name]!r} is not supported (only {', '.join(map(repr, supported))})"
+            )
+    for name in REQUIRED:
+        if name not in theirs:
+            raise Refused(f"{kind} without {name} in its config.json: save it again with diffusers, which writes all")
+    known = {*NEUTRAL, *READ, *WITHOUT_EFFECT}
+    for name in sorted(theirs.keys() - known):
+        if not name.startswith("_") and theirs[name]:
+            raise Refused(f"{kind} with {name} = {theirs[name]!r} is not supported: nothing here knows that field")
+    groups = theirs.get("norm_num_groups", 32)
+    if groups is None:
+        raise Refused(f"{kind} with norm_num_groups = None is not supported: every norm here is a group norm")
+    if theirs.get("attn_norm_num_groups") not in (None, groups):
+        raise Refused(f"{kind} with attn_norm_num_groups other than norm_num_groups = {groups} is not supported")
+    widths = theirs.get("cross_attention_dim", 1280)
+    if isinstance(widths, list | tuple) and len(set(widths)) > 1:
+        raise Refused(
+            f"{kind} with cross_attention_dim = {widths} is not supported: tokens have one width for all levels"
+        )
 
 
 def from_config(theirs: dict) -> UNetConfig:
@@ -259,11 +323,7 @@ def from_config(theirs: dict) -> UNetConfig:
     kind = theirs.get("_class_name")
     if kind not in (CONDITIONED, PLAIN):
         raise Refused(f"{kind} is not supported: only {CONDITIONED} and {PLAIN} are")
-    for name, supported in NEUTRAL.items():
-        if name in theirs and theirs[name] not in supported:
-            raise Refused(
-                f"{kind} with {name} = {theirs[name]!r} is not supported (only {', '.join(map(repr, supported))})"
-            )
+    refuse_unsupported(theirs, kind)
     channels = tuple(theirs["block_out_channels"])
     levels = len(channels)
     attention = tuple(level_kind(name, DOWN) for name in theirs["down_block_types"])
@@ -316,6 +376,12 @@ def middle_kind(theirs: dict) -> str:
 def head_counts(theirs: dict, channels: tuple, attention: tuple) -> tuple[int, ...]:
     given = theirs.get("attention_head_dim", 8)
     if theirs["_class_name"] == PLAIN:
+        reads = [kind == "self" for kind in attention[:-1]] + ["self" in (attention[-1], middle_kind(theirs))]
+        for width in (width for width, attends in zip(channels, reads) if attends and given):
+            if width % given:
+                raise Refused(
+                    f"{PLAIN} with attention_head_dim = {given}, which does not divide {width}, is not supported"
+                )
         return tuple(1 if given is None else max(1, width // given) for width in channels)
     numbers = per_level(given, len(channels))
     if not mirrored(attention, list(numbers)):

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from duotone.engine import diffusers_folder
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.recipe import Recipe
 
@@ -40,6 +41,7 @@ def told(recipe: Recipe, facts: Facts, images: int, samples: int | None) -> list
         f"| network | UNet, channels {', '.join(map(str, model.channels))}, attention {', '.join(model.attention)} |",
         f"| trained on | {seen}, batches of {recipe.batch_size}, seed {recipe.seed} |",
         f"| weights | moving average, {average(recipe)} |",
+        f"| as a diffusers folder | {exported(recipe)} |",
     ]
     for what, names in (("classes", facts.classes), ("attributes", facts.attributes)):
         if names:
@@ -56,6 +58,11 @@ def named(objective) -> str:
     details = {name: getattr(objective, name) for name in ("schedule", "prediction", "weighting", "sigma_data", "times")
                if hasattr(objective, name)}  # fmt: skip
     return type(objective).__name__ + "".join(f", {name} {value}" for name, value in details.items())
+
+
+def exported(recipe: Recipe) -> str:
+    reason = diffusers_folder.why_not(recipe)
+    return "`duotone export`" if reason is None else f"no, only as this single file: {reason}"
 
 
 def average(recipe: Recipe) -> str:

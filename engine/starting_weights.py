@@ -62,7 +62,8 @@ def same(theirs: UNetConfig, ours: UNetConfig, name: str) -> bool:
     if name in ("in_channels", "extra_channels"):
         return theirs.in_channels + theirs.extra_channels == ours.in_channels + ours.extra_channels
     if name in ("heads", "depth"):
-        read = [kind != "none" for kind in ours.attention]
+        read = [kind != "none" for kind in ours.attention[:-1]]
+        read.append(ours.attention[-1] != "none" or ours.middle in ("self", "cross"))
         pairs = zip(read, getattr(theirs, name), getattr(ours, name))
         return len(theirs.channels) == len(ours.channels) and all(a == b for counts, a, b in pairs if counts)
     if name == "time_width":

@@ -127,6 +127,17 @@ def test_what_does_not_fit_is_refused_and_nothing_is_copied(theirs, how, says, t
     assert network.unet.conv_in.weight.equal(before)
 
 
+def test_other_heads_in_the_middle_are_another_network(tmp_path):
+    """Heads change no shape of any weight: only their config.json tells, also of a middle below a level without attention."""
+    shape = dict(channels=(16, 32), attention=("none", "none"), middle="self", blocks=(1, 1), depth=(1, 1), groups=8)
+    ours, theirs = UNetConfig(heads=(1, 4), **shape), UNetConfig(heads=(1, 2), **shape)
+    config = diffusers_folder.to_config(theirs, 16)
+    config.pop("_class_name")
+    diffusers.UNet2DModel(**config).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(Refused, match=r"--model.heads 1 2"):
+        begin_from(fresh(replace(RECIPE, model=ours, conditioning=())), tmp_path / "theirs", ours)
+
+
 def test_a_run_begins_there_and_its_average_too(theirs, tmp_path):
     """Two steps at a tiny rate: the exported average still is what it began from."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
