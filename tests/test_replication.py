@@ -2,11 +2,16 @@
 
 The published side is written here from the papers and notebooks: diffusers' UNet2DModel, their scheduler or the EDM
 equations, torch's Adam, plain PyTorch. It is fed our sample order, noise, noise levels and drops, and our initial weights.
+
+Left alone, two fp32 programs drift apart, since Adam moves a weight whose gradient is zero but for rounding as far as any
+other: diffusers' loop from itself in another memory layout too. So they are also compared step by step: each of our steps
+begins from the published loop's weights and moments, and must give its loss, its next moments and its next weights.
 """
 
 import json
 import runpy
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +23,11 @@ from duotone.data.shards import Shards
 from duotone.engine import artifact, diffusers_folder, draws
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.log import Log
+from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.preview import Previews
 from duotone.engine.recipe import Recipe
-from duotone.engine.train import train
+from duotone.engine.run import Run, plans, set_up
+from duotone.engine.train import train, train_step
 
 ROOT = Path(__file__).parent.parent
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -56,6 +63,10 @@ def recipe_of(name: str, shards: Path, out: Path, steps: int, batch: int) -> Rec
 
 def our_losses(recipe: Recipe) -> list[float]:
     train(recipe)
+    return logged(recipe)
+
+
+def logged(recipe: Recipe) -> list[float]:
     return [json.loads(line)["loss"] for line in (recipe.folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -93,7 +104,23 @@ def their_unet(recipe: Recipe, classes: int | None, layout: torch.memory_format)
     return UNet2DModel(**theirs).to(memory_format=layout)
 
 
-def notebook_losses(recipe: Recipe, layout: torch.memory_format = torch.contiguous_format) -> list[float]:
+@dataclass
+class Published:
+    """A published loop, begun: its parameters by our names, its Adam, and its losses, a step for each that is asked for."""
+
+    named: dict[str, nn.Parameter]
+    adam: torch.optim.Adam
+    losses: Iterator[float]
+
+    def state(self, kind: str) -> dict[str, torch.Tensor]:
+        """`weight`, `exp_avg` or `exp_avg_sq` by name, as they are now; moments begin at zero."""
+        if kind == "weight":
+            return {name: p.detach().clone().contiguous() for name, p in self.named.items()}
+        moments = {name: self.adam.state[p].get(kind, torch.zeros_like(p)) for name, p in self.named.items()}
+        return {name: value.clone().contiguous() for name, value in moments.items()}
+
+
+def notebook(recipe: Recipe, layout: torch.memory_format = torch.contiguous_format) -> Published:
     """diffusion-models-class, unit 2: the class embedded in four channels beside the image, epsilon, cosine schedule, Adam."""
     from diffusers import DDPMScheduler
 
@@ -102,50 +129,60 @@ def notebook_losses(recipe: Recipe, layout: torch.memory_format = torch.contiguo
     unet.load_state_dict(ours.unet.state_dict())
     embedding.load_state_dict(ours.conditioners["class_map"].embedding.state_dict())
     scheduler = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2")
+    # Their product, taken in fp32, is off by up to 3e-4 in sqrt(1 - alpha_bar), as 1 - 0.99996 loses digits: the same in float64.
+    scheduler.alphas_cumprod = (1 - scheduler.betas.double()).cumprod(0)
     adam = torch.optim.Adam([*unet.parameters(), *embedding.parameters()], lr=1e-3)
-    losses = []
-    for x, labels, noise, u, _ in Draws(recipe):
-        t = (u * 1000).long()
-        planes = embedding(labels)[:, :, None, None].expand(-1, -1, *x.shape[2:])
-        noisy = scheduler.add_noise(x, noise, t)
-        loss = (unet(torch.cat([noisy, planes], 1), t).sample - noise).square().mean()
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-        losses.append(loss.item())
-    return losses
+
+    def losses():
+        for x, labels, noise, u, _ in Draws(recipe):
+            t = (u * 1000).long()
+            planes = embedding(labels)[:, :, None, None].expand(-1, -1, *x.shape[2:])
+            noisy = scheduler.add_noise(x.double(), noise.double(), t).float()
+            loss = (unet(torch.cat([noisy, planes], 1), t).sample - noise).square().mean()
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            yield loss.item()
+
+    named = {f"unet.{name}": p for name, p in unet.named_parameters()}
+    return Published(named | {"conditioners.class_map.embedding.weight": embedding.weight}, adam, losses())
 
 
-def zenchiyu_losses(recipe: Recipe, layout: torch.memory_format = torch.contiguous_format) -> list[float]:
+def zenchiyu(recipe: Recipe, layout: torch.memory_format = torch.contiguous_format) -> Published:
     """EDM's loss on F, labels replaced by the null class with p_uncond, Adam at a constant rate; Karras et al. 2022, table 1."""
     ours = initial(recipe)
     unet = their_unet(recipe, 11, layout)
     weights = ours.unet.state_dict() | {"class_embedding.weight": ours.conditioners["label"].embedding.weight.detach()}
     unet.load_state_dict(weights)
     adam = torch.optim.Adam(unet.parameters(), lr=1e-4)
-    sd, losses = recipe.objective.sigma_data, []
-    for x, labels, noise, u, dropped in Draws(recipe):
-        sigma = (-1.2 + 1.2 * torch.special.ndtri(u)).exp().clamp(0.002, 80).float()
-        labels = labels.masked_fill(dropped < 0.2, 10)
-        s = sigma[:, None, None, None]
-        c_skip, c_out, c_in = sd**2 / (s**2 + sd**2), s * sd / (s**2 + sd**2).sqrt(), 1 / (s**2 + sd**2).sqrt()
-        noisy = x + s * noise
-        target = (x - c_skip * noisy) / c_out
-        loss = (unet(c_in * noisy, sigma.log() / 4, class_labels=labels).sample - target).square().mean()
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-        losses.append(loss.item())
-    return losses
+    sd = recipe.objective.sigma_data
+
+    def losses():
+        for x, labels, noise, u, dropped in Draws(recipe):
+            sigma = (-1.2 + 1.2 * torch.special.ndtri(u)).exp().clamp(0.002, 80).float()
+            labels = labels.masked_fill(dropped < 0.2, 10)
+            s = sigma[:, None, None, None]
+            c_skip, c_out, c_in = sd**2 / (s**2 + sd**2), s * sd / (s**2 + sd**2).sqrt(), 1 / (s**2 + sd**2).sqrt()
+            noisy = x + s * noise
+            target = (x - c_skip * noisy) / c_out
+            loss = (unet(c_in * noisy, sigma.log() / 4, class_labels=labels).sample - target).square().mean()
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            yield loss.item()
+
+    named = {f"unet.{name}": p for name, p in unet.named_parameters()}
+    named["conditioners.label.embedding.weight"] = named.pop("unet.class_embedding.weight")
+    return Published(named, adam, losses())
 
 
-PAIRS = {"mnist_concat": notebook_losses, "fashion_mnist_edm": zenchiyu_losses}
+PAIRS = {"mnist_concat": notebook, "fashion_mnist_edm": zenchiyu}
 BOUNDS = {"mnist_concat": 1e-4, "fashion_mnist_edm": 1e-5}
 
 
 def compare(name: str, clothes: Path, out: Path, steps: int, batch: int) -> None:
     recipe = recipe_of(name, clothes, out, steps, batch)
-    theirs, ours = np.array(PAIRS[name](recipe)), np.array(our_losses(recipe))
+    theirs, ours = np.array(list(PAIRS[name](recipe).losses)), np.array(our_losses(recipe))
     assert len(ours) == steps
     apart = np.abs(ours / theirs - 1)
     print(f"{name}: {steps} losses, {theirs[0]:.4f} to {theirs[-1]:.4f}, largest relative difference {apart.max():.1e}")
@@ -154,9 +191,71 @@ def compare(name: str, clothes: Path, out: Path, steps: int, batch: int) -> None
     assert apart.max() <= BOUNDS[name]
 
 
+def step_by_step(recipe: Recipe) -> dict[str, float]:
+    """Each of our steps from the published loop's state: how far apart losses, moments and weights are, at most."""
+    run, published = set_up(recipe), PAIRS[recipe.name](recipe, torch.channels_last)  # the layout of our activations
+    assert run.sharded.shapes() == {name: tuple(p.shape) for name, p in published.named.items()}
+    batches, losses, states = run.data.batches(plans(run)), [], []
+    while run.images < recipe.images:
+        for kind in ("weight", "exp_avg", "exp_avg_sq"):
+            run.sharded.scatter(kind, published.state(kind))
+        train_step(run, batches)
+        losses.append(next(published.losses))
+        states.append(apart_after(run, published))
+    run.log.close()
+    run.data.close()
+    apart = {kind: max(state[kind] for state in states) for kind in states[0]}
+    return apart | {"loss": np.abs(np.array(logged(recipe)) / np.array(losses) - 1).max()}
+
+
+def apart_after(run: Run, published: Published) -> dict[str, float]:
+    """Relative differences of the moments, and of the weights that a gradient moves and not its rounding alone."""
+    kinds = ("weight", "exp_avg", "exp_avg_sq")
+    ours, theirs = ({kind: flat(state(kind)) for kind in kinds} for state in (run.sharded.gather, published.state))
+    moved = theirs["exp_avg_sq"] > 1e-6 * theirs["exp_avg_sq"].mean()  # gradients above 1e-3 of their root mean square
+    moments = {kind: relative(ours[kind], theirs[kind]) for kind in ("exp_avg", "exp_avg_sq")}
+    return moments | {"weight": relative(ours["weight"][moved], theirs["weight"][moved])}
+
+
+def flat(named: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([named[name].flatten() for name in sorted(named)]).double()
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def agree(apart: dict[str, float]) -> bool:
+    print(", ".join(f"{kind} {value:.1e}" for kind, value in apart.items()))
+    return apart["loss"] <= 1e-5 and max(apart["exp_avg"], apart["exp_avg_sq"]) <= 1e-5 and apart["weight"] <= 1e-6
+
+
+def one_step_late(objective: DDPM, u_N: torch.Tensor) -> torch.Tensor:
+    """The cosine schedule off by one timestep."""
+    return objective.sigmas[((u_N * objective.steps).long() + 1).clamp(max=objective.steps - 1)]
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_losses_are_those_of_the_published_loop(name, clothes, tmp_path):
     compare(name, clothes, tmp_path / "run", steps=10, batch=4)
+
+
+def test_each_step_is_the_published_loops(clothes, tmp_path):
+    assert agree(step_by_step(recipe_of("mnist_concat", clothes, tmp_path / "run", steps=5, batch=4)))
+
+
+def test_a_step_that_is_not_the_published_loops_is_found(clothes, tmp_path, monkeypatch):
+    """Planted: another beta2, then noise levels off by one timestep."""
+    recipe = recipe_of("mnist_concat", clothes, tmp_path / "run", steps=2, batch=4)
+    assert not agree(step_by_step(replace(recipe, optimizer=replace(recipe.optimizer, betas=(0.9, 0.998)))))
+    monkeypatch.setattr(DDPM, "draw_sigma", one_step_late)
+    assert not agree(step_by_step(replace(recipe, out=tmp_path / "late")))
+
+
+@pytest.mark.long
+def test_each_of_two_hundred_steps_is_the_published_loops(clothes, tmp_path):
+    """200 losses within 1e-5, each from the published loop's own weights and moments."""
+    assert agree(step_by_step(recipe_of("mnist_concat", clothes, tmp_path / "run", steps=200, batch=4)))
 
 
 @pytest.mark.long
@@ -164,7 +263,9 @@ def test_losses_are_those_of_the_published_loop(name, clothes, tmp_path):
 def test_two_hundred_losses_are_those_of_the_published_loop(name, clothes, tmp_path):
     """Two fp32 programs drift apart: ours from theirs no further than theirs from itself in another memory layout."""
     recipe = recipe_of(name, clothes, tmp_path / "run", steps=200, batch=4)
-    theirs, again = (np.array(PAIRS[name](recipe, f)) for f in (torch.contiguous_format, torch.channels_last))
+    theirs, again = (
+        np.array(list(PAIRS[name](recipe, f).losses)) for f in (torch.contiguous_format, torch.channels_last)
+    )
     ours = np.array(our_losses(recipe))
     apart, control = np.abs(ours / theirs - 1).max(), np.abs(again / theirs - 1).max()
     means = abs(ours.mean() / theirs.mean() - 1)
@@ -179,7 +280,9 @@ def test_two_hundred_losses_are_those_of_the_published_loop(name, clothes, tmp_p
 def test_ten_short_epochs_have_the_published_loops_means(name, clothes, tmp_path):
     """Ten epochs of 40 steps: each mean within half a percent."""
     recipe = recipe_of(name, clothes, tmp_path / "run", steps=400, batch=4)
-    theirs, ours = (np.array(losses).reshape(10, 40).mean(1) for losses in (PAIRS[name](recipe), our_losses(recipe)))
+    theirs, ours = (
+        np.array(losses).reshape(10, 40).mean(1) for losses in (list(PAIRS[name](recipe).losses), our_losses(recipe))
+    )
     print(f"{name}: epochs' means {np.round(ours, 4)}, apart {np.abs(ours / theirs - 1).max():.1e}")
     assert np.abs(ours / theirs - 1).max() <= 0.005
 
