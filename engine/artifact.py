@@ -32,6 +32,8 @@ class Model:
     """Images it was trained on."""
     forwards: float = field(default=0.0, compare=False)
     """Cost of the last sampling, in forward passes per image."""
+    evaluations: int = field(default=0, compare=False)
+    """How often its sampler asked for a denoised image; two plain forwards are 2 forward passes an evaluation."""
 
     @property
     def size(self) -> int:

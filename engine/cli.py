@@ -6,9 +6,11 @@ Each sub-command is a dataclass whose fields are its flags, in a file of engine/
 import importlib
 import json
 import sys
+import warnings
 from pathlib import Path
 
 from duotone.data.refusal import Refused
+from duotone.engine.log import say_warnings_plainly
 
 PREPARE = {
     "coco": ("duotone.data.prepare.coco", "PrepareCoco", "COCO captions and images"),
@@ -42,7 +44,9 @@ def main(arguments: list[str] | None = None) -> None:
     """The command's entry: refused input is one line and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        dispatch(arguments)
+        with warnings.catch_warnings():
+            say_warnings_plainly()
+            dispatch(arguments)
     except Refused as refusal:
         print(f"duotone: refused: {refusal}", file=sys.stderr)
         sys.exit(2)

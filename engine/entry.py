@@ -4,10 +4,11 @@ import os
 import socket
 import sys
 import time
+import warnings
 
 from duotone.data.refusal import Refused
 from duotone.engine.command_line import parse
-from duotone.engine.log import say
+from duotone.engine.log import say, say_warnings_plainly
 from duotone.engine.recipe import Recipe
 
 ONLY_THIS_RANK = 10
@@ -26,7 +27,9 @@ def main(recipe: Recipe, embedded: Recipe | None = None) -> None:
         recipe.check()
         from duotone.engine.train import train
 
-        train(recipe)
+        with warnings.catch_warnings():
+            say_warnings_plainly()
+            train(recipe)
     except Refused as refusal:
         tell(refusal)
         sys.exit(2)

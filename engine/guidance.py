@@ -40,7 +40,7 @@ class Guidance:
 
 
 class GuidedDenoiser:
-    """denoise(x, sigma) for samplers; counts in `forwards` what it cost, in forward passes of one image.
+    """denoise(x, sigma) for samplers; counts its `calls`, and in `forwards` what they cost, in forward passes of one image.
 
     Where sigma is infinite, x is the noise itself (engine/objectives/base.py).
     """
@@ -62,15 +62,17 @@ class GuidedDenoiser:
         self.both = both
         self.scale_N = None if guidance is None else guidance.scale_N.to(network.device)
         self.half = both if guidance is None or guide else first_half(both)
-        self.keys_values = {id(c): keys_values(network, c) for c in (self.both, self.half)}
+        stored = keys_values(network, both)
+        self.keys_values = {id(both): stored, id(self.half): stored if self.half is both else halves(stored)}
         if guide:
             self.keys_values[id(guide[1])] = keys_values(*guide)
         self.recordings = Recordings(recording=network.records)
         self.pair_cost: float | None = None
-        self.forwards = 0.0
+        self.calls, self.forwards = 0, 0.0
 
     @torch.inference_mode()
     def __call__(self, x_NCHW: Tensor, sigma: float) -> Tensor:
+        self.calls += 1
         sigma_N = torch.full((x_NCHW.shape[0],), sigma, dtype=torch.float64)
         skip_N, out_N, in_N, noise_N = [
             value.to(x_NCHW.device, torch.float32) for value in self.objective.scalings(sigma_N)
@@ -142,6 +144,11 @@ def keys_values(network: Network, condition: Conditioning) -> list[tuple[Tensor,
     if condition.tokens_NMD is None:
         return None
     return [attention.keys_values(condition.tokens_NMD) for attention in network.unet.cross_attentions()]
+
+
+def halves(stored: list[tuple[Tensor, Tensor]] | None) -> list[tuple[Tensor, Tensor]] | None:
+    """The conditional rows' keys and values, which come first."""
+    return stored and [(k[: len(k) // 2], v[: len(v) // 2]) for k, v in stored]
 
 
 def cost_of_pair(unet: UNet, shape_CHW: tuple[int, int, int], tokens: int) -> float:

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,19 @@ def say(line: str) -> None:
     """One line outside of a run's log, from rank 0 only."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"duotone: {line}", flush=True)
+
+
+def say_warnings_plainly() -> None:
+    """From here on this package's warnings are one line each, without the code that raised them; others stay as they are."""
+    others = warnings.showwarning
+
+    def show(message, category, *where) -> None:
+        if not category.__module__.startswith("duotone."):
+            others(message, category, *where)
+        elif int(os.environ.get("RANK", 0)) == 0:
+            print(f"duotone: warning: {message}", file=sys.stderr, flush=True)
+
+    warnings.showwarning = show
 
 
 class Logger:

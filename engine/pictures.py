@@ -1,5 +1,6 @@
 """Images as bytes, uint8 (N, H, W, C); their grids, strips and GIFs, written with Pillow."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,21 @@ def grid(images_NHWC: np.ndarray, columns: int, *, gap: int = 2, zoom: int = 1) 
         sheet[top : top + h, left : left + w] = image
     picture = Image.fromarray(sheet if c == 3 else sheet[:, :, 0])
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Makes the folder, and refuses what a picture could not be written to, before anything is drawn."""
+    endings = sorted({e for e, name in Image.registered_extensions().items() if name in Image.SAVE})
+    if path.suffix.lower() not in endings:
+        raise Refused(
+            f"{path}: {path.suffix or 'no ending'} is no kind of picture; end it in .png, .jpg, .webp or .gif"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"{path.parent} cannot be made ({error}): give another folder") from None
+    if not os.access(path.parent, os.W_OK):
+        raise Refused(f"{path.parent} cannot be written to: give another folder")
 
 
 def opened(paths: Sequence[Path]) -> list[Image.Image]:

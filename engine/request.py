@@ -1,12 +1,22 @@
 """What sample() is asked for: values of each condition, scales and seeds of each image; refused where they do not fit."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
 from duotone.data.refusal import Refused
 from duotone.engine.artifact import Model
+
+
+def listed(asked: Mapping[str, Sequence | None]) -> dict[str, list]:
+    """What was given, by name; a string is refused, since as a list it would be its letters."""
+    for name, rows in asked.items():
+        if isinstance(rows, str | bytes):
+            raise Refused(f"{name} = {rows!r} is one string: give a list with an entry per image, as in [{rows!r}]")
+    return {name: list(rows) for name, rows in asked.items() if rows is not None}
 
 
 def values_by_kind(model: Model, asked: dict[str, list]) -> dict[str, list]:
@@ -32,9 +42,11 @@ def number_of_images(asked: dict[str, list], count: int | None) -> int:
 
 
 def per_image(name: str, value, images: int) -> list[float]:
-    values = [float(value)] * images if isinstance(value, int | float) else [float(v) for v in value]
+    values = [float(value)] * images if isinstance(value, Real) else [float(v) for v in value]
     if len(values) != images:
         raise Refused(f"{name} has {len(values)} entries for {images} images: give one number, or one per image")
+    if not all(map(math.isfinite, values)):
+        raise Refused(f"{name} = {value}: give finite numbers")
     return values
 
 
@@ -47,8 +59,8 @@ def temperatures(scales: list[float]) -> list[float]:
 
 def seeds_of(seed: int | Sequence[int], images: int) -> list[tuple[int, int]]:
     """(seed, number) of each image: number 0 for an image with a seed of its own."""
-    if isinstance(seed, int):
-        return [(seed, i) for i in range(images)]
+    if isinstance(seed, Integral):
+        return [(int(seed), i) for i in range(images)]
     if len(seed) != images:
         raise Refused(f"seed has {len(seed)} entries for {images} images: give one number, or one per image")
     return [(int(s), 0) for s in seed]
@@ -56,7 +68,7 @@ def seeds_of(seed: int | Sequence[int], images: int) -> list[tuple[int, int]]:
 
 def negative_values(model: Model, negative: dict[str, Sequence] | None, images: int) -> dict[str, list]:
     """{"prompts": [...]} as values by kind."""
-    negative = {name: list(rows) for name, rows in (negative or {}).items()}
+    negative = listed(negative or {})
     for name, rows in negative.items():
         if len(rows) != images:
             raise Refused(f"negative {name} has {len(rows)} entries for {images} images")

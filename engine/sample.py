@@ -24,6 +24,7 @@ from duotone.engine.memory import rows_that_fit
 from duotone.engine.pictures import pixels
 from duotone.engine.request import (
     kept,
+    listed,
     negative_values,
     number_of_images,
     part,
@@ -74,11 +75,12 @@ def sample(
     true where it is to be filled, and around which the image stays as it is. `negative` takes the same by name for the branch that guidance leads away from. `guidance` is
     a number or one per image, or for attributes a scale of each by name (engine/guiding/composed.py); `seed` too: image i of a single seed uses seed and i, and its noise does not depend on the
     batch. Guidance is plain, or by a `rule` of engine/guiding; it leads away from the null state, the negative condition or,
-    with a `guide`, a weaker model of the same objective (autoguidance). `on_step(step, x_NCHW, denoised_NCHW)` is called after every step, and `progress` shows a bar. `chunk` images are drawn at once, by
+    with a `guide`, a weaker model of the same objective (autoguidance). `sampler` is a name or a function like those of
+    engine/samplers, as functools.partial(stochastic_heun, churn=40.0). `on_step(step, x_NCHW, denoised_NCHW)` is called after every step, and `progress` shows a bar. `chunk` images are drawn at once, by
     default as many as the free memory holds. Raises Refused on what does not fit.
     """
     asked = {"prompts": prompts, "labels": labels, "attributes": attributes, "images": images, "holes": holes}
-    asked = {name: list(rows) for name, rows in asked.items() if rows is not None}
+    asked = listed(asked)
     values = values_by_kind(model, asked)
     number = number_of_images(asked, count)
     by_attribute = dict(guidance) if isinstance(guidance, Mapping) else None
@@ -106,9 +108,16 @@ def sample(
         steer = steering.guidance(scales[rows], sigmas, solver) if steering.doubles(scales) else None
         return guided_denoiser(model, here, steering, steer, images, height_width)
 
-    def draw(rows: slice, told: Callable | None) -> np.ndarray:
-        return run(model, denoiser(rows), solver, sigmas, seeds[rows], height_width, told)
+    model.forwards = 0.0
 
+    def draw(rows: slice, told: Callable | None) -> np.ndarray:
+        denoise = denoiser(rows)
+        images_NHWC = run(model, denoise, solver, sigmas, seeds[rows], height_width, told)
+        model.forwards, model.evaluations = model.forwards + denoise.forwards / number, denoise.calls
+        return images_NHWC
+
+    if chunk is not None and chunk < 1:
+        raise Refused(f"chunk = {chunk}: it must be at least 1")
     at_once = chunk or rows_that_fit(model.network.unet, max(height_width))
     images_NHWC = in_chunks(draw, number, at_once, Steps(number * steps, on_step, shown=progress))
     return filled(images_NHWC, asked["holes"]) if "holes" in asked else images_NHWC
@@ -181,7 +190,6 @@ def run(
 
     with torch.inference_mode():
         x_NCHW = solver(denoise, x_NCHW, sigmas, noise=fresh, on_step=on_step)
-    model.forwards = denoise.forwards / len(seeds)
     return pixels(x_NCHW)
 
 
@@ -211,6 +219,8 @@ class Steering:
     def check(self, model: Model, negatives: dict) -> None:
         if not 0 <= self.rescale <= 1:
             raise Refused(f"rescale = {self.rescale}: it must lie in [0, 1]")
+        if not 0 <= self.interval[0] <= self.interval[1]:
+            raise Refused(f"interval = {self.interval}: give two noise levels sigma that rise, the first at least 0")
         if self.rescale and self.rule:
             raise Refused(f"rescale belongs to plain guidance: leave it at 0 with {type(self.rule).__name__}")
         if self.guide is None:
@@ -294,10 +304,13 @@ def sampling_sigmas(model: Model, steps: int, spacing: str | None) -> Tensor:
         raise Refused(
             f"spacing {spacing!r} is unknown to {type(model.objective).__name__}: there are {', '.join(known)}"
         )
-    return falling(model.objective.sampling_sigmas(steps, spacing or known[0]))
+    return falling(model.objective.sampling_sigmas(steps, spacing or known[0]), known)
 
 
-def falling(sigmas: Tensor) -> Tensor:
+def falling(sigmas: Tensor, known: tuple[str, ...]) -> Tensor:
     if not bool((sigmas[:-1] > sigmas[1:]).all()):
-        raise Refused("noise levels must fall at every step: take fewer steps or another spacing")
+        raise Refused(
+            f"steps = {len(sigmas) - 1}: noise levels must fall at every step, and these do not; take fewer steps or "
+            f"another spacing ({', '.join(known)})"
+        )
     return sigmas

@@ -5,6 +5,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -30,15 +31,22 @@ class Sample:
     """Caption to steer away from."""
     count: int = 1
     """Pictures of each prompt or label."""
-    guidance: float = 2.0
-    """Guidance scale: 1 = none."""
+    guidance: tuple[float, ...] = ()
+    """Guidance scale: 1 = none. Several draw the same pictures, from the same noise, at each: a row of the sheet per scale.
+    By default 2, and 1 without a condition."""
     guide: Path | None = None
     """Be led away from this weaker model instead of the null state, as from an early checkpoint: autoguidance."""
     interval: tuple[float, float] = (0.0, math.inf)
     """Noise levels sigma between which pictures are guided; outside a step costs one forward pass instead of two."""
+    rescale: float = 0.0
+    """Share, 0 to 1, by which guidance's contrast is pulled back to that of the conditional prediction."""
+    rule: Literal["plain", "apg", "cfg++"] = "plain"
+    """How guidance combines the predictions: plainly, by adaptive projected guidance, or by CFG++ (scales of 0 to 1, euler)."""
     steps: int = 25
     sampler: str = "heun"
     """euler, heun, dpmpp_2m, ancestral or stochastic_heun."""
+    spacing: str | None = None
+    """How noise levels are placed: karras or log-linear; for DDPM also trailing, leading, linspace; for flow trailing, linspace."""
     seed: int = 0
     size: int | None = None
     """Side in pixels; by default as trained."""
@@ -61,20 +69,25 @@ class Sample:
         model = load(path, speed=self.speed)
         asked, images = self.asked(model.network.unet.config.out_channels)
         drawn, frames = self.draw(model, asked, images)
-        columns = self.columns or min(images, max(self.count, 8))
-        self.out.parent.mkdir(parents=True, exist_ok=True)
+        several = len(self.guidance) > 1
+        columns = self.columns or (images if several else min(images, max(self.count, 8)))
         pictures.grid(drawn, columns).save(self.out)
         if self.gif is not None:
-            self.gif.parent.mkdir(parents=True, exist_ok=True)
             pictures.save_gif(self.gif, [pictures.grid(np.concatenate(frame), columns) for frame in frames])
-        print(f"{images} pictures in {self.out}, {model.forwards:.1f} forward passes each")
+        cost = f"{model.forwards:.1f} forward passes each, {model.forwards / model.evaluations:.2f} an evaluation"
+        print(f"{len(drawn)} pictures in {self.out}, {cost}{' at the last scale' * several}")
 
     def check(self) -> None:
+        from duotone.engine import pictures
+
         for path in (self.out, self.gif):
             if path is not None and path.exists() and not self.overwrite:
                 raise Refused(f"{path} exists: give another --{'out' if path == self.out else 'gif'}, or --overwrite")
-        if self.count < 1:
-            raise Refused(f"count = {self.count}: it must be at least 1")
+            if path is not None:
+                pictures.refuse_unwritable(path)
+        for name in ("count", "columns"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise Refused(f"{name} = {getattr(self, name)}: it must be at least 1")
         if self.mask and len(self.mask) not in (1, len(self.image)) or len(self.mask) > len(self.image):
             raise Refused(f"{len(self.mask)} masks for {len(self.image)} images: give one for each, or one for all")
 
@@ -116,27 +129,45 @@ class Sample:
     def draw(self, model, asked: dict, images: int) -> tuple[np.ndarray, list[list[np.ndarray]]]:
         """The pictures and, for a GIF, every step's idea of them, chunk by chunk."""
         from duotone.engine.artifact import load
+        from duotone.engine.guiding.apg import Apg
+        from duotone.engine.guiding.cfg_plus_plus import CfgPlusPlus
         from duotone.engine.pictures import pixels
         from duotone.engine.sample import sample
 
+        guide = load(self.guide, speed=self.speed) if self.guide else None
         frames: list[list[np.ndarray]] = []
 
         def keep(step: int, x_NCHW, denoised_NCHW) -> None:
             frames.extend([] for _ in range(step + 1 - len(frames)))
             frames[step].append(pixels(denoised_NCHW))
 
-        drawn = sample(
-            model,
-            **asked,
-            negative={"prompts": [self.negative] * images} if self.negative else None,
-            guidance=self.attributes()[1] or (1.0 if "count" in asked and self.guide is None else self.guidance),
-            interval=self.interval,
-            guide=load(self.guide, speed=self.speed) if self.guide else None,
-            steps=self.steps,
-            sampler=self.sampler,
-            seed=self.seed,
-            size=self.size,
-            on_step=keep if self.gif is not None else None,
-            progress=sys.stderr.isatty(),
-        )
-        return drawn, frames
+        drawn = [
+            sample(
+                model,
+                **asked,
+                negative={"prompts": [self.negative] * images} if self.negative is not None else None,
+                guidance=scale,
+                rescale=self.rescale,
+                rule={"apg": Apg(), "cfg++": CfgPlusPlus()}.get(self.rule),
+                interval=self.interval,
+                guide=guide,
+                steps=self.steps,
+                sampler=self.sampler,
+                spacing=self.spacing,
+                seed=self.seed,
+                size=self.size,
+                on_step=keep if self.gif is not None else None,
+                progress=sys.stderr.isatty(),
+            )
+            for scale in self.scales(asked)
+        ]
+        return np.concatenate(drawn), frames
+
+    def scales(self, asked: dict) -> tuple:
+        """What sample() is given as guidance, once for each row of the sheet."""
+        named = self.attributes()[1]
+        if named and self.guidance:
+            raise Refused(f"--guidance beside scales by attribute ({', '.join(named)}): give one or the other")
+        if named:
+            return (named,)
+        return self.guidance or (1.0 if "count" in asked and self.guide is None else 2.0,)

@@ -151,8 +151,13 @@ class HubTokens:
         return {"ids_NM": out["input_ids"], "mask_NM": out["attention_mask"].bool()}
 
 
+class CaptionCut(UserWarning):
+    """A caption was longer than the text encoder takes."""
+
+
 def warn_cut(caption: str, cut: str) -> None:
-    warnings.warn(f"caption {caption[:40]!r}... is longer than the text encoder takes; cut: {cut!r}", stacklevel=4)
+    told = f"caption {caption[:40]!r}... is longer than the text encoder takes; cut: {cut!r}"
+    warnings.warn(told, CaptionCut, stacklevel=4)
 
 
 class TextConditioner(Conditioner):

@@ -20,7 +20,7 @@ class CfgPlusPlus:
     def begin(self, sigmas: Tensor, solver: Callable, scales: Sequence[float]) -> "CfgPlusPlusRun":
         if solver is not euler:
             raise Refused(
-                f"CFG++ is a rule for Euler steps, and the sampler is {solver.__name__}: set sampler to euler"
+                f"CFG++ is a rule for Euler steps, and the sampler is {getattr(solver, '__name__', solver)}: set sampler to euler"
             )
         if min(scales) < 0 or max(scales) > 1:
             raise Refused("CFG++ takes guidance between 0 and 1 (0.6 is like 7.5 without it)")

@@ -46,20 +46,21 @@ def check(conditioner, scales: Mapping[str, float], asked: list) -> None:
 
 
 class ComposedDenoiser:
-    """denoise(x, sigma) for samplers; counts in `forwards` what it cost, in forward passes of one image."""
+    """denoise(x, sigma) for samplers; counts its `calls`, and in `forwards` what they cost, in forward passes of one image."""
 
     def __init__(self, network: Network, objective: Objective, condition: Conditioning, scales: list[float]):
         """`condition` holds (1 + K) N rows, as `branches` orders them."""
         self.network, self.objective, self.condition, self.scales = network, objective, condition, scales
         self.keys_values = keys_values(network, condition)
         self.recordings = Recordings(recording=network.records)
-        self.forwards = 0.0
+        self.calls, self.forwards = 0, 0.0
 
     def output(self, scaled_NCHW: Tensor, noise_N: Tensor) -> Tensor:
         return self.network.predict(scaled_NCHW, noise_N, self.condition, self.keys_values)
 
     @torch.inference_mode()
     def __call__(self, x_NCHW: Tensor, sigma: float) -> Tensor:
+        self.calls += 1
         copies = 1 + len(self.scales)
         rows_NCHW = torch.cat([x_NCHW] * copies)
         sigma_N = torch.full((rows_NCHW.shape[0],), sigma, dtype=torch.float64)

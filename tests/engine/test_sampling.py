@@ -13,11 +13,14 @@ from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.text import ByteText
 from duotone.engine.guidance import Guidance, GuidedDenoiser
+from duotone.engine.model.blocks import Attention
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.recipe import Recipe
 from duotone.engine.sample import sample
+from duotone.engine.samplers.ancestral import ancestral
+from duotone.engine.samplers.stochastic_heun import stochastic_heun
 from duotone.engine.train import Run, conditions
 
 CROSS = UNetConfig(
@@ -122,6 +125,36 @@ def test_a_negative_condition_takes_the_unconditional_place():
     assert np.abs(same.astype(int) - unguided).max() <= 1
 
 
+@pytest.mark.parametrize("kind", CONDITIONS)
+def test_a_negative_condition_is_two_forwards(kind):
+    """D = D(negative) + scale (D(asked) - D(negative)) after one Euler step, each D by a forward of its own; a scale per image."""
+    config, network, asked = CONDITIONS[kind]
+    model, seen = model_of(config, network=network), []
+    ((name, values),) = asked.items()
+    other = {"prompts": ["something else", "x"], "labels": [0, 1]}[name]
+    settings = dict(guidance=[4.0, 1.5], sampler="euler", steps=2, negative={name: other})
+    sample(model, **asked, **settings, on_step=lambda i, x, d: seen.append((x, d)))
+    x, sigma = seen[0][0], model.objective.sampling_sigmas(2)[1].item()
+    _, wanted = two_forwards(model, x, sigma, kind, values, [1.0, 1.0])
+    _, unwanted = two_forwards(model, x, sigma, kind, other, [1.0, 1.0])
+    expected = unwanted + torch.tensor([4.0, 1.5]).view(2, 1, 1, 1) * (wanted - unwanted)
+    assert (seen[1][1] - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1)
+
+
+def test_keys_and_values_of_a_text_are_projected_once_a_run(monkeypatch):
+    """Once for both branches together, whatever the number of steps, also where only one of them is asked for."""
+    config, network, asked = CONDITIONS["text"]
+    model, projected = model_of(config, network=network), []
+    own = Attention.keys_values
+    monkeypatch.setattr(Attention, "keys_values", lambda self, c: projected.append(len(c)) or own(self, c))
+    attentions = len(list(model.network.unet.cross_attentions()))
+    for steps in (2, 7):
+        projected.clear()
+        sample(model, **asked, guidance=3.0, steps=steps, interval=(0.0, 1.0))
+        assert projected == [4] * attentions
+        assert model.evaluations == 2 * steps - 1
+
+
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "ancestral", "stochastic_heun"])
 def test_an_image_depends_on_its_seed_not_on_its_batch(sampler):
     config, network, _ = CONDITIONS["label"]
@@ -133,6 +166,33 @@ def test_an_image_depends_on_its_seed_not_on_its_batch(sampler):
     assert np.abs(together.astype(int) - alone).max() <= 1
     assert np.abs(together.astype(int) - chunked).max() <= 1
     assert not np.array_equal(together, sample(model, labels=[0, 1, 2], seed=[8, 9, 10], **settings))
+
+
+@pytest.mark.parametrize("sampler", [ancestral, stochastic_heun])
+def test_noise_is_bit_identical_whatever_the_batch(sampler):
+    """The noise at the start and in every step, as the sampler is given it: alone, in a batch, in chunks, from one seed."""
+    model = model_of(Label())
+
+    def noise_of(**asked) -> torch.Tensor:
+        chunks = []
+
+        def watched(denoise, x_NCHW, sigmas, *, noise, on_step=None):
+            drawn = [x_NCHW]
+            chunks.append(drawn)
+            told = lambda step: drawn.append(noise(step)) or drawn[-1]  # noqa: E731
+            return sampler(denoise, x_NCHW, sigmas, noise=told)
+
+        sample(model, steps=4, sampler=watched, **asked)
+        return torch.cat([torch.stack(drawn, 1) for drawn in chunks])
+
+    together = noise_of(labels=[0, 1, 2], seed=[5, 6, 7])
+    assert together.shape[1] >= 4
+    for i, seed in enumerate((5, 6, 7)):
+        assert torch.equal(noise_of(labels=[i], seed=[seed])[0], together[i])
+        assert torch.equal(noise_of(labels=[i], seed=[seed], guidance=3.0)[0], together[i])
+    assert torch.equal(noise_of(labels=[0, 1, 2], seed=[5, 6, 7], chunk=2), together)
+    five, three = noise_of(labels=[0] * 5, seed=9), noise_of(labels=[0] * 3, seed=9)
+    assert torch.equal(five[:3], three) and not torch.equal(five[0], five[1])
 
 
 def test_any_size_and_ddpm_spacings():
@@ -161,6 +221,11 @@ def test_any_size_and_ddpm_spacings():
         (dict(labels=[]), "list is empty"),
         (dict(), "nothing to sample"),
         (dict(count=2, guidance=2.0), "guidance needs a condition"),
+        (dict(labels="cat"), r"labels = 'cat' is one string: give a list with an entry per image, as in \['cat'\]"),
+        (dict(labels=["cat"], negative={"labels": "dog"}, guidance=2.0), "labels = 'dog' is one string"),
+        (dict(labels=[0], guidance=float("inf")), "guidance = inf: give finite numbers"),
+        (dict(labels=[0], interval=(2.0, 1.0), guidance=2.0), r"interval = \(2.0, 1.0\)"),
+        (dict(labels=[0], chunk=-1), "chunk = -1"),
     ],
 )
 def test_what_does_not_fit_is_refused(asked, says):
