@@ -4,7 +4,16 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+)
 
 from duotone.data.refusal import Refused
 from duotone.engine.objectives.ddpm import DDPM
@@ -223,6 +232,120 @@ def test_dpmpp_2m_equals_diffusers(steps):
     dpmpp_2m(bounded, start * (1 + sigmas[0] ** 2).sqrt(), sigmas, on_step=lambda i, x, d: ours.append(x))
     for i, (a, b) in enumerate(zip(ours, theirs)):
         assert (a / (1 + sigmas[i + 1] ** 2).sqrt() - b).abs().max() <= 1e-4, i
+
+
+def edm_output(scheduler, x, sigma):
+    """What a network would say for `bounded` to come out of their preconditioning."""
+    c_skip = 0.25 / (sigma**2 + 0.25)
+    c_out = sigma * 0.5 / math.sqrt(sigma**2 + 0.25)
+    return (bounded(x, sigma) - c_skip * x) / c_out
+
+
+@pytest.mark.parametrize("steps", [9, 30])
+@pytest.mark.parametrize(
+    ("cls", "solver", "settings"),
+    [
+        (EDMEulerScheduler, euler, {}),
+        (EDMDPMSolverMultistepScheduler, dpmpp_2m, {"lower_order_final": False, "final_sigmas_type": "zero"}),
+    ],
+    ids=["euler", "dpmpp_2m"],
+)
+def test_edm_trajectories_equal_diffusers(cls, solver, settings, steps):
+    """Their own noise levels (karras, rho 7), network scale and steps; errors in variance-preserving scale."""
+    scheduler = cls(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, **settings)
+    scheduler.set_timesteps(steps)
+    sigmas = EDM().sampling_sigmas(steps)
+    torch.testing.assert_close(sigmas, scheduler.sigmas.double(), rtol=1e-5, atol=1e-7)
+    start = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 80
+    x, theirs, ours = start, [], []
+    for i, t in enumerate(scheduler.timesteps):
+        scheduler.scale_model_input(x, t)
+        x = scheduler.step(edm_output(scheduler, x, scheduler.sigmas[i].item()), t, x).prev_sample.double()
+        theirs.append(x)
+    solver(bounded, start, sigmas, on_step=lambda i, x, d: ours.append(x))
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert (a - b).abs().max() / (1 + sigmas[i + 1] ** 2).sqrt() <= 1e-4, i
+
+
+@pytest.mark.parametrize("karras", [False, True])
+def test_heun_equals_diffusers(karras):
+    """Linspace where it meets whole timesteps (999 / 27 = 37), and karras levels over the same table."""
+    steps = 28
+    scheduler = HeunDiscreteScheduler(
+        1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, use_karras_sigmas=karras
+    )
+    scheduler.set_timesteps(steps)
+    sigmas = DDPM(schedule="scaled_linear").sampling_sigmas(steps, "karras" if karras else "linspace")
+    theirs_sigmas = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1:-1:2], scheduler.sigmas[-1:]]).double()
+    torch.testing.assert_close(sigmas, theirs_sigmas, rtol=2e-4, atol=1e-6)
+    start = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * sigmas[0]
+    x, theirs, ours = start, [], []
+    for i, t in enumerate(scheduler.timesteps):
+        sigma = scheduler.sigmas[i].item()
+        x = scheduler.step((x - bounded(x, sigma)) / sigma, t, x).prev_sample.double()
+        if i % 2 or i == len(scheduler.timesteps) - 1:
+            theirs.append(x)
+    heun(bounded, start, theirs_sigmas, on_step=lambda i, x, d: ours.append(x))
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert (a - b).abs().max() / (1 + sigmas[i + 1] ** 2).sqrt() <= 1e-4, i
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace", "karras"])
+def test_spacings_are_diffusers(spacing):
+    karras = spacing == "karras"
+    scheduler = EulerDiscreteScheduler(
+        1000,
+        use_karras_sigmas=karras,
+        timestep_spacing="linspace" if karras else spacing,
+        beta_end=0.02,
+        beta_start=1e-4,
+    )
+    scheduler.set_timesteps(28)
+    torch.testing.assert_close(
+        DDPM().sampling_sigmas(28, spacing).float(), scheduler.sigmas.cpu(), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_log_linear_levels_rise_by_one_factor():
+    for objective in (EDM(), DDPM(), Flow()):
+        sigmas = objective.sampling_sigmas(9, "log-linear")
+        ratios = sigmas[1:-1] / sigmas[:-2]
+        torch.testing.assert_close(ratios, ratios[:1].expand(8))
+        assert sigmas[-1] == 0
+
+
+def edm_algorithm_2(denoise, x, t, fresh, churn, low, high, scale):
+    """Karras et al. 2022, algorithm 2, line by line, in float64 and in the paper's names."""
+    steps = len(t) - 1
+    for i in range(steps):
+        gamma = min(churn / steps, math.sqrt(2) - 1) if low <= t[i] <= high else 0.0
+        epsilon = scale * fresh(i)
+        t_hat = t[i] + gamma * t[i]
+        x_hat = x + math.sqrt(t_hat**2 - t[i] ** 2) * epsilon
+        d = (x_hat - denoise(x_hat, t_hat)) / t_hat
+        x = x_hat + (t[i + 1] - t_hat) * d
+        if t[i + 1] != 0:
+            d_next = (x - denoise(x, t[i + 1])) / t[i + 1]
+            x = x_hat + (t[i + 1] - t_hat) * (d / 2 + d_next / 2)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("churn", "low", "high", "scale"),
+    [(0.0, 0.0, math.inf, 1.0), (math.inf, 0.0, math.inf, 1.0), (30.0, 0.05, 50.0, 1.003), (4.0, 0.5, 2.0, 1.1)],
+    ids=["none", "full at every step", "the paper's", "narrow"],
+)
+def test_stochastic_heun_is_the_papers_algorithm(churn, low, high, scale):
+    sigmas = EDM().sampling_sigmas(18)
+    g = torch.Generator().manual_seed(3)
+    noises = torch.randn(19, 2, 1, 4, 4, generator=g, dtype=torch.float64)
+    fresh = lambda i: noises[i + 1]  # noqa: E731
+    expected = edm_algorithm_2(bounded, noises[0] * 80, sigmas.tolist(), fresh, churn, low, high, scale)
+    settings = dict(churn=churn, churn_from=low, churn_to=high, noise_scale=scale)
+    got = stochastic_heun(bounded, noises[0] * 80, sigmas, noise=fresh, **settings)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    if churn == 0:
+        torch.testing.assert_close(heun(bounded, noises[0] * 80, sigmas), expected, rtol=1e-9, atol=1e-9)
 
 
 MEANS, WEIGHTS, SPREAD = (
