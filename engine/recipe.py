@@ -57,7 +57,8 @@ class Recipe:
     seed: int = 0
     """Seed of every random number of the run."""
     start: Path | None = None
-    """Weights to begin from instead of random ones: a run's folder, a safetensors file, or a diffusers UNet folder."""
+    """Weights to begin from instead of random ones: a run's folder, a diffusers UNet folder, or a safetensors file of either
+    or in Stable Diffusion's original layout."""
     out: Path | None = None
     """The run's folder."""
     fresh: bool = False

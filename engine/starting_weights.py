@@ -1,4 +1,4 @@
-"""Weights to begin a run from: another run's, or a diffusers UNet's, for fine-tuning.
+"""Weights to begin a run from: another run's, a diffusers UNet's or an original single file's, for fine-tuning.
 
 Every weight of the UNet must be there and fit; a condition that the source does not know begins at random, and is named.
 """
@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from duotone.data.refusal import Refused
-from duotone.engine import diffusers_folder
+from duotone.engine import diffusers_folder, original_layout
 from duotone.engine.model.network import Network
 from duotone.engine.model.unet import UNetConfig
 
@@ -22,14 +22,20 @@ def begin_from(network: Network, path: Path, config: UNetConfig) -> list[str]:
     """Fills the network; returns what a reader should know. Raises Refused where the source does not fit."""
     file = weights_file(path)
     refuse_other_shape(file, config)
-    named = by_our_names(read(file), file)
+    given = read(file)
+    named = by_our_names(given, config)
     own = dict(network.named_parameters())
     refuse_misfits(named, own, file)
     fitting = {name for name in named.keys() & own.keys() if named[name].shape == own[name].shape}
     with torch.no_grad():
         for name in fitting:
             own[name].copy_(named[name])
-    return notes(fitting, named, own, file)
+    lines = notes(fitting, named, own, file)
+    if original_layout.in_original_layout(given):
+        lines.append(
+            "of a single file only the UNet is read, and it does not say how many heads there are: model.heads is believed"
+        )
+    return lines
 
 
 def weights_file(path: Path) -> Path:
@@ -85,15 +91,12 @@ def read(file: Path) -> dict[str, Tensor]:
         raise Refused(f"start = {file} is no readable safetensors file ({error})") from None
 
 
-def by_our_names(named: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """Ours hold unet. and conditioners.; diffusers' hold the UNet's bare names and at most a class embedding."""
+def by_our_names(named: dict[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
+    """Ours hold unet. and conditioners.; diffusers' and original files the UNet's own names and at most a class embedding."""
     if any(name.startswith("unet.") for name in named):
         return named
-    if any(name.startswith("model.diffusion_model.") for name in named):
-        raise Refused(
-            f"start = {file} is a whole pipeline in its original layout: load it once with diffusers' "
-            "from_single_file and save_pretrained, and give the unet folder that comes out"
-        )
+    if original_layout.in_original_layout(named):
+        named = original_layout.by_diffusers_names(named, config)
     classes = {diffusers_folder.LABEL: named.pop(CLASSES)} if CLASSES in named else {}
     return {f"unet.{name}": value for name, value in named.items()} | classes
 

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 from duotone.data.refusal import Refused
-from duotone.engine import artifact, diffusers_folder
+from duotone.engine import artifact, diffusers_folder, original_layout
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.label import Label
+from duotone.engine.conditioning.text import ByteText
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.recipe import Recipe
 from duotone.engine.starting_weights import begin_from
@@ -83,6 +84,63 @@ def test_our_own_file_and_a_condition_that_it_does_not_know(tmp_path):
     assert said[1:] == ["conditioners.label begins at random"]
 
 
+TEXT = UNetConfig(
+    channels=(16, 32, 32),
+    attention=("cross", "none", "cross"),
+    heads=(2, 2, 4),
+    blocks=(2, 2, 2),
+    depth=(1, 1, 1),
+    context_width=12,
+    groups=8,
+    in_channels=4,
+    out_channels=4,
+    zero_init=False,
+)
+
+
+def in_original_layout(unet) -> dict[str, torch.Tensor]:
+    """A UNet's weights as such a file holds them, beside a codec and a text encoder."""
+    ours = {b: a for a, b in [*original_layout.ENDS.items(), *original_layout.blocks(unet.config)]}
+    named = {original_layout.renamed(name, ours): p.detach() for name, p in unet.named_parameters()}
+    assert not any(name.split(".")[0] in ("down_blocks", "up_blocks", "mid_block") for name in named)
+    others = {"first_stage_model.decoder.conv_in.bias": torch.ones(1), "cond_stage_model.x": torch.ones(1)}
+    return {f"model.diffusion_model.{name}": p for name, p in named.items()} | others
+
+
+@pytest.mark.parametrize("config", [TEXT, replace(TEXT, attention=("none", "cross", "none"), linear_projection=True)])
+def test_an_original_single_file_fills_the_unet_as_diffusers_reads_it(config, tmp_path):
+    """Their converter is the oracle: from the file it makes the state dict that we began from, name by name."""
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    torch.manual_seed(3)
+    source = config.build()
+    file = in_original_layout(source)
+    theirs = convert_ldm_unet_checkpoint(dict(file), {"layers_per_block": 2})
+    assert theirs.keys() == source.state_dict().keys()
+    assert all(torch.equal(theirs[name], value) for name, value in source.state_dict().items())
+    save_file(file, tmp_path / "single.safetensors")
+    conditions = (ByteText(width=12, layers=1, heads=2, length=8, pooled=False),)
+    network = fresh(replace(RECIPE, model=config, conditioning=conditions))
+    said = begin_from(network, tmp_path / "single.safetensors", config)
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in network.unet.state_dict().items())
+    assert any("model.heads is believed" in line for line in said)
+    assert "conditioners.text begins at random" in said
+
+
+def test_stable_diffusions_single_file_is_known_name_by_name():
+    from diffusers import UNet2DConditionModel
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    with torch.device("meta"):
+        model = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        ours = diffusers_folder.from_config({**model.config, "_class_name": "UNet2DConditionModel"}).build()
+    file = in_original_layout(ours)
+    assert len(file) == 686 + 2 and "model.diffusion_model.output_blocks.8.2.conv.weight" in file
+    assert convert_ldm_unet_checkpoint(dict(file), model.config).keys() == ours.state_dict().keys()
+    back = original_layout.by_diffusers_names(file, ours.config)
+    assert back.keys() == ours.state_dict().keys()
+
+
 def broken(folder: Path, tmp_path: Path, how: str) -> Path:
     if how == "other shape":
         (tmp_path / "x").mkdir()
@@ -98,7 +156,7 @@ def broken(folder: Path, tmp_path: Path, how: str) -> Path:
         path = folder / diffusers_folder.WEIGHTS
         path.write_bytes(path.read_bytes()[:1000])
     if how == "original layout":
-        save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}, tmp_path / "sd.safetensors")
+        save_file({"model.diffusion_model.input_blocks.9.0.op.weight": torch.zeros(1)}, tmp_path / "sd.safetensors")
         return tmp_path / "sd.safetensors"
     if how == "unknown feature":
         config = json.loads((folder / "config.json").read_text())
@@ -112,7 +170,7 @@ def broken(folder: Path, tmp_path: Path, how: str) -> Path:
         ("other shape", r"another network than model: give .*--model.channels 16 32"),
         ("a weight less", "unet.conv_in.weight is only in the network"),
         ("torn", "no readable safetensors file"),
-        ("original layout", "from_single_file"),
+        ("original layout", "unet.conv_in.bias is only in the network"),
         ("unknown feature", "downsample_type = 'resnet'"),
         ("absent", "there are no weights"),
     ],
