@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,6 +62,8 @@ def seeds_of(seed: int | Sequence[int], images: int) -> list[tuple[int, int]]:
     """(seed, number) of each image: number 0 for an image with a seed of its own."""
     if isinstance(seed, Integral):
         return [(int(seed), i) for i in range(images)]
+    if not isinstance(seed, Sequence | np.ndarray):
+        raise Refused(f"seed = {seed!r}: give a whole number, or one per image")
     if len(seed) != images:
         raise Refused(f"seed has {len(seed)} entries for {images} images: give one number, or one per image")
     return [(int(s), 0) for s in seed]
@@ -68,6 +71,8 @@ def seeds_of(seed: int | Sequence[int], images: int) -> list[tuple[int, int]]:
 
 def negative_values(model: Model, negative: dict[str, Sequence] | None, images: int) -> dict[str, list]:
     """{"prompts": [...]} as values by kind."""
+    if not isinstance(negative or {}, Mapping):
+        raise Refused(f'negative = {negative!r}: give it by name, as in {{"prompts": [...]}}')
     negative = listed(negative or {})
     for name, rows in negative.items():
         if len(rows) != images:

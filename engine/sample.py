@@ -201,7 +201,10 @@ def noise(seeds: list[tuple[int, int]], purpose: draws.Purpose, step: int, shape
 
 
 def image_shape(model: Model, size: int | tuple[int, int] | None) -> tuple[int, int, int]:
-    height, width = (size, size) if isinstance(size, int) else size or (model.size, model.size)
+    sides = (size, size) if isinstance(size, int) else size or (model.size, model.size)
+    if len(sides) != 2:
+        raise Refused(f"size = {size}: give one side, or height and width")
+    height, width = sides
     if min(height, width) < 1:
         raise Refused(f"size = {size}: sides must be at least 1 pixel")
     return model.network.unet.config.out_channels, height, width
@@ -219,16 +222,23 @@ class Steering:
     def check(self, model: Model, negatives: dict) -> None:
         if not 0 <= self.rescale <= 1:
             raise Refused(f"rescale = {self.rescale}: it must lie in [0, 1]")
-        if not 0 <= self.interval[0] <= self.interval[1]:
+        if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1]:
             raise Refused(f"interval = {self.interval}: give two noise levels sigma that rise, the first at least 0")
         if self.rescale and self.rule:
             raise Refused(f"rescale belongs to plain guidance: leave it at 0 with {type(self.rule).__name__}")
+        if self.rule is not None and not hasattr(self.rule, "begin"):
+            raise Refused(f"rule = {self.rule!r}: give one of engine/guiding, as Apg() or CfgPlusPlus()")
         if self.guide is None:
             return
         if negatives:
             raise Refused("negative conditions and a guide are two answers to what guidance leads away from: give one")
         if self.guide.objective != model.objective:
             raise Refused("the guide was trained on another objective: autoguidance needs two models of the same one")
+        theirs, ours = (m.network.unet.config.out_channels for m in (self.guide, model))
+        if theirs != ours:
+            raise Refused(
+                f"the guide draws images of {theirs} channels, and this model of {ours}: give one that draws the same"
+            )
 
     def changes_anything(self) -> bool:
         return bool(self.rescale or self.rule or self.guide) or self.interval != (0.0, math.inf)
@@ -298,8 +308,8 @@ def solver_named(name: str) -> Callable:
 
 def sampling_sigmas(model: Model, steps: int, spacing: str | None) -> Tensor:
     known = model.objective.spacings
-    if steps < 1:
-        raise Refused(f"steps = {steps}: it must be at least 1")
+    if not isinstance(steps, int) or steps < 1:
+        raise Refused(f"steps = {steps}: it must be a whole number, at least 1")
     if spacing not in (None, *known):
         raise Refused(
             f"spacing {spacing!r} is unknown to {type(model.objective).__name__}: there are {', '.join(known)}"

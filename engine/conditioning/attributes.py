@@ -85,6 +85,8 @@ def attribute_row(value: Mapping | Sequence, names: tuple[str, ...]) -> list[int
         return [known.get(i, UNKNOWN) for i in range(len(names))]
     if isinstance(value, str):
         raise Refused(f"attributes {value!r} is a string: give each image a list, as in [{value!r}]")
+    if not hasattr(value, "__iter__"):
+        raise Refused(f"attributes {value!r} is a single number: give each image a vector, as in [[1, 0, ...]]")
     value = list(value)
     if all(isinstance(name, str) for name in value):
         present = {place(name, names) for name in value}

@@ -102,6 +102,7 @@ class LabelConditioner(Conditioner):
 
 def class_index(value: int | str, classes: tuple[str, ...]) -> int:
     """The index of a class given by name or number."""
+    value = value.item() if isinstance(value, Tensor) else value
     if value in classes:
         return classes.index(value)
     if str(value).isdigit() and int(value) < len(classes):

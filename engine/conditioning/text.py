@@ -202,6 +202,9 @@ class TextConditioner(Conditioner):
         return self.tokens(batch.captions)
 
     def of_values(self, values: list[str], size: tuple[int, int] | None = None) -> dict[str, Tensor]:
+        for value in values:
+            if not isinstance(value, str):
+                raise Refused(f"prompt {value!r} is no text: give strings")
         return self.tokens(values)
 
     def encode(self, tensors: dict[str, Tensor]) -> Tensor:

@@ -107,6 +107,7 @@ def test_ways_to_ask_for_attributes(value, row):
         ([1, 0], "attributes has 2 entries, but this model knows 3: Bald, Male, Smiling"),
         (["Old"], "attribute 'Old' is none of this model's"),
         ("Male", "is a string"),
+        (1, "attributes 1 is a single number: give each image a vector"),
         ([1, 0, 2], "attribute value 2"),
         ({"Old": 1}, "attribute 'Old'"),
     ],

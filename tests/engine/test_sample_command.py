@@ -56,7 +56,7 @@ MISTAKES = [
     ("text", "--prompt a --rule cfg++ --sampler heun", "set sampler to euler"),
     ("text", "--prompt a --spacing leading", "spacing 'leading' is unknown to EDM: there are karras, log-linear"),
     ("text", "--prompt a --sampler euler9", "sampler 'euler9' is unknown: there are euler, heun"),
-    ("text", "--prompt a --steps 0", "steps = 0: it must be at least 1"),
+    ("text", "--prompt a --steps 0", "steps = 0: it must be a whole number, at least 1"),
     ("text", "--prompt a --size -3", "size = -3: sides must be at least 1 pixel"),
     ("text", "--prompt a --count 0", "count = 0: it must be at least 1"),
     ("text", "--prompt a --columns -2", "columns = -2: it must be at least 1"),

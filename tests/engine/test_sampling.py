@@ -226,6 +226,11 @@ def test_any_size_and_ddpm_spacings():
         (dict(labels=[0], guidance=float("inf")), "guidance = inf: give finite numbers"),
         (dict(labels=[0], interval=(2.0, 1.0), guidance=2.0), r"interval = \(2.0, 1.0\)"),
         (dict(labels=[0], chunk=-1), "chunk = -1"),
+        (dict(labels=[0], steps=2.5), "steps = 2.5: it must be a whole number"),
+        (dict(labels=[0], size=(8,)), r"size = \(8,\): give one side, or height and width"),
+        (dict(labels=[0], seed=1.5), "seed = 1.5: give a whole number"),
+        (dict(labels=[0], rule="apg"), "rule = 'apg': give one of engine/guiding"),
+        (dict(labels=[0], negative=[1], guidance=2.0), "negative = .*give it by name"),
     ],
 )
 def test_what_does_not_fit_is_refused(asked, says):
