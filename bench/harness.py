@@ -92,6 +92,7 @@ _TYPES = {
     torch.uint8: "*u8",
     torch.bool: "*i1",
     torch.int64: "*i64",
+    torch.int32: "*i32",
 }
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 

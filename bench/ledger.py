@@ -11,6 +11,7 @@ of the data sheet's bandwidth plus two microseconds a launch: a number to be wro
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -40,7 +41,7 @@ _LAUNCH_MICROSECONDS = 2.0
 def timed():
     """Kernels and cases that run here, in the order of the files."""
     for subject in SUBJECTS.values():
-        for case in subject.module.CASES:
+        for case in subject.cases:
             if case.timed and launches_of(subject, case, DTYPE):
                 yield subject, case
 
@@ -84,26 +85,43 @@ def traffic_of_all() -> dict[tuple[str, str], list[dict]]:
 
 def ledger(chips) -> list[dict]:
     """One row per kernel and case."""
-    traffic, seen, rows = traffic_of_all(), {}, []
-    for subject, case in timed():
-        print(f"{subject.name} {case.name} ...", file=sys.stderr, flush=True)
+    traffic, cases = traffic_of_all(), list(timed())
+    launches = [launches_of(subject, case, DTYPE) for subject, case in cases]
+    used = resources_of_all([(chip, launch) for made in launches for launch in made for chip in chips])
+    rows = []
+    for (subject, case), made in zip(cases, launches):
         small, moved = subject.shrink(case), traffic[subject.name, case.name]
         floor, ideal = path_floor(subject, small), subject.floor(small, DTYPE)
         row = {"kernel": subject.name, "case": case.name, "launches": len(moved)}
         row |= {"bytes": sum(launch["distinct"] for launch in moved), "path_floor": floor, "ideal": ideal}
         row |= {"requested": sum(launch["loaded"] + launch["stored"] for launch in moved)}
-        row["programs"] = {}
-        for launch in launches_of(subject, case, DTYPE):
-            for chip in chips:
-                key = (chip, *compile_key(launch))
-                if key not in seen:
-                    seen[key] = asdict(resources(launch, chip))
-                row["programs"][f"{launch.name} sm_{chip}"] = seen[key]
+        row["programs"] = {
+            f"{launch.name} sm_{chip}": used[chip, *compile_key(launch)] for launch in made for chip in chips
+        }
         row["predicted_microseconds"] = {
             CHIPS[chip].name: _predict(path_floor(subject, case), len(moved), CHIPS[chip]) for chip in chips
         }
         rows.append(row | {"measured_microseconds": NOT_MEASURED})
     return rows
+
+
+_to_compile: list[tuple] = []
+
+
+def resources_of_all(wanted) -> dict[tuple, dict]:
+    """What every different program occupies, by chip and key; compiled in as many processes as there are cores."""
+    different = {(chip, *compile_key(launch)): (chip, launch) for chip, launch in wanted}
+    # Kernels cannot be sent to another process: a fork has them already, and is told a number.
+    _to_compile[:] = different.values()
+    print(f"compiling {len(different)} programs ...", file=sys.stderr, flush=True)
+    with multiprocessing.get_context("fork").Pool() as pool:
+        found = pool.map(_resources_of, range(len(different)), chunksize=1)
+    return dict(zip(different, found))
+
+
+def _resources_of(number):
+    chip, launch = _to_compile[number]
+    return asdict(resources(launch, chip))
 
 
 def _predict(floor_bytes, launches, chip):

@@ -37,12 +37,14 @@ def settings(usual: Choice) -> list[Setting]:
     other = "fp32" if usual.precision == "bf16" else "bf16"
     cuda = usual.device == "cuda"
     minutes = None if cuda else "compilation takes minutes on a CPU"
+    no_gpu = None if cuda else "no CUDA device"
     return [
         Setting("as chosen", usual),
         Setting(f"speed.precision = {other}", replace(usual, precision=other)),
         Setting(f"speed.compile = {not usual.compile}", replace(usual, compile=not usual.compile), why_not=minutes),
         Setting("speed.autotune = True", usual, Speed(autotune=True), why_not=minutes),
-        Setting("speed.cuda_graphs = True", usual, Speed(cuda_graphs=True), why_not=None if cuda else "no CUDA device"),
+        Setting("speed.cuda_graphs = True", usual, Speed(cuda_graphs=True), why_not=no_gpu),
+        Setting("speed.norms_in_turns = True", usual, Speed(norms_in_turns=True), why_not=no_gpu),
         Setting("speed.padded_ends = True", usual, Speed(padded_ends=True)),
         Setting("speed.gradient_checkpointing = True", usual, Speed(gradient_checkpointing=True)),
     ]

@@ -164,6 +164,21 @@ def switches() -> str:
     return setting_of(result) + table(head, rows) + source(path)
 
 
+def norms() -> str:
+    path, result = RESULTS / "ledger.json", json.loads((RESULTS / "ledger.json").read_text())
+    by_way = {}
+    for row in result["rows"]:
+        by_way.setdefault(row["kernel"], {})[row["case"]] = row
+    cells = []
+    for case, turns in by_way["group_norm_silu in turns"].items():
+        cells.append([case])
+        for row in (by_way["group_norm_silu"][case], turns):
+            cells[-1] += [str(row["launches"]), f"{row['bytes'] / row['ideal']:.2f}"]
+        cells[-1].append(f"{turns['requested'] / turns['ideal']:.2f}")
+    ways = ["two launches a pass", "bytes of memory", "in turns", "bytes of memory", "bytes asked of the cache"]
+    return table(["map", *ways], cells) + source(path)
+
+
 def bugs() -> str:
     path, result = newest("bugs-*.json")
     rows, brightness = {row["bug"]: row for row in result["results"]}, result["brightness_of_test_images"]
@@ -209,6 +224,7 @@ PAGES = {
         "sampling": sampling,
         "intervals": intervals,
         "switches": switches,
+        "norms": norms,
     },
     "docs/bugs.md": {"bugs": bugs, "bugs_in_training": bugs_in_training},
 }

@@ -9,6 +9,7 @@ on this CPU, marked as such; the GPU's columns say "not yet measured", and nothi
 """
 
 import argparse
+import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -51,10 +52,16 @@ class Subject:
     floor: Callable  # (case, dtype) -> bytes that must move, forward and backward
     shrink: Callable  # case -> the same case small enough for the interpreter and a CPU
     peers: dict = field(default_factory=dict)  # name -> () -> call; the factory raises where the peer is absent
+    label: str = ""  # the kernel's name by default
+    covers: Callable = lambda case: True  # which of the module's cases
 
     @property
     def name(self) -> str:
-        return self.module.NAME
+        return self.label or self.module.NAME
+
+    @property
+    def cases(self) -> list:
+        return [case for case in self.module.CASES if self.covers(case)]
 
 
 def forward_backward(call, inputs):
@@ -85,6 +92,14 @@ def _norm(function):
         return function(i["x"], i["weight"], i["bias"], i["groups"], **modulation)
 
     return call
+
+
+_in_turns = functools.partial(group_norm_silu.group_norm_silu, in_turns=True)
+
+
+def _has_turns(case):
+    """Maps larger than one program holds."""
+    return case.timed and case.shape[2] * case.shape[3] >= 32 * 32
 
 
 def _eager_norm(i):
@@ -253,12 +268,23 @@ SUBJECTS = {
             _norm_floor,
             _one_small_map,
             {
+                "in turns": lambda: _norm(_in_turns),
                 "eager": lambda: _eager_norm,
                 "compiled": lambda: torch.compile(_eager_norm),
                 "apex": _apex_norm,
                 "liger": _liger_norm,
                 "channels-last-groupnorm": _channels_last_norm,
             },
+        ),
+        Subject(
+            group_norm_silu,
+            _draw_norm,
+            _norm(_in_turns),
+            _norm(group_norm_silu.group_norm_silu_reference),
+            _norm_floor,
+            _one_small_map,
+            label="group_norm_silu in turns",
+            covers=_has_turns,
         ),
         Subject(
             attention,
@@ -453,11 +479,11 @@ def _parse():
 
 
 def _chosen(kernel, case):
-    pairs = [(s, c) for s in SUBJECTS.values() for c in s.module.CASES if c.timed or c.name == case]
+    pairs = [(s, c) for s in SUBJECTS.values() for c in s.cases if c.timed or c.name == case]
     pairs = [(s, c) for s, c in pairs if kernel in (None, s.name) and case in (None, c.name)]
     if not pairs:
         sys.exit(
-            f"no case is called {case}; there are: {', '.join(c.name for s in SUBJECTS.values() for c in s.module.CASES)}"
+            f"no case is called {case}; there are: {', '.join(c.name for s in SUBJECTS.values() for c in s.cases)}"
         )
     return pairs
 

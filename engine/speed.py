@@ -30,6 +30,8 @@ class Speed:
     """Replay launches instead of repeating them: each compiled block in training, the whole network in sampling; on CUDA."""
     padded_ends: bool = False
     """Carry the image's few channels as eight, the others zero: what tensor cores want of the first and last convolution."""
+    norms_in_turns: bool = False
+    """Group norms of large maps in one launch: an image is normalised while the cache holds what its statistics read."""
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: about a third more work for much less memory."""
     threads: int | None = None
@@ -102,6 +104,8 @@ def make_ready(unet: UNet, speed: Speed, choice: Choice) -> int:
     """The switches that change the network itself, set before it is used; returns how many blocks will be compiled."""
     unet.checkpointing = speed.gradient_checkpointing
     unet.pad_ends(speed.padded_ends)
+    for norm in (m for m in unet.modules() if isinstance(m, GroupNormSiLU)):
+        norm.in_turns = speed.norms_in_turns
     return compile_blocks(unet, speed) if choice.compile else 0
 
 

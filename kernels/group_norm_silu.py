@@ -17,10 +17,19 @@ from duotone.kernels.dispatch import (
     require,
     require_same_device,
     runs_kernel,
-    tl,
-    triton,
     triton_op,
     wrap_triton,
+)
+from duotone.kernels.group_norm_backward import backward_apply, backward_in_turn, backward_sums, backward_whole
+from duotone.kernels.group_norm_forward import forward_apply, forward_in_turn, forward_statistics, forward_whole
+from duotone.kernels.group_norm_tiling import (
+    WHOLE_ELEMENTS,
+    WHOLE_ELEMENTS_MODULATED_BACKWARD,
+    Tiling,
+    fits_the_cache,
+    power_of_2,
+    slabs_ahead,
+    tiling,
 )
 
 NAME = "group_norm_silu"
@@ -113,471 +122,26 @@ CASES = [
     Case("film_16", (64, 384, 16, 16), 32, "every modulation at once, on chip: the most registers", timed=True),
 ]
 
-# --------------------------------------------------------------------------------------------------- device code
-# A program owns whole groups: SPAN channels of one image, so that a row of a channels-last image is read in full lines.
-# Signatures are grouped by subject: tensors, sizes, strides, switches, tile.
-# R rows (pixels) of a tile, C channels of a program, G groups of a program, K chunks of rows.
-# fmt: off
-
-
-@triton.jit
-def _fold(value_C, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
-    """Sum over the channels of each group."""
-    if PER_GROUP * BLOCK_G == BLOCK_C:
-        return tl.sum(tl.reshape(value_C, (BLOCK_G, PER_GROUP)), axis=1)
-    else:
-        member_CG = tl.arange(0, BLOCK_C)[:, None] // PER_GROUP == tl.arange(0, BLOCK_G)[None, :]
-        return tl.sum(tl.where(member_CG, value_C[:, None], 0.0), axis=0)
-
-
-@triton.jit
-def _spread(value_G, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
-    """Give every channel its group's value."""
-    if PER_GROUP * BLOCK_G == BLOCK_C:
-        return tl.reshape(tl.broadcast_to(value_G[:, None], (BLOCK_G, PER_GROUP)), (BLOCK_C,))
-    else:
-        member_CG = tl.arange(0, BLOCK_C)[:, None] // PER_GROUP == tl.arange(0, BLOCK_G)[None, :]
-        return tl.sum(tl.where(member_CG, value_G[None, :], 0.0), axis=1)
-
-
-@triton.jit
-def _offsets(row_R, channel_C, width, stride_h, stride_w, stride_c, FLAT: tl.constexpr):
-    if FLAT:
-        pixel_R = row_R * stride_w
-    else:
-        pixel_R = (row_R // width) * stride_h + (row_R % width) * stride_w
-    return pixel_R[:, None] + channel_C[None, :] * stride_c
-
-
-@triton.jit
-def _per_image(pointer, image, stride, channel_C, real_C, PRESENT: tl.constexpr):
-    if PRESENT:
-        return tl.load(pointer + image * stride + channel_C, mask=real_C, other=0.0).to(tl.float32)
-    else:
-        return tl.zeros(channel_C.shape, tl.float32)
-
-
-@triton.jit
-def _affine(
-    weight, bias, scale, shift, image, scale_n, shift_n, channel_C, real_C, SCALE: tl.constexpr, SHIFT: tl.constexpr,
-):
-    """Normalised values times gain plus offset are the modulated ones."""
-    factor_C = 1.0 + _per_image(scale, image, scale_n, channel_C, real_C, SCALE)
-    weight_C = tl.load(weight + channel_C, mask=real_C, other=0.0).to(tl.float32)
-    bias_C = tl.load(bias + channel_C, mask=real_C, other=0.0).to(tl.float32)
-    offset_C = bias_C * factor_C + _per_image(shift, image, shift_n, channel_C, real_C, SHIFT)
-    return weight_C * factor_C, offset_C
-
-
-@triton.jit
-def _forward_whole(
-    x, weight, bias, add, scale, shift, y, mean, rstd,
-    channels, groups, pixels, width, eps,
-    x_n, x_h, x_w, x_c, y_n, y_w, y_c, add_n, scale_n, shift_n,
-    ADD: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr, FLAT: tl.constexpr,
-    SPAN: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
-):
-    """One program keeps its slab on chip: mean, then centred squares, then the output, from one read."""
-    image = tl.program_id(1).to(tl.int64)
-    lane_C = tl.arange(0, BLOCK_C)
-    channel_C = tl.program_id(0) * SPAN + lane_C
-    real_C = (lane_C < SPAN) & (channel_C < channels)
-    row_R = tl.arange(0, BLOCK_R)
-    real_RC = (row_R < pixels)[:, None] & real_C[None, :]
-    x_RC = tl.load(x + image * x_n + _offsets(row_R, channel_C, width, x_h, x_w, x_c, FLAT), mask=real_RC, other=0.0)
-    add_C = _per_image(add, image, add_n, channel_C, real_C, ADD)
-
-    count = pixels * PER_GROUP
-    z_RC = tl.where(real_RC, x_RC.to(tl.float32) + add_C[None, :], 0.0)
-    mean_G = _fold(tl.sum(z_RC, axis=0), PER_GROUP, BLOCK_C, BLOCK_G) / count
-    mean_C = _spread(mean_G, PER_GROUP, BLOCK_C, BLOCK_G)
-    centred_RC = tl.where(real_RC, z_RC - mean_C[None, :], 0.0)
-    square_G = _fold(tl.sum(centred_RC * centred_RC, axis=0), PER_GROUP, BLOCK_C, BLOCK_G) / count
-    # What rounding left in the mean: without it an image far from zero keeps an offset.
-    left_G = _fold(tl.sum(centred_RC, axis=0), PER_GROUP, BLOCK_C, BLOCK_G) / count
-    rstd_G = 1.0 / tl.sqrt(square_G - left_G * left_G + eps)
-
-    gain_C, offset_C = _affine(weight, bias, scale, shift, image, scale_n, shift_n, channel_C, real_C, SCALE, SHIFT)
-    gain_C *= _spread(rstd_G, PER_GROUP, BLOCK_C, BLOCK_G)
-    offset_C -= _spread(left_G, PER_GROUP, BLOCK_C, BLOCK_G) * gain_C
-    value_RC = centred_RC * gain_C[None, :] + offset_C[None, :]
-    if SILU:
-        value_RC = value_RC * tl.sigmoid(value_RC)
-    y_RC = y + image * y_n + row_R[:, None] * y_w + channel_C[None, :] * y_c
-    tl.store(y_RC, value_RC.to(y.dtype.element_ty), mask=real_RC)
-
-    lane_G = tl.arange(0, BLOCK_G)
-    group_G = tl.program_id(0) * (SPAN // PER_GROUP) + lane_G
-    real_G = (lane_G < SPAN // PER_GROUP) & (group_G < groups)
-    tl.store(mean + image * groups + group_G, mean_G + left_G, mask=real_G)
-    tl.store(rstd + image * groups + group_G, rstd_G, mask=real_G)
-
-
-@triton.jit
-def _forward_statistics(
-    x, add, partial,
-    channels, groups, pixels, width, rows, chunks,
-    x_n, x_h, x_w, x_c, add_n,
-    ADD: tl.constexpr, FLAT: tl.constexpr,
-    SPAN: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
-):
-    """Mean and centred squares of one chunk of rows, by Welford's update in every lane, merged once at the end."""
-    image = tl.program_id(2).to(tl.int64)
-    chunk = tl.program_id(1)
-    lane_C = tl.arange(0, BLOCK_C)
-    channel_C = tl.program_id(0) * SPAN + lane_C
-    real_C = (lane_C < SPAN) & (channel_C < channels)
-    last = tl.minimum(chunk * rows + rows, pixels)
-    mean_RC = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    square_RC = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    count_R = tl.zeros((BLOCK_R,), tl.float32)
-    for first in range(chunk * rows, last, BLOCK_R):
-        row_R = first + tl.arange(0, BLOCK_R)
-        real_R = row_R < last
-        real_RC = real_R[:, None] & real_C[None, :]
-        from_RC = x + image * x_n + _offsets(row_R, channel_C, width, x_h, x_w, x_c, FLAT)
-        x_RC = tl.load(from_RC, mask=real_RC, other=0.0)
-        count_R += real_R.to(tl.float32)
-        delta_RC = tl.where(real_RC, x_RC.to(tl.float32) - mean_RC, 0.0)
-        mean_RC += delta_RC * (1.0 / tl.maximum(count_R, 1.0))[:, None]
-        square_RC += delta_RC * tl.where(real_RC, x_RC.to(tl.float32) - mean_RC, 0.0)
-
-    # Chan, Golub and LeVeque 1979: lanes into channels (adding `add`, which moves means only), channels into groups.
-    # Every mean is taken twice, the second time of what is left, so that it is right to its last bit.
-    number = (last - chunk * rows).to(tl.float32)
-    mean_C = tl.sum(mean_RC * count_R[:, None], axis=0) / number
-    mean_C += tl.sum((mean_RC - mean_C[None, :]) * count_R[:, None], axis=0) / number
-    apart_RC = mean_RC - mean_C[None, :]
-    square_C = tl.sum(square_RC + apart_RC * apart_RC * count_R[:, None], axis=0)
-    mean_C += _per_image(add, image, add_n, channel_C, real_C, ADD)
-    mean_G = _fold(tl.where(real_C, mean_C, 0.0), PER_GROUP, BLOCK_C, BLOCK_G) / PER_GROUP
-    left_C = tl.where(real_C, mean_C - _spread(mean_G, PER_GROUP, BLOCK_C, BLOCK_G), 0.0)
-    mean_G += _fold(left_C, PER_GROUP, BLOCK_C, BLOCK_G) / PER_GROUP
-    apart_C = mean_C - _spread(mean_G, PER_GROUP, BLOCK_C, BLOCK_G)
-    square_G = _fold(tl.where(real_C, square_C + apart_C * apart_C * number, 0.0), PER_GROUP, BLOCK_C, BLOCK_G)
-
-    lane_G = tl.arange(0, BLOCK_G)
-    group_G = tl.program_id(0) * (SPAN // PER_GROUP) + lane_G
-    real_G = (lane_G < SPAN // PER_GROUP) & (group_G < groups)
-    slot_G = partial + (image * chunks + chunk) * 2 * groups + group_G
-    tl.store(slot_G, mean_G, mask=real_G)
-    tl.store(slot_G + groups, square_G, mask=real_G)
-
-
-@triton.jit
-def _merged(
-    partial, image, group_G, real_G, groups, pixels, rows, chunks, eps, PER_GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
-):
-    """Mean and reciprocal deviation of each group from its chunks."""
-    chunk_K = tl.arange(0, BLOCK_K)
-    real_KG = (chunk_K < chunks)[:, None] & real_G[None, :]
-    slot_KG = partial + (image * chunks + chunk_K)[:, None] * 2 * groups + group_G[None, :]
-    mean_KG = tl.load(slot_KG, mask=real_KG, other=0.0)
-    square_KG = tl.load(slot_KG + groups, mask=real_KG, other=0.0)
-    number_K = tl.maximum(tl.minimum(pixels - chunk_K * rows, rows), 0).to(tl.float32) * PER_GROUP
-    count = pixels * PER_GROUP
-    mean_G = tl.sum(mean_KG * number_K[:, None], axis=0) / count
-    mean_G += tl.sum((mean_KG - mean_G[None, :]) * number_K[:, None], axis=0) / count
-    apart_KG = mean_KG - mean_G[None, :]
-    square_G = tl.sum(square_KG + apart_KG * apart_KG * number_K[:, None], axis=0)
-    return mean_G, 1.0 / tl.sqrt(square_G / count + eps)
-
-
-@triton.jit
-def _last_first():
-    """Image and chunk of the second of two launches: what the first one read last is still in the cache."""
-    return (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64), tl.num_programs(1) - 1 - tl.program_id(1)
-
-
-@triton.jit
-def _forward_apply(
-    x, weight, bias, add, scale, shift, partial, y, mean, rstd,
-    channels, groups, pixels, width, rows, chunks, eps,
-    x_n, x_h, x_w, x_c, y_n, y_w, y_c, add_n, scale_n, shift_n,
-    ADD: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr, FLAT: tl.constexpr,
-    SPAN: tl.constexpr, PER_GROUP: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr,
-):
-    """Normalise one chunk of rows with the statistics of all chunks."""
-    image, chunk = _last_first()
-    lane_C = tl.arange(0, BLOCK_C)
-    channel_C = tl.program_id(0) * SPAN + lane_C
-    real_C = (lane_C < SPAN) & (channel_C < channels)
-    lane_G = tl.arange(0, BLOCK_G)
-    group_G = tl.program_id(0) * (SPAN // PER_GROUP) + lane_G
-    real_G = (lane_G < SPAN // PER_GROUP) & (group_G < groups)
-    mean_G, rstd_G = _merged(partial, image, group_G, real_G, groups, pixels, rows, chunks, eps, PER_GROUP, BLOCK_K)
-    if chunk == 0:
-        tl.store(mean + image * groups + group_G, mean_G, mask=real_G)
-        tl.store(rstd + image * groups + group_G, rstd_G, mask=real_G)
-
-    gain_C, offset_C = _affine(weight, bias, scale, shift, image, scale_n, shift_n, channel_C, real_C, SCALE, SHIFT)
-    gain_C *= _spread(rstd_G, PER_GROUP, BLOCK_C, BLOCK_G)
-    centre_C = _spread(mean_G, PER_GROUP, BLOCK_C, BLOCK_G)
-    centre_C -= _per_image(add, image, add_n, channel_C, real_C, ADD)
-    last = tl.minimum(chunk * rows + rows, pixels)
-    for first in range(chunk * rows, last, BLOCK_R):
-        row_R = first + tl.arange(0, BLOCK_R)
-        real_RC = (row_R < last)[:, None] & real_C[None, :]
-        from_RC = x + image * x_n + _offsets(row_R, channel_C, width, x_h, x_w, x_c, FLAT)
-        x_RC = tl.load(from_RC, mask=real_RC, other=0.0)
-        value_RC = (x_RC.to(tl.float32) - centre_C[None, :]) * gain_C[None, :] + offset_C[None, :]
-        if SILU:
-            value_RC = value_RC * tl.sigmoid(value_RC)
-        y_RC = y + image * y_n + row_R[:, None] * y_w + channel_C[None, :] * y_c
-        tl.store(y_RC, value_RC.to(y.dtype.element_ty), mask=real_RC)
-
-
-@triton.jit
-def _through_silu(dy_RC, normal_RC, gain_C, offset_C, SILU: tl.constexpr):
-    """Gradient at the activation's input, which is recomputed from the normalised values."""
-    if SILU:
-        value_RC = normal_RC * gain_C[None, :] + offset_C[None, :]
-        gate_RC = tl.sigmoid(value_RC)
-        return dy_RC * gate_RC * (1.0 + value_RC * (1.0 - gate_RC))
-    else:
-        return dy_RC
-
-
-@triton.jit
-def _small_gradients(
-    weight, bias, scale, per_image, dadd, dscale, dshift, image, channels, channel_C, real_C,
-    flow_C, twist_C, drift_C, common_C, tilt_C, rstd_C, gain_C, pixels, scale_n,
-    ADD: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
-):
-    """Store what one image contributes to every per-channel gradient, from its three sums over pixels.
-
-    flow = sum of dv, twist = sum of dv * normal, drift = sum of normal; common and tilt are the group's means in dx.
-    """
-    factor_C = 1.0 + _per_image(scale, image, scale_n, channel_C, real_C, SCALE)
-    row_C = per_image + image * 2 * channels + channel_C
-    tl.store(row_C, factor_C * twist_C, mask=real_C)
-    tl.store(row_C + channels, factor_C * flow_C, mask=real_C)
-    slot_C = image * channels + channel_C
-    if SHIFT:
-        tl.store(dshift + slot_C, flow_C.to(dshift.dtype.element_ty), mask=real_C)
-    if SCALE:
-        weight_C = tl.load(weight + channel_C, mask=real_C, other=0.0).to(tl.float32)
-        bias_C = tl.load(bias + channel_C, mask=real_C, other=0.0).to(tl.float32)
-        dscale_C = weight_C * twist_C + bias_C * flow_C
-        tl.store(dscale + slot_C, dscale_C.to(dscale.dtype.element_ty), mask=real_C)
-    if ADD:
-        dadd_C = rstd_C * (gain_C * flow_C - pixels * common_C - drift_C * tilt_C)
-        tl.store(dadd + slot_C, dadd_C.to(dadd.dtype.element_ty), mask=real_C)
-
-
-@triton.jit
-def _backward_whole(
-    x, dy, weight, bias, add, scale, shift, mean, rstd, dx, per_image, dadd, dscale, dshift,
-    channels, groups, pixels, width,
-    x_n, x_h, x_w, x_c, dy_n, dy_h, dy_w, dy_c, dx_n, dx_w, dx_c, add_n, scale_n, shift_n,
-    ADD: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr,
-    FLAT: tl.constexpr, FLAT_DY: tl.constexpr,
-    SPAN: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
-):
-    """One program keeps x and dy of its slab on chip: the sums, then dx, from one read of each."""
-    image = tl.program_id(1).to(tl.int64)
-    lane_C = tl.arange(0, BLOCK_C)
-    channel_C = tl.program_id(0) * SPAN + lane_C
-    real_C = (lane_C < SPAN) & (channel_C < channels)
-    row_R = tl.arange(0, BLOCK_R)
-    real_RC = (row_R < pixels)[:, None] & real_C[None, :]
-    x_RC = tl.load(x + image * x_n + _offsets(row_R, channel_C, width, x_h, x_w, x_c, FLAT), mask=real_RC, other=0.0)
-    at_RC = dy + image * dy_n + _offsets(row_R, channel_C, width, dy_h, dy_w, dy_c, FLAT_DY)
-    dy_RC = tl.load(at_RC, mask=real_RC, other=0.0)
-
-    group_C = channel_C // PER_GROUP
-    rstd_C = tl.load(rstd + image * groups + group_C, mask=real_C, other=0.0)
-    centre_C = tl.load(mean + image * groups + group_C, mask=real_C, other=0.0)
-    centre_C -= _per_image(add, image, add_n, channel_C, real_C, ADD)
-    gain_C, offset_C = _affine(weight, bias, scale, shift, image, scale_n, shift_n, channel_C, real_C, SCALE, SHIFT)
-    normal_RC = tl.where(real_RC, (x_RC.to(tl.float32) - centre_C[None, :]) * rstd_C[None, :], 0.0)
-    dv_RC = _through_silu(dy_RC.to(tl.float32), normal_RC, gain_C, offset_C, SILU)
-    flow_C = tl.sum(dv_RC, axis=0)
-    twist_C = tl.sum(dv_RC * normal_RC, axis=0)
-    drift_C = flow_C
-    if ADD:
-        drift_C = tl.sum(normal_RC, axis=0)
-
-    count = pixels * PER_GROUP
-    common_G = _fold(gain_C * flow_C, PER_GROUP, BLOCK_C, BLOCK_G) / count
-    tilt_G = _fold(gain_C * twist_C, PER_GROUP, BLOCK_C, BLOCK_G) / count
-    common_C = _spread(common_G, PER_GROUP, BLOCK_C, BLOCK_G)
-    tilt_C = _spread(tilt_G, PER_GROUP, BLOCK_C, BLOCK_G)
-    value_RC = rstd_C[None, :] * (gain_C[None, :] * dv_RC - common_C[None, :] - normal_RC * tilt_C[None, :])
-    dx_RC = dx + image * dx_n + row_R[:, None] * dx_w + channel_C[None, :] * dx_c
-    tl.store(dx_RC, value_RC.to(dx.dtype.element_ty), mask=real_RC)
-    _small_gradients(
-        weight, bias, scale, per_image, dadd, dscale, dshift, image, channels, channel_C, real_C,
-        flow_C, twist_C, drift_C, common_C, tilt_C, rstd_C, gain_C, pixels, scale_n, ADD, SCALE, SHIFT,
-    )
-
-
-@triton.jit
-def _backward_sums(
-    x, dy, weight, bias, add, scale, shift, mean, rstd, partial,
-    channels, groups, pixels, width, rows, chunks,
-    x_n, x_h, x_w, x_c, dy_n, dy_h, dy_w, dy_c, add_n, scale_n, shift_n,
-    ADD: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr,
-    FLAT: tl.constexpr, FLAT_DY: tl.constexpr,
-    SPAN: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):
-    """Per-channel sums over one chunk of rows: dv, dv * normal, and normal where `add` needs it."""
-    image = tl.program_id(2).to(tl.int64)
-    chunk = tl.program_id(1)
-    lane_C = tl.arange(0, BLOCK_C)
-    channel_C = tl.program_id(0) * SPAN + lane_C
-    real_C = (lane_C < SPAN) & (channel_C < channels)
-    group_C = channel_C // PER_GROUP
-    rstd_C = tl.load(rstd + image * groups + group_C, mask=real_C, other=0.0)
-    centre_C = tl.load(mean + image * groups + group_C, mask=real_C, other=0.0)
-    centre_C -= _per_image(add, image, add_n, channel_C, real_C, ADD)
-    gain_C, offset_C = _affine(weight, bias, scale, shift, image, scale_n, shift_n, channel_C, real_C, SCALE, SHIFT)
-    flow_RC = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    twist_RC = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    drift_RC = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    last = tl.minimum(chunk * rows + rows, pixels)
-    for first in range(chunk * rows, last, BLOCK_R):
-        row_R = first + tl.arange(0, BLOCK_R)
-        real_RC = (row_R < last)[:, None] & real_C[None, :]
-        from_RC = x + image * x_n + _offsets(row_R, channel_C, width, x_h, x_w, x_c, FLAT)
-        x_RC = tl.load(from_RC, mask=real_RC, other=0.0)
-        at_RC = dy + image * dy_n + _offsets(row_R, channel_C, width, dy_h, dy_w, dy_c, FLAT_DY)
-        dy_RC = tl.load(at_RC, mask=real_RC, other=0.0).to(tl.float32)
-        normal_RC = tl.where(real_RC, (x_RC.to(tl.float32) - centre_C[None, :]) * rstd_C[None, :], 0.0)
-        dv_RC = _through_silu(dy_RC, normal_RC, gain_C, offset_C, SILU)
-        flow_RC += dv_RC
-        twist_RC += dv_RC * normal_RC
-        if ADD:
-            drift_RC += normal_RC
-    slot_C = partial + (image * chunks + chunk) * 3 * channels + channel_C
-    tl.store(slot_C, tl.sum(flow_RC, axis=0), mask=real_C)
-    tl.store(slot_C + channels, tl.sum(twist_RC, axis=0), mask=real_C)
-    if ADD:
-        tl.store(slot_C + 2 * channels, tl.sum(drift_RC, axis=0), mask=real_C)
-
-
-@triton.jit
-def _total(partial, image, which, channels, chunks, channel_C, real_C, BLOCK_K: tl.constexpr):
-    chunk_K = tl.arange(0, BLOCK_K)
-    slot_KC = partial + ((image * chunks + chunk_K)[:, None] * 3 + which) * channels + channel_C[None, :]
-    return tl.sum(tl.load(slot_KC, mask=(chunk_K < chunks)[:, None] & real_C[None, :], other=0.0), axis=0)
-
-
-@triton.jit
-def _backward_apply(
-    x, dy, weight, bias, add, scale, shift, mean, rstd, partial, dx, per_image, dadd, dscale, dshift,
-    channels, groups, pixels, width, rows, chunks,
-    x_n, x_h, x_w, x_c, dy_n, dy_h, dy_w, dy_c, dx_n, dx_w, dx_c, add_n, scale_n, shift_n,
-    ADD: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr,
-    FLAT: tl.constexpr, FLAT_DY: tl.constexpr,
-    SPAN: tl.constexpr, PER_GROUP: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr,
-):
-    """Gradient of one chunk of rows from the sums of all chunks."""
-    image, chunk = _last_first()
-    lane_C = tl.arange(0, BLOCK_C)
-    channel_C = tl.program_id(0) * SPAN + lane_C
-    real_C = (lane_C < SPAN) & (channel_C < channels)
-    group_C = channel_C // PER_GROUP
-    rstd_C = tl.load(rstd + image * groups + group_C, mask=real_C, other=0.0)
-    centre_C = tl.load(mean + image * groups + group_C, mask=real_C, other=0.0)
-    centre_C -= _per_image(add, image, add_n, channel_C, real_C, ADD)
-    gain_C, offset_C = _affine(weight, bias, scale, shift, image, scale_n, shift_n, channel_C, real_C, SCALE, SHIFT)
-
-    flow_C = _total(partial, image, 0, channels, chunks, channel_C, real_C, BLOCK_K)
-    twist_C = _total(partial, image, 1, channels, chunks, channel_C, real_C, BLOCK_K)
-    count = pixels * PER_GROUP
-    common_G = _fold(gain_C * flow_C, PER_GROUP, BLOCK_C, BLOCK_G) / count
-    tilt_G = _fold(gain_C * twist_C, PER_GROUP, BLOCK_C, BLOCK_G) / count
-    common_C = _spread(common_G, PER_GROUP, BLOCK_C, BLOCK_G)
-    tilt_C = _spread(tilt_G, PER_GROUP, BLOCK_C, BLOCK_G)
-    if chunk == 0:
-        drift_C = flow_C
-        if ADD:
-            drift_C = _total(partial, image, 2, channels, chunks, channel_C, real_C, BLOCK_K)
-        _small_gradients(
-            weight, bias, scale, per_image, dadd, dscale, dshift, image, channels, channel_C, real_C,
-            flow_C, twist_C, drift_C, common_C, tilt_C, rstd_C, gain_C, pixels, scale_n, ADD, SCALE, SHIFT,
-        )
-
-    last = tl.minimum(chunk * rows + rows, pixels)
-    for first in range(chunk * rows, last, BLOCK_R):
-        row_R = first + tl.arange(0, BLOCK_R)
-        real_RC = (row_R < last)[:, None] & real_C[None, :]
-        from_RC = x + image * x_n + _offsets(row_R, channel_C, width, x_h, x_w, x_c, FLAT)
-        x_RC = tl.load(from_RC, mask=real_RC, other=0.0)
-        at_RC = dy + image * dy_n + _offsets(row_R, channel_C, width, dy_h, dy_w, dy_c, FLAT_DY)
-        dy_RC = tl.load(at_RC, mask=real_RC, other=0.0).to(tl.float32)
-        normal_RC = (x_RC.to(tl.float32) - centre_C[None, :]) * rstd_C[None, :]
-        dv_RC = _through_silu(dy_RC, normal_RC, gain_C, offset_C, SILU)
-        value_RC = rstd_C[None, :] * (gain_C[None, :] * dv_RC - common_C[None, :] - normal_RC * tilt_C[None, :])
-        dx_RC = dx + image * dx_n + row_R[:, None] * dx_w + channel_C[None, :] * dx_c
-        tl.store(dx_RC, value_RC.to(dx.dtype.element_ty), mask=real_RC)
-
-# fmt: on
-
 # ----------------------------------------------------------------------------------------------------- operators
 
-_LINE_BYTES = 128
-_HALF_LINE_BYTES = 64
-_WHOLE_ELEMENTS = 16384
-_WHOLE_ELEMENTS_MODULATED_BACKWARD = 8192  # twice that spills on sm_90: a row per modulation is live beside x and dy
-_TILE = 4096
-_MOST_CHUNKS = 64
-_LEAST_ROWS = 512
+
+def _cut(x_NCHW, groups, in_turns, room=WHOLE_ELEMENTS) -> tuple[Tiling, bool]:
+    """Programs of a call, and whether they take turns, which small maps and those that no cache holds do not."""
+    _, channels, height, width = x_NCHW.shape
+    of_one_image = (channels, groups, height * width, x_NCHW.element_size(), room)
+    cut = tiling(*of_one_image, in_turns=in_turns)
+    if in_turns and cut.chunks and fits_the_cache(cut, height * width, x_NCHW.element_size()):
+        return cut, True
+    return tiling(*of_one_image), False
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """How one call is cut into programs; `chunks` is 0 where a program holds a whole slab."""
-
-    span: int  # channels of a program, always whole groups
-    block_c: int
-    block_g: int
-    block_r: int  # rows in a tile
-    rows: int  # rows of a program
-    chunks: int
-    warps: int
-
-
-def tiling(channels: int, groups: int, pixels: int, itemsize: int, room: int = _WHOLE_ELEMENTS) -> Tiling:
-    """Cut a call into programs by its shape alone, so that the same call is always summed in the same order."""
-    # Half lines are worth it only where they spare a second read of everything.
-    for line_bytes in (_LINE_BYTES, _HALF_LINE_BYTES):
-        span = _channel_span(channels, groups, line_bytes // itemsize)
-        whole_r, block_c = _power_of_2(pixels), _power_of_2(span)
-        if whole_r * block_c <= room:
-            block_g = _block_g(span, channels // groups)
-            return Tiling(span, block_c, block_g, whole_r, pixels, 0, _warps(whole_r * block_c))
-    span = _channel_span(channels, groups, _LINE_BYTES // itemsize)
-    block_c = _power_of_2(span)
-    block_r = max(1, _TILE // block_c)
-    rows = max(_LEAST_ROWS, math.ceil(pixels / _MOST_CHUNKS))
-    rows = math.ceil(rows / block_r) * block_r
-    block_g = _block_g(span, channels // groups)
-    return Tiling(span, block_c, block_g, block_r, rows, math.ceil(pixels / rows), _warps(2 * _TILE))
-
-
-def _channel_span(channels, groups, least):
-    """Whole groups of at least that many channels with the fewest idle lanes; equal shares of the channels."""
-    per_group = channels // groups
-    shares = [k * per_group for k in range(1, groups + 1) if groups % k == 0]
-    wide = [span for span in shares if span >= least] or shares[-1:]
-    return min(wide, key=lambda span: (_power_of_2(span) / span, span))
-
-
-def _block_g(span, per_group):
-    is_even = per_group & (per_group - 1) == 0
-    return _power_of_2(span) // per_group if is_even else _power_of_2(span // per_group)
-
-
-def _power_of_2(number):
-    return 1 << (number - 1).bit_length()
-
-
-def _warps(elements):
-    return min(16, max(4, elements // 1024))
+def _turns(cut, x_NCHW, spans):
+    """Grid and arguments of a launch in turns."""
+    images, _, height, width = x_NCHW.shape
+    slabs = images * spans
+    ahead = slabs_ahead(cut, slabs, height * width, x_NCHW.element_size())
+    turns = torch.zeros(1 + slabs, dtype=torch.int32, device=x_NCHW.device)
+    return (2 * slabs * cut.chunks,), {"turns": turns, "spans": spans, "slabs": slabs, "ahead": ahead}
 
 
 def _is_flat(image_NCHW):
@@ -634,9 +198,10 @@ def _forward(
     groups: int,
     eps: float,
     silu: bool,
+    in_turns: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    images, channels, height, width = x_NCHW.shape
-    cut = tiling(channels, groups, height * width, x_NCHW.element_size())
+    images, channels = x_NCHW.shape[:2]
+    cut, in_turns = _cut(x_NCHW, groups, in_turns)
     y_NCHW = _dense_like(x_NCHW)
     mean_NG = torch.empty(images, groups, dtype=torch.float32, device=x_NCHW.device)
     rstd_NG = torch.empty_like(mean_NG)
@@ -648,14 +213,19 @@ def _forward(
     output |= modulation | _dense_strides("y", y_NCHW) | {"eps": eps, "SILU": silu}
     spans = math.ceil(channels / cut.span)
     if not cut.chunks:
-        launch(NAME, wrap_triton(_forward_whole), (spans, images), shared | output)
+        launch(NAME, wrap_triton(forward_whole), (spans, images), shared | output)
         return y_NCHW, mean_NG, rstd_NG
     shared |= {"rows": cut.rows, "chunks": cut.chunks}
     shared["partial"] = torch.empty(images, cut.chunks, 2, groups, dtype=torch.float32, device=x_NCHW.device)
+    output["BLOCK_K"] = power_of_2(cut.chunks)
+    if in_turns:
+        grid, turns = _turns(cut, x_NCHW, spans)
+        launch(NAME, wrap_triton(forward_in_turn), grid, shared | output | turns)
+        return y_NCHW, mean_NG, rstd_NG
     grid = (spans, cut.chunks, images)
     add = {name: modulation[name] for name in ("add", "add_n", "ADD")}
-    launch(NAME, wrap_triton(_forward_statistics), grid, shared | add)
-    launch(NAME, wrap_triton(_forward_apply), grid, shared | output | {"BLOCK_K": _power_of_2(cut.chunks)})
+    launch(NAME, wrap_triton(forward_statistics), grid, shared | add)
+    launch(NAME, wrap_triton(forward_apply), grid, shared | output)
     return y_NCHW, mean_NG, rstd_NG
 
 
@@ -672,11 +242,12 @@ def _backward(
     rstd_NG: Tensor,
     groups: int,
     silu: bool,
+    in_turns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    images, channels, height, width = x_NCHW.shape
+    images, channels = x_NCHW.shape[:2]
     is_plain = add_NC is None and scale_NC is None and shift_NC is None
-    room = _WHOLE_ELEMENTS if is_plain else _WHOLE_ELEMENTS_MODULATED_BACKWARD
-    cut = tiling(channels, groups, height * width, x_NCHW.element_size(), room)
+    room = WHOLE_ELEMENTS if is_plain else WHOLE_ELEMENTS_MODULATED_BACKWARD
+    cut, in_turns = _cut(x_NCHW, groups, in_turns, room)
     dx_NCHW = _dense_like(x_NCHW)
     per_image_N2C = torch.empty(images, 2, channels, dtype=torch.float32, device=x_NCHW.device)
     small = {f"d{name}": _gradient_like(value, x_NCHW) for name, value in _named(add_NC, scale_NC, shift_NC).items()}
@@ -688,13 +259,19 @@ def _backward(
     output = {"dx": dx_NCHW, "per_image": per_image_N2C, "BLOCK_G": cut.block_g} | _dense_strides("dx", dx_NCHW) | small
     spans = math.ceil(channels / cut.span)
     if not cut.chunks:
-        launch(NAME, wrap_triton(_backward_whole), (spans, images), shared | output)
+        launch(NAME, wrap_triton(backward_whole), (spans, images), shared | output)
     else:
         shared |= {"rows": cut.rows, "chunks": cut.chunks}
         shared["partial"] = torch.empty(images, cut.chunks, 3, channels, dtype=torch.float32, device=x_NCHW.device)
-        grid = (spans, cut.chunks, images)
-        launch(NAME, wrap_triton(_backward_sums), grid, shared)
-        launch(NAME, wrap_triton(_backward_apply), grid, shared | output | {"BLOCK_K": _power_of_2(cut.chunks)})
+        output["BLOCK_K"] = power_of_2(cut.chunks)
+        if in_turns:
+            grid, turns = _turns(cut, x_NCHW, spans)
+            turns["of_group"] = torch.empty(images, 2, groups, dtype=torch.float32, device=x_NCHW.device)
+            launch(NAME, wrap_triton(backward_in_turn), grid, shared | output | turns)
+        else:
+            grid = (spans, cut.chunks, images)
+            launch(NAME, wrap_triton(backward_sums), grid, shared)
+            launch(NAME, wrap_triton(backward_apply), grid, shared | output)
     return dx_NCHW, per_image_N2C.sum(dim=0), small["dadd"], small["dscale"], small["dshift"]
 
 
@@ -709,17 +286,17 @@ def _gradient_like(value_NC, x_NCHW):
 
 
 def _save(ctx, inputs, output):
-    x_NCHW, weight_C, bias_C, add_NC, scale_NC, shift_NC, ctx.groups, _, ctx.silu = inputs
+    x_NCHW, weight_C, bias_C, add_NC, scale_NC, shift_NC, ctx.groups, _, ctx.silu, ctx.in_turns = inputs
     _, mean_NG, rstd_NG = output
     ctx.save_for_backward(x_NCHW, weight_C, bias_C, add_NC, scale_NC, shift_NC, mean_NG, rstd_NG)
 
 
 def _differentiate(ctx, dy_NCHW, _dmean, _drstd):
     saved = ctx.saved_tensors
-    dx_NCHW, dweight_bias_2C, *small = _backward(dy_NCHW, *saved, ctx.groups, ctx.silu)
+    dx_NCHW, dweight_bias_2C, *small = _backward(dy_NCHW, *saved, ctx.groups, ctx.silu, ctx.in_turns)
     dweight_C, dbias_C = (gradient.to(saved[1].dtype) for gradient in dweight_bias_2C)
     dadd, dscale, dshift = (None if value is None else gradient for gradient, value in zip(small, saved[3:6]))
-    return dx_NCHW, dweight_C, dbias_C, dadd, dscale, dshift, None, None, None
+    return dx_NCHW, dweight_C, dbias_C, dadd, dscale, dshift, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -728,11 +305,12 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def group_norm_silu(
-    x_NCHW, weight_C, bias_C, groups, eps=1e-5, *, shift_NC=None, scale_NC=None, add_NC=None, silu=True
+    x_NCHW, weight_C, bias_C, groups, eps=1e-5, *, shift_NC=None, scale_NC=None, add_NC=None, silu=True, in_turns=False
 ):
     """Normalise, modulate and activate in one operation; channels-last in, channels-last out.
 
-    Weights and modulation may be of another floating type than the image. Raises ValueError on shapes, groups or
+    Weights and modulation may be of another floating type than the image. `in_turns` gives maps larger than one program
+    holds one launch instead of two (duotone.kernels.turns): the same numbers but for the order of sums. Raises ValueError on shapes, groups or
     devices that do not fit.
     """
     _validate(x_NCHW, weight_C, bias_C, groups, {"shift_NC": shift_NC, "scale_NC": scale_NC, "add_NC": add_NC})
@@ -740,7 +318,7 @@ def group_norm_silu(
     if reason:
         count_fallback(NAME, reason, *x_NCHW.shape)
     elif reason is None:
-        return _forward(x_NCHW, weight_C, bias_C, add_NC, scale_NC, shift_NC, groups, eps, silu)[0]
+        return _forward(x_NCHW, weight_C, bias_C, add_NC, scale_NC, shift_NC, groups, eps, silu, in_turns)[0]
     return group_norm_silu_reference(
         x_NCHW, weight_C, bias_C, groups, eps, shift_NC=shift_NC, scale_NC=scale_NC, add_NC=add_NC, silu=silu
     )

@@ -52,8 +52,12 @@ class Embedding(nn.Module):
 class GroupNormSiLU(nn.GroupNorm):
     """Group norm with, on request, an added vector, FiLM and SiLU, in one kernel."""
 
+    in_turns = False
+    """Whether large maps take one launch instead of two (duotone.kernels.turns)."""
+
     def forward(self, x_NCHW: Tensor, *, silu: bool = True, **modulation: Tensor) -> Tensor:
-        return group_norm_silu(x_NCHW, self.weight, self.bias, self.num_groups, self.eps, silu=silu, **modulation)
+        affine = (self.weight, self.bias, self.num_groups, self.eps)
+        return group_norm_silu(x_NCHW, *affine, silu=silu, in_turns=self.in_turns, **modulation)
 
 
 class ResBlock(nn.Module):

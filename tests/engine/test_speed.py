@@ -17,6 +17,7 @@ from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.text import ByteText
 from duotone.engine.cuda_graph import Recordings
 from duotone.engine.memory import Estimate, estimate
+from duotone.engine.model.blocks import GroupNormSiLU
 from duotone.engine.model.network import Network
 from duotone.engine.model.unet import UNet, UNetConfig
 from duotone.engine.objectives.edm import EDM
@@ -111,6 +112,13 @@ def test_padded_ends_hand_the_convolutions_multiples_of_eight(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "conv2d", noted)
     unet(torch.randn(1, 3, 8, 8), torch.zeros(1), None, torch.randn(1, 5, 16))
     assert widths[0] == (16, 8) and widths[-1] == (8, 16)
+
+
+def test_every_norm_is_told_to_take_turns():
+    unet = SHAPE.build()
+    speed.make_ready(unet, speed.Speed(norms_in_turns=True), CPU)
+    norms = [module for module in unet.modules() if isinstance(module, GroupNormSiLU)]
+    assert len(norms) == 21 and all(norm.in_turns for norm in norms)
 
 
 # -------------------------------------------------------------------------------------------------------- compiler
@@ -216,7 +224,9 @@ def test_a_recording_follows_its_inputs():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("switches", [{"cuda_graphs": True}, {"autotune": True}, {"padded_ends": True}], ids=str)
+@pytest.mark.parametrize(
+    "switches", [{"cuda_graphs": True}, {"autotune": True}, {"padded_ends": True}, {"norms_in_turns": True}], ids=str
+)
 def test_a_switch_changes_rounding_at_most(switches):
     """Two training steps of a compiled network with and without it, gradients and all."""
     results = []

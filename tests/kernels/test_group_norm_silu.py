@@ -1,13 +1,15 @@
 """group_norm_silu against its definition in fp64: values, every gradient, every switch, every layout."""
 
+from functools import partial
 from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from duotone.kernels import dispatch
-from duotone.kernels.group_norm_silu import CASES, NAME, group_norm_silu, group_norm_silu_reference, tiling
+from duotone.kernels import dispatch, group_norm_tiling
+from duotone.kernels.group_norm_silu import CASES, NAME, group_norm_silu, group_norm_silu_reference
+from duotone.kernels.group_norm_tiling import tiling
 
 CHECKED = [case for case in CASES if not case.timed]
 BY_NAME = {case.name: case for case in CASES}
@@ -47,9 +49,9 @@ def differentiate(function, inputs, case, dy_NCHW, silu=True, dtype=None):
     return {"y": y_NCHW.detach()} | {f"d{name}": g for name, g in zip(leaves, gradients)}
 
 
-def compare(case, inputs, dy_NCHW, agree, launching, silu=True, arithmetic=1e-5):
+def compare(case, inputs, dy_NCHW, agree, launching, silu=True, arithmetic=1e-5, norm=group_norm_silu):
     with launching(NAME):
-        got = differentiate(group_norm_silu, inputs, case, dy_NCHW, silu)
+        got = differentiate(norm, inputs, case, dy_NCHW, silu)
     exact = differentiate(group_norm_silu_reference, inputs, case, dy_NCHW, silu, torch.float64)
     for name, value in got.items():
         agree(value, exact[name], name, arithmetic, scale=_scale(exact, name))
@@ -208,6 +210,61 @@ def test_programs_own_whole_groups_and_fill_cache_lines(channels, groups):
     cut = tiling(channels, groups, 4096, 2)
     assert cut.span % (channels // groups) == 0 and channels % cut.span == 0
     assert cut.span * 2 >= 128
+
+
+@pytest.fixture
+def in_turns(monkeypatch):
+    """Large maps in one launch, first passes a single slab ahead: first alone, then both, then second passes alone."""
+    monkeypatch.setattr(group_norm_tiling, "_CHUNKS_AHEAD", 1)
+    return partial(group_norm_silu, in_turns=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["chunks", "chunks_odd_groups"])
+def test_in_turns_agrees_with_fp64(name, dtype, in_turns, device, agree, launching):
+    case = BY_NAME[name]
+    inputs = draw(case, device, dtype)
+    inputs["x_NCHW"] = channels_last(inputs["x_NCHW"])
+    dy_NCHW = channels_last(torch.randn(case.shape, device=device).to(dtype))
+    with launching(NAME, launches=2):
+        compare(case, inputs, dy_NCHW, agree, launching, norm=in_turns)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "cropped"])
+def test_every_layout_in_turns(layout, in_turns, device, agree, launching):
+    case = BY_NAME["chunks_odd_groups"]
+    inputs = draw(case, device, torch.float32)
+    inputs["x_NCHW"] = LAYOUTS[layout](inputs["x_NCHW"])
+    dy_NCHW = LAYOUTS[layout](torch.randn(case.shape, device=device))
+    with launching(NAME, launches=2):
+        compare(case, inputs, dy_NCHW, agree, launching, silu=False, norm=in_turns)
+
+
+@pytest.mark.parametrize("absent", ["add_NC", "scale_NC", "shift_NC"])
+def test_every_switch_in_turns(absent, in_turns, device, agree, launching):
+    case = BY_NAME["chunks"]
+    inputs = draw(case, device, torch.float32)
+    del inputs[absent]
+    inputs["x_NCHW"] = channels_last(inputs["x_NCHW"])
+    with launching(NAME, launches=2):
+        compare(case, inputs, torch.randn(case.shape, device=device), agree, launching, norm=in_turns)
+
+
+def test_in_turns_an_image_does_not_depend_on_its_batch(in_turns, device, launching):
+    case = BY_NAME["chunks"]
+    inputs = draw(case, device, torch.float32)
+    alone = {name: value[:1] if value.shape[0] == case.shape[0] else value for name, value in inputs.items()}
+    with launching(NAME, launches=2):
+        both, one = (in_turns(**i, groups=case.groups) for i in (inputs, alone))
+    assert both[:1].equal(one)
+
+
+def test_maps_that_no_cache_holds_take_two_launches(monkeypatch, in_turns, device, agree, launching):
+    monkeypatch.setattr(group_norm_tiling, "_KEPT_BYTES", 1000)
+    case = BY_NAME["chunks"]
+    inputs = draw(case, device, torch.float32)
+    with launching(NAME, launches=4):
+        compare(case, inputs, torch.randn(case.shape, device=device), agree, launching, norm=in_turns)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 The other files of this folder run on a GPU too, compiled instead of interpreted: `pytest tests/kernels`.
 """
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -21,10 +23,13 @@ def norm_inputs(dtype=torch.bfloat16, images=4, channels=128, side=32):
     return [t.requires_grad_() for t in (x_NCHW, *weights, *modulation)]
 
 
-def norm(x_NCHW, weight_C, bias_C, add_NC, scale_NC, shift_NC):
+def norm(x_NCHW, weight_C, bias_C, add_NC, scale_NC, shift_NC, in_turns=False):
     return group_norm_silu.group_norm_silu(
-        x_NCHW, weight_C, bias_C, 32, add_NC=add_NC, scale_NC=scale_NC, shift_NC=shift_NC
+        x_NCHW, weight_C, bias_C, 32, add_NC=add_NC, scale_NC=scale_NC, shift_NC=shift_NC, in_turns=in_turns
     )
+
+
+norm_in_turns = partial(norm, in_turns=True)
 
 
 def attention_inputs(dtype=torch.bfloat16, images=3, queries=300, keys=77, width=64):
@@ -40,7 +45,9 @@ def both_passes(function, leaves, gradient):
 
 def test_operators_are_sound():
     inputs = norm_inputs(torch.float32, images=2, channels=32, side=8)
-    torch.library.opcheck(torch.ops.duotone.group_norm_silu.default, (*inputs, 8, 1e-5, True))
+    torch.library.opcheck(torch.ops.duotone.group_norm_silu.default, (*inputs, 8, 1e-5, True, False))
+    inputs = norm_inputs(torch.float32, images=2, channels=64, side=40)
+    torch.library.opcheck(torch.ops.duotone.group_norm_silu.default, (*inputs, 8, 1e-5, True, True))
     tokens, mask_NM = attention_inputs(images=3, queries=40)
     torch.library.opcheck(torch.ops.duotone.attention.default, (*tokens, mask_NM, 0.125))
     image = torch.zeros(2, 8, 8, 3, dtype=torch.uint8, device="cuda")
@@ -66,14 +73,33 @@ def test_norm_of_gradients_gives_the_same_bits_again():
     assert all(squared_norm(grad_P).equal(squared_norm(grad_P)) for _ in range(5))
 
 
+@pytest.mark.parametrize("norm", [norm, norm_in_turns], ids=["norm", "in_turns"])
 @pytest.mark.parametrize("side", [8, 64], ids=["on_chip", "chunks"])
-def test_norm_in_one_compiled_graph(side):
+def test_norm_in_one_compiled_graph(side, norm):
     inputs = norm_inputs(side=side)
     gradient = torch.randn_like(inputs[0])
     eager = both_passes(norm, inputs, gradient)
     compiled = both_passes(torch.compile(norm, fullgraph=True), inputs, gradient)
     for mine, theirs in zip(compiled, eager):
         torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_turns_end_beside_other_work_and_within_a_captured_graph():
+    """Thousands of programs, most of which wait for some time, while another stream keeps the GPU busy."""
+    inputs = [t.detach() for t in norm_inputs(images=64, side=64)]
+    expected, beside, square = norm(*inputs), torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda")
+    with torch.cuda.stream(beside):
+        for _ in range(20):
+            square = (square @ square).tanh()
+    for _ in range(10):
+        torch.testing.assert_close(norm_in_turns(*inputs), expected, rtol=2e-2, atol=2e-2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = norm_in_turns(*inputs)
+    for _ in range(3):
+        out.zero_()
+        graph.replay()
+        torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
 
 
 def test_attention_in_one_compiled_graph():
@@ -103,8 +129,9 @@ def test_draws_and_guidance_in_one_compiled_graph():
     assert target.equal(diffuse.diffuse(image, flip, coefficients, 3, positions, 1)[1])
 
 
+@pytest.mark.parametrize("norm", [norm, norm_in_turns], ids=["norm", "in_turns"])
 @pytest.mark.parametrize("side", [8, 64, 128], ids=["on_chip", "chunks", "many_chunks"])
-def test_norm_gives_the_same_bits_again(side):
+def test_norm_gives_the_same_bits_again(side, norm):
     inputs = norm_inputs(side=side)
     gradient = torch.randn_like(inputs[0])
     first = both_passes(norm, inputs, gradient)
