@@ -3,6 +3,8 @@
 import contextlib
 import io
 import re
+from dataclasses import is_dataclass
+from typing import get_args, get_origin, get_type_hints
 
 from duotone.data.refusal import Refused
 
@@ -21,7 +23,9 @@ def parse(cls: type, arguments: list[str], *, default=None, name: str | None = N
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise Refused(one_line(errors.getvalue())) from None
+        box = errors.getvalue()
+        kinds = kinds_of(cls)
+        raise Refused(unknown_kind(kinds, arguments) or key_of_another_kind(kinds, box) or one_line(box)) from None
 
 
 def whole_number(argument: str) -> str:
@@ -29,6 +33,37 @@ def whole_number(argument: str) -> str:
     if re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d+", argument) and float(argument).is_integer():
         return str(int(float(argument)))
     return argument
+
+
+def kinds_of(cls: type) -> dict[str, dict[str, type]]:
+    """Fields that may be one of several dataclasses, each by its name on the command line: {"objective": {"edm": EDM, ...}}."""
+    found = {}
+    for field, hint in get_type_hints(cls).items():
+        hint = get_args(hint)[0] if get_origin(hint) is tuple else hint
+        kinds = [kind for kind in get_args(hint) if is_dataclass(kind)]
+        if len(kinds) > 1:
+            found[field] = {re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", kind.__name__).lower(): kind for kind in kinds}
+    return found
+
+
+def unknown_kind(kinds: dict, arguments: list[str]) -> str | None:
+    """A kind that does not exist, as objective:foo, or a field of several kinds as if it were a key, as --objective foo."""
+    for argument in arguments:
+        word = re.fullmatch(r"(?:--(?=[\w.]+$))?([\w.]+?)(?::([\w-]*))?", argument)
+        known = kinds.get(re.sub(r"\.\d+$", "", word[1]), {}) if word else {}
+        if known and word[2] not in known:
+            return f"{argument} is unknown: give one of {', '.join(f'{word[1]}:{kind}' for kind in known)}"
+    return None
+
+
+def key_of_another_kind(kinds: dict, box: str) -> str | None:
+    """A key that only other kinds have than the one that was chosen, as tyro's box tells of it."""
+    for field, number, key in re.findall(r"--(\w+)(\.\d+)?\.([\w-]+) \(applied", re.sub(r"[\s│]+", " ", box)):
+        name = key.replace("-", "_")
+        owners = [f"{field}{number}:{k}" for k, c in kinds.get(field, {}).items() if name in c.__dataclass_fields__]
+        if owners:
+            return f"--{field}{number}.{key} belongs to {' and '.join(owners)}: choose that, or leave it out"
+    return None
 
 
 def one_line(box: str) -> str:

@@ -45,6 +45,12 @@ def tiny() -> Recipe:
         (["--objective.loss", "cubic"], "'cubic'.*--objective.loss.*'huber'"),
         (["--speed.precision", "fp8"], "'fp8'.*--speed.precision"),
         (["--zero.stage", "4"], "'4'.*--zero.stage"),
+        (["objective:foo"], "objective:foo is unknown: give one of objective:edm, objective:ddpm, objective:flow"),
+        (["--objective", "foo"], "--objective is unknown: give one of objective:edm"),
+        (["conditioning.0:bogus"], "conditioning.0:bogus is unknown: give one of conditioning.0:clip-text"),
+        (["objective:flow", "--objective.sigma-data", "3"], "--objective.sigma-data belongs to objective:edm: choose"),
+        (["--objective.rescale-zero-snr"], "--objective.rescale-zero-snr belongs to objective:ddpm"),
+        (["--conditioning.0.encoder", "x"], "--conditioning.0.encoder belongs to .*0:clip-text and .*0:encoder-text"),
     ],
 )
 def test_a_wrong_name_or_value_is_one_line_with_the_nearest_key(flags, says):
