@@ -151,9 +151,9 @@ def as_tuple(names: list[str] | None) -> tuple[str, ...] | None:
     return None if names is None else tuple(names)
 
 
-def kernel_faults(device: torch.device) -> list[str]:
+def kernel_faults(device: torch.device, switches: speed.Speed) -> list[str]:
     """On a GPU every kernel is held against its definition once; one that disagrees is switched off, with a line."""
-    return self_test(device) if device.type == "cuda" else []
+    return self_test(device, switches.norms_in_turns) if device.type == "cuda" else []
 
 
 def announce(run: Run, predicted: Estimate, begun: list[str]) -> None:
@@ -162,7 +162,7 @@ def announce(run: Run, predicted: Estimate, begun: list[str]) -> None:
     parameters = sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in run.network.parameters())
     micro = recipe.micro_batch(run.ranks.count)
     stage, why = zero.stage_taken(recipe.zero, choice.precision, recipe.accumulation)
-    faults = kernel_faults(run.ranks.device)
+    faults = kernel_faults(run.ranks.device, recipe.speed)
     fused, sites = speed.kernel_sites(run.network, run.ranks.device)
     run.log.say(
         f"{recipe.name}: {parameters / 1e6:.1f} M parameters, {choice.precision} on {choice.device}"

@@ -3,6 +3,8 @@
 Compilers have given silently wrong gradients for exactly these shapes; a wrong kernel costs a run, this costs a second.
 """
 
+import functools
+
 import torch
 
 from duotone.kernels import adamw_ema, attention, diffuse, dispatch, group_norm_silu, guided_step, squared_norm
@@ -10,12 +12,16 @@ from duotone.kernels import adamw_ema, attention, diffuse, dispatch, group_norm_
 _ALLOWED = 0.02
 
 
-def self_test(device) -> list[str]:
-    """Lines that say which kernels were switched off and why; empty where all agree or none can run on `device`."""
+def self_test(device, in_turns: bool = False) -> list[str]:
+    """Lines that say which kernels were switched off and why; empty where all agree or none can run on `device`.
+
+    `in_turns`: large maps are to be normalised so, which is tried as well.
+    """
     lines = []
+    checks = _CHECKS | {group_norm_silu.NAME: functools.partial(_check_group_norm_silu, in_turns=in_turns)}
     with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
         torch.manual_seed(0)
-        for name, check in _CHECKS.items():
+        for name, check in checks.items():
             if dispatch.runs_kernel(name, torch.empty(0, device=device)):
                 reason = _reason(check, device)
                 if reason:
@@ -52,9 +58,9 @@ def _with_gradients(function, reference, inputs, gradient):
     return zip(names, *results)
 
 
-def _check_group_norm_silu(device):
+def _check_group_norm_silu(device, in_turns=False):
     """Four channels per group in bf16 with every modulation, once on chip and once in chunks."""
-    for side in (8, 40):
+    for side, turns in ((8, False), (40, False), *([(40, True)] if in_turns else [])):
         x_NCHW = torch.randn(2, 64, side, side, device=device).bfloat16().contiguous(memory_format=torch.channels_last)
         inputs = {
             "x_NCHW": x_NCHW,
@@ -63,7 +69,7 @@ def _check_group_norm_silu(device):
         }
         inputs |= {name: torch.randn(2, 64, device=device) for name in ("shift_NC", "scale_NC", "add_NC")}
         yield from _with_gradients(
-            lambda **i: group_norm_silu.group_norm_silu(**i, groups=16),
+            lambda turns=turns, **i: group_norm_silu.group_norm_silu(**i, groups=16, in_turns=turns),
             lambda **i: group_norm_silu.group_norm_silu_reference(**i, groups=16),
             inputs,
             torch.randn_like(x_NCHW),

@@ -21,6 +21,14 @@ def test_sound_kernels_pass_and_the_random_state_is_untouched(device):
     assert sum(dispatch.launches.values()) > launches + 10
 
 
+def test_norms_in_turns_are_tried_where_a_run_has_them(device):
+    before = dispatch.launches[group_norm_silu.NAME]
+    assert self_test(device) == []
+    between = dispatch.launches[group_norm_silu.NAME]
+    assert self_test(device, in_turns=True) == []
+    assert dispatch.launches[group_norm_silu.NAME] - between == between - before + 2, "one launch a pass"
+
+
 def test_a_wrong_gradient_switches_its_kernel_off(device, monkeypatch):
     def wrong(*arguments):
         dx_NCHW, dweight_bias, *small = right(*arguments)
