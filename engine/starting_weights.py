@@ -14,11 +14,12 @@ from duotone.data.refusal import Refused
 from duotone.engine import diffusers_folder, original_layout
 from duotone.engine.model.network import Network
 from duotone.engine.model.unet import UNetConfig
+from duotone.engine.objectives.base import Objective
 
 CLASSES = "class_embedding.weight"
 
 
-def begin_from(network: Network, path: Path, config: UNetConfig) -> list[str]:
+def begin_from(network: Network, path: Path, config: UNetConfig, objective: Objective | None = None) -> list[str]:
     """Fills the network; returns what a reader should know. Raises Refused where the source does not fit."""
     file = weights_file(path)
     refuse_other_shape(file, config)
@@ -30,7 +31,7 @@ def begin_from(network: Network, path: Path, config: UNetConfig) -> list[str]:
     with torch.no_grad():
         for name in fitting:
             own[name].copy_(named[name])
-    lines = notes(fitting, named, own, file)
+    lines = notes(fitting, named, own, file) + taught_otherwise(file, objective)
     if original_layout.in_original_layout(given):
         lines.append(
             "of a single file only the UNet is read, and it does not say how many heads there are: model.heads is believed"
@@ -61,6 +62,18 @@ def refuse_other_shape(file: Path, config: UNetConfig) -> None:
     if differ:
         flags = " ".join(f"--model.{name.replace('_', '-')} {written(getattr(theirs, name))}" for name in differ)
         raise Refused(f"start = {file.parent} is another network than model: give {flags}")
+
+
+def taught_otherwise(file: Path, objective: Objective | None) -> list[str]:
+    """A pipeline's scheduler says what its network predicts: where that is not this run's objective, the weights unlearn it."""
+    beside = file.parent.parent / "scheduler" / "scheduler_config.json"
+    if objective is None or file.name != diffusers_folder.WEIGHTS or not beside.exists():
+        return []
+    theirs, ours = json.loads(beside.read_text()), diffusers_folder.scheduler_config(objective)
+    names = ("prediction_type", "beta_schedule", "num_train_timesteps", "sigma_data")
+    differ = [f"{name} {theirs[name]} there, {ours.get(name, 'none')} here" for name in names
+              if name in theirs and theirs[name] != ours.get(name)]  # fmt: skip
+    return [f"it was trained on another objective: {', '.join(differ)}"] if differ else []
 
 
 def same(theirs: UNetConfig, ours: UNetConfig, name: str) -> bool:

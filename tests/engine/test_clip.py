@@ -118,6 +118,19 @@ def test_every_caption_of_an_image_is_drawn(shards):
     data.close()
 
 
+def test_a_caption_longer_than_clip_takes_names_what_was_cut(clip):
+    """75 tokens lie between its marks; of 80 one-letter words the last five are named, and nothing else is lost."""
+    from duotone.engine.conditioning.base import Facts
+    from duotone.engine.conditioning.text import ClipText
+    from duotone.engine.model.unet import UNetConfig
+
+    text = ClipText(encoder=str(clip)).build(UNetConfig(), Facts())
+    words = ["a"] * 75 + list("bcdef")
+    with pytest.warns(UserWarning, match=r"longer than the text encoder takes; cut: 'b c d e f ?'"):
+        long = text.of_values([" ".join(words)])
+    assert torch.equal(long["ids_NM"], text.of_values([" ".join(words[:75])])["ids_NM"])
+
+
 def test_a_frozen_encoder_is_no_part_of_what_is_trained_or_kept(clip):
     from duotone.engine.conditioning.base import Facts
     from duotone.engine.conditioning.text import ClipText

@@ -18,6 +18,8 @@ from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.text import ByteText
 from duotone.engine.model.unet import UNetConfig
+from duotone.engine.objectives.ddpm import DDPM
+from duotone.engine.objectives.edm import EDM
 from duotone.engine.recipe import Recipe
 from duotone.engine.starting_weights import begin_from
 
@@ -194,6 +196,25 @@ def test_other_heads_in_the_middle_are_another_network(tmp_path):
     diffusers.UNet2DModel(**config).save_pretrained(tmp_path / "theirs")
     with pytest.raises(Refused, match=r"--model.heads 1 2"):
         begin_from(fresh(replace(RECIPE, model=ours, conditioning=())), tmp_path / "theirs", ours)
+
+
+@pytest.mark.parametrize(
+    ("objective", "says"),
+    [
+        (DDPM(prediction="v"), None),
+        (DDPM(), "prediction_type v_prediction there, epsilon here"),
+        (EDM(), "prediction_type v_prediction there, none here, beta_schedule linear there, none here"),
+    ],
+    ids=["the same", "another prediction", "another family"],
+)
+def test_weights_that_were_taught_another_objective_are_named(theirs, objective, says, tmp_path):
+    (tmp_path / "pipeline").mkdir()
+    theirs[1].rename(tmp_path / "pipeline" / "unet")
+    scheduler = diffusers.DDIMScheduler(1000, prediction_type="v_prediction", clip_sample=False)
+    scheduler.save_pretrained(tmp_path / "pipeline" / "scheduler")
+    said = begin_from(fresh(), tmp_path / "pipeline", MODEL, objective)
+    told = [line for line in said if "another objective" in line]
+    assert len(told) == (says is not None) and all(says in line for line in told)
 
 
 def test_a_run_begins_there_and_its_average_too(theirs, tmp_path):
