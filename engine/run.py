@@ -56,7 +56,7 @@ def set_up(recipe: Recipe) -> Run:
     facts = Facts(classes=as_tuple(data.classes), attributes=as_tuple(data.attributes))
     torch.manual_seed(recipe.seed)
     network = artifact.build(recipe, facts)
-    begun = [] if recipe.start is None else begin_from(network, recipe.start, recipe.model)
+    begun = [] if recipe.start is None else begin_from(network, recipe.start, recipe.model, recipe.objective)
     network.to(ranks.device)
     blocks = speed.make_ready(network.unet, recipe.speed, choice)
     recipe = with_accumulation(recipe, stored, network, choice, ranks)
