@@ -183,6 +183,7 @@ def scheduler_config(objective) -> dict:
             "prediction_type": {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}[objective.prediction],
             "clip_sample": False,
             "rescale_betas_zero_snr": objective.rescale_zero_snr,
+            "timestep_spacing": "trailing",  # as sample() does; theirs begins below the last timestep otherwise
         }
     if isinstance(objective, Flow):
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": objective.shift}
@@ -203,8 +204,8 @@ def export(model: Model, out: Path) -> list[str]:
         weights = unet_weights(model.network.state_dict())
         if "label" in conditioners:
             weights["class_embedding.weight"] = conditioners["label"].rows().float().contiguous().cpu()
-        write_folder(draft, config, weights, scheduler, list(conditioners))
-        notes = save_text_encoder(draft, model)
+        write_folder(draft, config, weights, scheduler)
+        notes = write_index(draft, config, scheduler, list(conditioners)) + save_text_encoder(draft, model)
         (draft / "README.md").write_text(card(model.recipe, model.facts, model.images))
         out.parent.mkdir(parents=True, exist_ok=True)
         os.replace(draft, out)
@@ -214,22 +215,26 @@ def export(model: Model, out: Path) -> list[str]:
     return notes
 
 
-def write_folder(
-    folder: Path, config: dict, weights: dict[str, Tensor], scheduler: dict, conditions: list[str]
-) -> None:
+def write_folder(folder: Path, config: dict, weights: dict[str, Tensor], scheduler: dict) -> None:
     for name in ("unet", "scheduler"):
         (folder / name).mkdir(parents=True)
     (folder / "unet" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(weights, folder / "unet" / WEIGHTS, {"format": "pt"})
     os.chmod(folder / "unet" / WEIGHTS, 0o666 & ~umask())
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
-    if not conditions:
-        index = {
-            "_class_name": "DDPMPipeline",
-            "unet": ["diffusers", config["_class_name"]],
-            "scheduler": ["diffusers", scheduler["_class_name"]],
-        }
-        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_index(folder: Path, config: dict, scheduler: dict, conditions: list[str]) -> list[str]:
+    """What makes the folder a pipeline, where they have one that samples it; DDPMPipeline scales no input, as EDM's needs."""
+    if conditions or scheduler["_class_name"] != "DDPMScheduler":
+        return ["no pipeline of theirs samples this: load the unet and the scheduler, and step through them"]
+    index = {
+        "_class_name": "DDPMPipeline",
+        "unet": ["diffusers", config["_class_name"]],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return []
 
 
 def save_text_encoder(folder: Path, model: Model) -> list[str]:

@@ -1,9 +1,11 @@
 """What the docs and the model card say of exports is what the export does."""
 
+import json
 import runpy
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 
@@ -11,6 +13,11 @@ from duotone.data.shards import Shards
 from duotone.engine import artifact, diffusers_folder, model_card, small
 from duotone.engine.artifact import Model
 from duotone.engine.conditioning.base import Facts
+from duotone.engine.objectives.ddpm import DDPM
+from duotone.engine.objectives.edm import EDM
+from duotone.engine.objectives.flow import Flow
+from duotone.engine.sample import sample
+from duotone.engine.samplers.euler import euler
 
 ROOT = Path(__file__).parents[2]
 RECIPES = {path.stem: path for path in (ROOT / "recipes").glob("*.py")}
@@ -45,3 +52,67 @@ def test_what_is_said_is_what_the_export_does(name, tmp_path):
             diffusers_folder.export(model, tmp_path / "folder")
         assert f"| as a diffusers folder | no, only as this single file: {why} |" in card
         assert list(tmp_path.iterdir()) == []
+
+
+OBJECTIVES = {
+    "epsilon": DDPM(),
+    "x0, cosine": DDPM(schedule="cosine", prediction="x0"),
+    "v, zero SNR": DDPM(schedule="scaled_linear", prediction="v", rescale_zero_snr=True),
+    "edm": EDM(sigma_data=0.6),
+    "flow": Flow(shift=2.0),
+}
+
+
+def plain_model(objective) -> Model:
+    """Without a condition, and far from zero, so that a wrong scale or time shows."""
+    recipe = replace(small.small_plain, data=Shards(size=16), objective=objective)
+    recipe = replace(recipe, model=replace(recipe.model, zero_init=False))
+    torch.manual_seed(0)
+    network = artifact.build(recipe, Facts()).eval().requires_grad_(False)
+    return Model(network, recipe.objective, Facts(), recipe)
+
+
+def their_steps(folder: Path, start: torch.Tensor, steps: int) -> torch.Tensor:
+    """The exported folder sampled by diffusers alone, deterministically, from the same noise."""
+    unet = diffusers.UNet2DModel.from_pretrained(folder, subfolder="unet").eval()
+    name = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+    scheduler = getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler")
+    if name == "DDPMScheduler":
+        scheduler = diffusers.DDIMScheduler.from_config(scheduler.config)
+    times = torch.linspace(1, 1 / steps, steps).tolist()
+    scheduler.set_timesteps(sigmas=times) if name.startswith("Flow") else scheduler.set_timesteps(steps)
+    x = start * scheduler.init_noise_sigma if name.startswith("EDM") else start
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+            x = scheduler.step(unet(scaled, t).sample, t, x).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_diffusers_draws_from_the_folder_what_is_drawn_here(name, tmp_path):
+    """UNet and scheduler together: the same picture from the same noise, Euler steps here and theirs there."""
+    model, seen = plain_model(OBJECTIVES[name]), []
+    notes = diffusers_folder.export(model, tmp_path / "folder")
+    assert (notes == []) == isinstance(model.objective, DDPM)
+
+    def watched(denoise, x_NCHW, sigmas, **settings):
+        scale = (1 + sigmas[0] ** 2).sqrt() if isinstance(model.objective, DDPM) else sigmas[0]
+        seen.append(x_NCHW if sigmas[0].isinf() else x_NCHW / scale)
+        return seen.append(euler(denoise, x_NCHW, sigmas)) or seen[-1]
+
+    sample(model, count=2, steps=8, sampler=watched, seed=2)
+    start, ours = seen
+    theirs = their_steps(tmp_path / "folder", start, 8)
+    assert ours.std() > 0.1
+    assert (ours - theirs).abs().max() <= 5e-4 * ours.abs().max().clamp(min=1)
+
+
+def test_an_exported_ddpm_is_a_pipeline_of_theirs(tmp_path):
+    diffusers_folder.export(plain_model(DDPM()), tmp_path / "folder")
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "folder")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.scheduler.config.timestep_spacing == "trailing"
+    assert pipeline(batch_size=1, num_inference_steps=3, output_type="np").images.shape == (1, 16, 16, 3)
+    diffusers_folder.export(plain_model(EDM()), tmp_path / "edm")
+    assert not (tmp_path / "edm" / "model_index.json").exists()
