@@ -9,13 +9,12 @@ import shutil
 import uuid
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from duotone.data.refusal import Refused
 from duotone.engine.artifact import Model, umask
-from duotone.engine.conditioning.base import Facts
-from duotone.engine.model.unet import UNet, UNetConfig
+from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.objectives.flow import Flow
@@ -266,7 +265,7 @@ NEUTRAL = {
     "num_attention_heads": (None,),
     "dual_cross_attention": (False,),
     "reverse_transformer_layers_per_block": (None,),
-    "class_embed_type": (None,),
+    "class_embed_type": (None, "projection"),  # of a pooled caption: the text condition's, not the UNet's
     "addition_embed_type": (None,),
     "resnet_skip_time_act": (False,),
     "resnet_out_scale_factor": (1, 1.0),
@@ -276,7 +275,6 @@ NEUTRAL = {
     "time_cond_proj_dim": (None,),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
-    "projection_class_embeddings_input_dim": (None,),
     "attention_type": ("default",),
     "class_embeddings_concat": (False,),
     "mid_block_only_cross_attention": (None, False),
@@ -288,6 +286,7 @@ READ = (
     *REQUIRED,
     *("mid_block_type", "add_attention", "layers_per_block", "transformer_layers_per_block", "attention_head_dim"),
     *("in_channels", "out_channels", "cross_attention_dim", "norm_num_groups", "attn_norm_num_groups", "norm_eps"),
+    *("projection_class_embeddings_input_dim",),
     *("dropout", "use_linear_projection", "time_embedding_dim", "flip_sin_to_cos", "freq_shift", "num_class_embeds"),
 )
 WITHOUT_EFFECT = (
@@ -398,23 +397,3 @@ def head_counts(theirs: dict, channels: tuple, attention: tuple) -> tuple[int, .
 
 def per_level(value, levels: int) -> tuple:
     return tuple(value) if isinstance(value, list | tuple) else (value,) * levels
-
-
-def load_unet(folder: Path) -> tuple[UNet, Tensor | None]:
-    """Their UNet folder as our UNet and, if it has one, its class embedding."""
-    try:
-        theirs = json.loads((folder / "config.json").read_text())
-        weights = load_file(folder / WEIGHTS)
-    except (OSError, ValueError) as error:
-        raise Refused(f"{folder} is no diffusers UNet folder ({error}): it needs config.json and {WEIGHTS}") from None
-    classes = weights.pop("class_embedding.weight", None)
-    unet = from_config(theirs).build()
-    missing, extra = unet.load_state_dict(weights, strict=False)
-    if missing or extra:
-        raise Refused(f"{folder} does not fit its config.json: missing {missing[:3]}, left over {extra[:3]}")
-    return unet, classes
-
-
-def facts_of(classes: Tensor | None) -> Facts:
-    """Numbered class names for a class embedding, the last row being the null class."""
-    return Facts(classes=None if classes is None else tuple(str(i) for i in range(len(classes) - 1)))

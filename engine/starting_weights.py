@@ -110,8 +110,15 @@ def by_our_names(named: dict[str, Tensor], config: UNetConfig) -> dict[str, Tens
         return named
     if original_layout.in_original_layout(named):
         named = original_layout.by_diffusers_names(named, config)
-    classes = {diffusers_folder.LABEL: named.pop(CLASSES)} if CLASSES in named else {}
-    return {f"unet.{name}": value for name, value in named.items()} | classes
+    return {by_our_name(name): value for name, value in named.items()}
+
+
+def by_our_name(name: str) -> str:
+    """A class embedding is the label's rows or, where it projects, the pooled caption's: a condition's and not the UNet's."""
+    if name == CLASSES:
+        return diffusers_folder.LABEL
+    beginning = "class_embedding."
+    return diffusers_folder.POOL + name.removeprefix(beginning) if name.startswith(beginning) else f"unet.{name}"
 
 
 def refuse_misfits(named: dict[str, Tensor], own: dict[str, Tensor], file: Path) -> None:

@@ -21,6 +21,7 @@ from duotone.engine.conditioning.text import ClipText
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.recipe import Recipe
 from duotone.engine.recipe_json import from_json, to_json
+from duotone.engine.starting_weights import begin_from
 
 RECIPE = Path(__file__).with_name("tiny_recipe.py")
 COCO = Path(__file__).parents[2] / "recipes" / "coco_clip.py"
@@ -308,7 +309,9 @@ def test_the_exported_unet_agrees_in_diffusers(ema, tmp_path):
         ours = model.network.unet(x, t, label.embedding(torch.tensor([1, 4])), tokens)
         other = theirs(x, t, tokens, class_labels=torch.tensor([1, 4])).sample
     assert (ours - other).abs().max() <= 1e-5
-    unet, classes = diffusers_folder.load_unet(tmp_path / "folder" / "unet")
-    assert torch.equal(classes, label.embedding.weight)
-    assert all(torch.equal(a, b) for a, b in zip(unet.state_dict().values(), model.network.unet.state_dict().values()))
+    again = artifact.build(model.recipe, model.facts)
+    begin_from(again, tmp_path / "folder", model.recipe.model)
+    assert torch.equal(again.conditioners["label"].embedding.weight, label.embedding.weight)
+    pairs = zip(again.unet.parameters(), model.network.unet.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
     assert load_file(ema).keys() == dict(model.network.named_parameters()).keys()

@@ -86,6 +86,20 @@ def test_our_own_file_and_a_condition_that_it_does_not_know(tmp_path):
     assert said[1:] == ["conditioners.label begins at random"]
 
 
+def test_an_exported_folder_of_a_text_model_begins_a_run_again(tmp_path):
+    """Its UNet and the projection of its pooled caption; the byte encoder goes by ema.safetensors, and begins at random."""
+    conditions = (ByteText(width=12, layers=1, heads=2, length=8),)
+    recipe = replace(RECIPE, model=TEXT, conditioning=conditions)
+    source, network = fresh(recipe, seed=5), fresh(recipe)
+    model = artifact.Model(source, recipe.objective, FACTS, recipe)
+    diffusers_folder.export(model, tmp_path / "folder")
+    said = begin_from(network, tmp_path / "folder", TEXT)
+    named = dict(source.named_parameters())
+    same = [name for name, p in network.named_parameters() if torch.equal(p, named[name])]
+    assert {name for name in named if name.startswith(("unet.", "conditioners.text.pool."))} <= set(same)
+    assert said[1:] == ["conditioners.text begins at random"]
+
+
 TEXT = UNetConfig(
     channels=(16, 32, 32),
     attention=("cross", "none", "cross"),
