@@ -72,12 +72,16 @@ def sample(
     Give what the model is conditioned on, or `count` images without a condition: `prompts`; `labels` by number or name;
     `attributes`, for each image a vector of 0, 1 and None (unknown), a list of the names that are present, or a mapping
     from the known names to 0 or 1; low-resolution `images`, uint8 (h, w, C); `holes`, pairs of an image and its mask (H, W),
-    true where it is to be filled, and around which the image stays as it is. `negative` takes the same by name for the branch that guidance leads away from. `guidance` is
-    a number or one per image, or for attributes a scale of each by name (engine/guiding/composed.py); `seed` too: image i of a single seed uses seed and i, and its noise does not depend on the
-    batch. Guidance is plain, or by a `rule` of engine/guiding; it leads away from the null state, the negative condition or,
-    with a `guide`, a weaker model of the same objective (autoguidance). `sampler` is a name or a function like those of
-    engine/samplers, as functools.partial(stochastic_heun, churn=40.0). `on_step(step, x_NCHW, denoised_NCHW)` is called after every step, and `progress` shows a bar. `chunk` images are drawn at once, by
-    default as many as the free memory holds. Raises Refused on what does not fit.
+    true where it is to be filled, and around which the image stays as it is.
+
+    `guidance` is a number or one per image, or for attributes a scale of each by name (engine/guiding/composed.py): plain, or
+    by a `rule` of engine/guiding. It leads away from the null state, from the `negative` condition, given by name as above, or,
+    with a `guide`, from a weaker model of the same objective (autoguidance). `sampler` is a name or a function like those of
+    engine/samplers, as functools.partial(stochastic_heun, churn=40.0).
+
+    `seed` is a number or one per image: image i of a single seed uses seed and i, and its noise does not depend on the batch.
+    `chunk` images are drawn at once, by default as many as the free memory holds. `on_step(step, x_NCHW, denoised_NCHW)` is
+    called after every step, and `progress` shows a bar. Raises Refused on what does not fit.
     """
     asked = {"prompts": prompts, "labels": labels, "attributes": attributes, "images": images, "holes": holes}
     asked = listed(asked)
