@@ -220,12 +220,15 @@ class EndConv(nn.Conv2d):
 
 
 class Downsample(nn.Module):
-    def __init__(self, width: int):
+    """A convolution of stride 2 with a border of zeros on all sides, or at the ends alone (Ho et al. 2020's networks)."""
+
+    def __init__(self, width: int, *, pads_ends: bool = False):
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
+        self.pads_ends = pads_ends
+        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=0 if pads_ends else 1)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        return self.conv(x_NCHW)
+        return self.conv(F.pad(x_NCHW, (0, 1, 0, 1)) if self.pads_ends else x_NCHW)
 
 
 class Upsample(nn.Module):

@@ -63,6 +63,8 @@ class UNetConfig:
     """One projection of the embedding for all blocks, each taking as many scales and shifts as it has channels."""
     dropout: float = 0.0
     """Dropout inside residual blocks."""
+    down_pads_ends: bool = False
+    """Downsampling borders the image with zeros at its right and lower ends alone, as Ho et al. 2020's networks do."""
     linear_projection: bool = False
     """Transformers project by linear layers instead of 1 x 1 convolutions."""
     middle_norm: bool = True
@@ -132,7 +134,7 @@ class DownLevel(Level):
         width, before = config.channels[index], config.channels[max(index - 1, 0)]
         super().__init__(config, index, [before] + [width] * (config.blocks[index] - 1))
         if index < len(config.channels) - 1:
-            self.downsamplers = nn.ModuleList([Downsample(width)])
+            self.downsamplers = nn.ModuleList([Downsample(width, pads_ends=config.down_pads_ends)])
 
 
 class UpLevel(Level):
