@@ -2,6 +2,8 @@
 
 python bench/speedrun.py --scratch DIR                 both sides, one after the other
 python bench/speedrun.py --scratch DIR --side engine   one of them
+python bench/speedrun.py --scratch DIR --side engine --again --checks 1    the last weights measured once more
+python bench/speedrun.py --scratch DIR --sweep         the last weights with other ways of sampling, 500 samples each
 
 The bar: 1,000 samples that a classifier of the data recognises in 90 % of cases, and whose Frechet distance from the training
 set, in that classifier's features, is at most 1.5 times that of 1,000 real test images. The clock runs from the start of
@@ -17,12 +19,14 @@ as many as --notebook-steps says, without guidance, since labels are never dropp
 
 import argparse
 import json
+import math
 import os
 import resource
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +38,8 @@ from duotone.engine import Recipe, artifact, checkpoint, main, pictures
 from duotone.engine.checkpoint import Checkpoints
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.label import Label
+from duotone.engine.evaluate.composition import Composition, composition
+from duotone.engine.evaluate.features import FeaturesConfig, RealFeatures, choose, real_features
 from duotone.engine.evaluate.images import read_splits
 from duotone.engine.log import Log
 from duotone.engine.model.unet import UNetConfig
@@ -46,8 +52,51 @@ from duotone.engine.speed import Speed
 RESULTS = Path(__file__).parent / "results" / "speedrun"
 CPU = torch.device("cpu")
 LEAST_ACCURACY, MOST_RATIO = 0.9, 1.5
-GUIDANCE, STEPS, SAMPLER = 2.0, 12, "dpmpp_2m"
 IMAGES, CHECKS = 216_000, 3
+SWEPT = 500  # samples of each setting of the sweep
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How our side's samples are drawn."""
+
+    sampler: str = "dpmpp_2m"
+    steps: int = 10
+    guidance: float = 2.0
+    # Guided from the first step on, a class's samples are too much alike: there the noise still hides what is drawn.
+    interval: tuple[float, float] = (0.0, 3.0)
+    # The steps below would be spent on what no one sees.
+    sigma_min: float = 0.05
+    sigma_max: float = 40.0
+    guide: int = 0
+    """The other branch is the checkpoint of so many images instead of the null label."""
+
+    def __str__(self) -> str:
+        said = f"{self.sampler}, {self.steps} steps from {self.sigma_max:g} to {self.sigma_min:g}, guidance {self.guidance:g}"
+        bounded = self.guidance != 1 and self.interval != (0.0, math.inf)
+        said += f" at noise {self.interval[0]:g} to {self.interval[1]:g}" if bounded else ""
+        return said + (f" away from the checkpoint of {self.guide:,} images" if self.guide else "")
+
+
+SAMPLING = Sampling()
+ONCE = Sampling(steps=12, interval=(0.0, math.inf), sigma_min=0.002)  # how the record of 2026-11-21 was measured
+SWEEP = [
+    ONCE,
+    replace(ONCE, guidance=1.0),
+    replace(ONCE, guidance=1.5),
+    replace(ONCE, guide=72_000),
+    replace(ONCE, interval=(0.3, 10.0)),
+    replace(ONCE, interval=(0.3, 3.0)),
+    replace(ONCE, interval=(0.3, 3.0), guidance=3.0),
+    replace(ONCE, interval=(0.0, 3.0)),
+    replace(ONCE, interval=(0.0, 3.0), steps=24),
+    replace(SAMPLING, steps=12),
+    SAMPLING,
+    replace(SAMPLING, sigma_min=0.1),
+    replace(SAMPLING, sigma_max=20.0),
+    replace(SAMPLING, sampler="heun", steps=9),
+    replace(SAMPLING, sampler="ancestral", steps=24),
+]
 
 recipe = Recipe(
     name="speedrun",
@@ -88,25 +137,62 @@ def engine_side(scratch: Path, course: Course, images: int) -> dict:
     command = ["deepspeed", "--num_accelerators", "2", __file__, "--data.shards", str(shards(scratch, "train"))]
     command += ["--images", str(images), "--checkpoint.every", str(images // CHECKS), "--out", str(out), "--fresh"]
     clock = clocked(command, out.parent / "engine.log")
-    facts = Facts(classes=course.splits.train.classes)
     checks = []
     for path in last(out / "checkpoints", "images-*"):
-        manifest, tensors = checkpoint.read(path)
-        network = artifact.build(recipe, facts)
-        artifact.fill(network, tensors["ema"], path)
-        model = artifact.Model(network.eval().requires_grad_(False), recipe.objective, facts, recipe)
+        model = posed(trained(path, course), SAMPLING)
         began = time.monotonic()
-        drawn = sample(
-            model, labels=course.labels_N.tolist(), guidance=GUIDANCE, steps=STEPS, sampler=SAMPLER, seed=1, chunk=100
-        )
+        drawn = samples(model, course.labels_N, SAMPLING)
         took, at = time.monotonic() - began, (path / "manifest.json").stat().st_mtime - clock["began"]
         # Steps cost alike, so a checkpoint's share of the run's core-seconds is its share of the images.
-        used = clock["cpu_seconds"] * manifest["images"] / images
-        checks.append(check(course, drawn, (at, used), manifest["images"], took))
+        used = clock["cpu_seconds"] * model.images / images
+        checks.append(check(course, drawn, (at, used), model.images, took))
         picture(drawn, "engine", path.name)
-    sampling = f"{SAMPLER}, {STEPS} steps, guidance {GUIDANCE}"
-    parameters = sum(p.numel() for p in network.parameters())
-    return record("engine", course, checks, clock, sampling, parameters)
+    parameters = sum(p.numel() for p in model.network.parameters())
+    return record("engine", course, checks, clock, str(SAMPLING), parameters)
+
+
+def trained(path: Path, course: Course, dtype: torch.dtype = torch.float32) -> artifact.Model:
+    """The EMA weights of a checkpoint."""
+    facts = Facts(classes=course.splits.train.classes)
+    manifest, tensors = checkpoint.read(path)
+    network = artifact.build(recipe, facts)
+    artifact.fill(network, tensors["ema"], path)
+    network.eval().requires_grad_(False).to(dtype)
+    return artifact.Model(network, recipe.objective, facts, recipe, manifest["images"])
+
+
+def posed(model: artifact.Model, how: Sampling) -> artifact.Model:
+    """The model with the noise levels between which it is to be sampled."""
+    return replace(model, objective=replace(recipe.objective, sigma_min=how.sigma_min, sigma_max=how.sigma_max))
+
+
+def samples(
+    model: artifact.Model, labels_N: np.ndarray, how: Sampling, guide: artifact.Model | None = None, seed: int = 1
+) -> np.ndarray:
+    """A sample of each label."""
+    steering = {"guidance": how.guidance, "interval": how.interval, "guide": guide}
+    solving = {"steps": how.steps, "sampler": how.sampler, "seed": seed, "chunk": 100}
+    return sample(model, labels=labels_N.tolist(), **steering, **solving)
+
+
+def sweep(scratch: Path) -> dict:
+    """The last weights sampled in several ways, in bf16, which is twice as fast here."""
+    course = Course.laid(scratch, SWEPT)
+    paths = sorted((scratch / "engine" / "checkpoints").glob("images-*"))
+    models = {model.images: model for model in (trained(path, course, torch.bfloat16) for path in paths)}
+    print(f"{SWEPT} samples of the model of {max(models):,} images in each way; floor {course.floor:.2f}")
+    rows = []
+    for how in SWEEP:
+        model, guide = posed(models[max(models)], how), posed(models[how.guide], how) if how.guide else None
+        # Other noise than the record's: what is best here is not best by that noise alone.
+        drawn = samples(model, course.labels_N, how, guide, seed=2)
+        found = course.measured(drawn)
+        made_of = composed(course, drawn)
+        spreads = {"means": made_of.whole.means, "within": made_of.within, "between": made_of.between}
+        rows.append({"sampling": str(how), "forwards": round(model.forwards, 1)} | found | spreads)
+        print(f"  {found['accuracy']['value']:6.1%}  Frechet {found['frechet']:6.2f}  {how}", flush=True)
+    about = {"images": max(models), "samples": SWEPT, "precision": "bf16", "floor": course.floor}
+    return {"command": "python bench/speedrun.py --scratch DIR --sweep"} | about | {"machine": machine(), "rows": rows}
 
 
 # ------------------------------------------------------------------------------------------------- the other side
@@ -234,6 +320,8 @@ def check(course: Course, drawn: np.ndarray, clock: tuple[float, float], images:
     seconds, core_seconds = clock
     found = {"seconds": round(seconds, 1), "core_seconds": round(core_seconds, 1), "images": images}
     found |= course.measured(drawn)
+    made_of = composed(course, drawn)
+    found["composition"] = asdict(made_of)
     found["reached"] = reached(found)
     found["sampling_seconds"] = round(sampling_seconds, 1)
     print(
@@ -241,7 +329,48 @@ def check(course: Course, drawn: np.ndarray, clock: tuple[float, float], images:
         f"Frechet {found['frechet']:.2f} = {found['ratio_to_floor']:.1f} x the floor",
         flush=True,
     )
+    print(table(made_of), flush=True)
     return found
+
+
+@cache
+def laid(scratch: Path) -> Course:
+    return Course.laid(scratch)
+
+
+@cache
+def real(scratch: Path) -> RealFeatures:
+    course = laid(scratch)
+    return real_features(choose(FeaturesConfig(), course.judge, CPU), course.splits, scratch / "cache")
+
+
+def composed(course: Course, drawn: np.ndarray) -> Composition:
+    """What the samples' distance from the training set consists of."""
+    return of_features(course.judge.features(drawn).astype(np.float64), course.labels_N)
+
+
+def composed_of_real(course: Course) -> Composition:
+    """The same of the test images that give the floor."""
+    held_out = course.splits.held_out
+    some = held_out.spread()[:SAMPLES]
+    return of_features(real(parsed().scratch).held_out_ND[some], held_out.labels_N[some])
+
+
+def of_features(x_ND: np.ndarray, labels_N: np.ndarray) -> Composition:
+    scratch = parsed().scratch
+    train = laid(scratch).splits.train
+    return composition(x_ND, labels_N, real(scratch).train_ND, train.labels_N, train.classes)
+
+
+def table(made_of: Composition) -> str:
+    whole = made_of.whole
+    head = f"    means {whole.means:.2f}, covariances {whole.frechet - whole.means:.2f}; spread as a share of the training set's: "
+    rows = [f"{head}{made_of.within:.2f} within classes, {made_of.between:.2f} between them"]
+    rows += [
+        f"    {name:12}Frechet {p.frechet:5.1f}  means {p.means:5.1f}  spread {p.spread:.2f}"
+        for name, p in made_of.by_class.items()
+    ]
+    return "\n".join(rows)
 
 
 def reached(found: dict) -> bool:
@@ -251,7 +380,7 @@ def reached(found: dict) -> bool:
 def record(side: str, course: Course, checks: list[dict], clock: dict, sampling: str, parameters: int) -> dict:
     reached = next((c["seconds"] for c in checks if c["reached"]), None)
     return {
-        "command": f"python bench/speedrun.py --scratch DIR --side {side}",
+        "command": f"python bench/speedrun.py --scratch DIR --side {side}" + again(" --again --checks {checks}"),
         "side": side,
         "bar": {"accuracy": LEAST_ACCURACY, "ratio_to_floor": MOST_RATIO, "samples": SAMPLES},
         "reached_after_seconds": reached,
@@ -262,26 +391,31 @@ def record(side: str, course: Course, checks: list[dict], clock: dict, sampling:
         "sampling": sampling,
         "classifier": course.judge.accuracy.to_json(),
         "floor": course.floor,
-        "machine": {
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
-            "load_average_5_minutes": clock["load"],
-            "commit": subprocess.run(
-                ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-            ).stdout.strip(),
-        },
+        "composition_of_real": asdict(composed_of_real(course)),
+        "machine": machine() | {"load_average_5_minutes": clock["load"]},
     }
+
+
+def machine() -> dict:
+    git = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    return {"cores": os.cpu_count(), "torch": torch.__version__, "commit": commit}
+
+
+def again(said: str) -> str:
+    """A word more where what was trained before is measured once more, and nothing otherwise: no record is overwritten by it."""
+    return said.format(checks=parsed().checks) if parsed().again else ""
 
 
 def picture(drawn: np.ndarray, side: str, name: str) -> None:
     """Ten of each class, a row for each."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     rows = drawn.reshape(CLASSES, -1, *drawn.shape[1:])[:, :10]
-    pictures.grid(rows.reshape(-1, *drawn.shape[1:]), 10, zoom=2).save(RESULTS / f"{side}.png")
+    pictures.grid(rows.reshape(-1, *drawn.shape[1:]), 10, zoom=2).save(RESULTS / f"{side}{again('-again')}.png")
 
 
 def race(arguments: argparse.Namespace) -> None:
-    course = Course.laid(arguments.scratch)
+    course = laid(arguments.scratch)
     print(f"classifier {course.judge.accuracy}; floor {course.floor:.3f}, bar {MOST_RATIO * course.floor:.3f}")
     for side in ("engine", "notebook") if arguments.side == "both" else (arguments.side,):
         print(f"{side}:", flush=True)
@@ -289,10 +423,15 @@ def race(arguments: argparse.Namespace) -> None:
             found = engine_side(arguments.scratch, course, arguments.images)
         else:
             found = notebook_side(arguments.scratch, course, arguments.core_seconds)
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / f"{side}.json").write_text(json.dumps(found, indent=1) + "\n")
+        write(f"{side}{again('-again')}", found)
 
 
+def write(name: str, found: dict) -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+@cache
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, required=True, help="folder for shards, runs and the classifier")
@@ -300,6 +439,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=IMAGES, help="budget of our side")
     parser.add_argument("--core-seconds", type=float, default=1000, help="budget of the notebook's side")
     parser.add_argument("--again", action="store_true", help="measure what was trained before once more")
+    parser.add_argument("--sweep", action="store_true", help="sample the last weights of our side in several ways")
     parser.add_argument("--checks", type=int, default=CHECKS, help="measure only the last so many of what was kept")
     parser.add_argument("--notebook-steps", type=int, default=25, help="DDIM steps of the notebook's side")
     parser.add_argument("--notebook-seconds", type=float, help=argparse.SUPPRESS)
@@ -311,5 +451,7 @@ if __name__ == "__main__":
         main(recipe)
     elif (arguments := parsed()).notebook_seconds:
         notebook_training(arguments.scratch, arguments.notebook_seconds)
+    elif arguments.sweep:
+        write("sweep", sweep(arguments.scratch))
     else:
         race(arguments)

@@ -32,7 +32,12 @@ class Statistics:
 
 
 def frechet(a: Statistics, b: Statistics) -> float:
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)); Heusel et al. 2017, equation 6 (the squared distance).
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)); Heusel et al. 2017, equation 6 (the squared distance)."""
+    return sum(frechet_terms(a, b))
+
+
+def frechet_terms(a: Statistics, b: Statistics) -> tuple[float, float]:
+    """What the means add to the Frechet distance, and what the covariances add.
 
     The root's trace is that of (S_a^(1/2) S_b S_a^(1/2))^(1/2), which is symmetric: its eigenvalues are real and never
     negative but for rounding, also where a covariance is singular.
@@ -43,7 +48,7 @@ def frechet(a: Statistics, b: Statistics) -> float:
     of_product_D = np.linalg.eigvalsh((product_DD + product_DD.T) / 2).clip(0)
     apart = np.square(a.mean_D - b.mean_D).sum()
     traces = np.trace(a.covariance_DD) + np.trace(b.covariance_DD)
-    return float(apart + traces - 2 * np.sqrt(of_product_D).sum())
+    return float(apart), float(traces - 2 * np.sqrt(of_product_D).sum())
 
 
 def kernel_distance(x_ND: np.ndarray, y_MD: np.ndarray) -> float:

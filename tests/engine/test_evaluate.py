@@ -21,7 +21,8 @@ from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.text import ByteText
 from duotone.engine.evaluate import evaluation
 from duotone.engine.evaluate.classifier import ClassifierConfig, augmented, judge_of, shares
-from duotone.engine.evaluate.distances import Statistics, frechet, kernel_distance, precision_recall
+from duotone.engine.evaluate.composition import composition
+from duotone.engine.evaluate.distances import Statistics, frechet, frechet_terms, kernel_distance, precision_recall
 from duotone.engine.evaluate.features import FeaturesConfig, choose, real_features
 from duotone.engine.evaluate.images import read_splits, spread
 from duotone.engine.evaluate.loss_table import loss_table
@@ -61,6 +62,25 @@ def test_frechet_of_gaussians_whose_covariances_commute():
     assert frechet(x, y) == pytest.approx(5 + np.square(np.sqrt(a) - np.sqrt(b)).sum(), abs=1e-6)
     # An eigenvalue of zero is known to 1e-16, its root to 1e-8.
     assert frechet(y, x) == pytest.approx(frechet(x, y), abs=1e-6) and frechet(x, x) == pytest.approx(0, abs=1e-6)
+
+
+def test_composition_tells_shifted_means_from_narrow_classes():
+    random, labels_N = np.random.default_rng(0), np.arange(4000) % 2
+    noise_ND = random.standard_normal((4000, 3))
+    centres_ND = np.array([[0.0, 0, 0], [6, 0, 0]])[labels_N]
+    real_ND = centres_ND + noise_ND
+
+    def of(x_ND):
+        return composition(x_ND, labels_N, real_ND, labels_N, ("left", "right"))
+
+    shifted, narrow = of(real_ND + 1), of(centres_ND + 0.5 * noise_ND)
+    assert shifted.whole.means == pytest.approx(3) == shifted.whole.frechet and shifted.within == pytest.approx(1)
+    assert narrow.within == pytest.approx(0.25, rel=0.01) == narrow.by_class["left"].spread
+    assert narrow.between == pytest.approx(1, rel=0.01) and narrow.whole.means == pytest.approx(0, abs=0.01)
+    assert narrow.by_class["right"].frechet == pytest.approx(3 * 0.25, rel=0.05)
+    assert of(real_ND + 3 * centres_ND / 6).between == pytest.approx((9 / 6) ** 2, rel=0.02)
+    x, y = Statistics.of(real_ND), Statistics.of(centres_ND)
+    assert sum(frechet_terms(x, y)) == frechet(x, y)
 
 
 def test_frechet_is_that_of_a_general_matrix_root():
