@@ -181,8 +181,14 @@ class FusedResnetBlock(FusedPart):
     """Norm, SiLU, convolution; norm of the sum with the time embedding (or FiLM by it), SiLU, convolution; residual."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args, **kwargs) -> Tensor:
-        h = self.conv1(normed(self.norm1, input_tensor))
-        h = normed(self.norm2, h, **self.modulation(temb))
+        h, modulation = normed(self.norm1, input_tensor), self.modulation(temb)
+        if "add_NC" in modulation and is_plain(self.conv1):
+            # The norm adds a vector anyway: with the bias in it, the convolution's own pass for that falls away.
+            h = self.conv1._conv_forward(h, self.conv1.weight, None)
+            modulation["add_NC"] = modulation["add_NC"] + self.conv1.bias
+        else:
+            h = self.conv1(h)
+        h = normed(self.norm2, h, **modulation)
         h = self.conv2(self.dropout(h))
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
@@ -197,6 +203,11 @@ class FusedResnetBlock(FusedPart):
             return {"add_NC": projected}
         scale_NC, shift_NC = projected.chunk(2, dim=1)
         return {"scale_NC": scale_NC, "shift_NC": shift_NC}
+
+
+def is_plain(conv: nn.Module) -> bool:
+    """A convolution with a bias that nothing else wants to see run: no adapter around it, no hook on it."""
+    return type(conv) is nn.Conv2d and conv.bias is not None and not (conv._forward_hooks or conv._forward_pre_hooks)
 
 
 def normed(norm: nn.GroupNorm, x_NCHW: Tensor, *, silu: bool = True, **modulation: Tensor) -> Tensor:

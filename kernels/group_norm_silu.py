@@ -150,7 +150,16 @@ def _is_flat(image_NCHW):
 
 
 def _dense_like(x_NCHW):
-    return torch.empty_like(x_NCHW, memory_format=memory_format_of(x_NCHW))
+    """A fresh image in the memory format of x: its storage for the kernel, and the same as a view of shape (N, C, H, W).
+
+    Inductor knows an uninitialised tensor only by torch.empty, contiguous: any other it fills, or shares and copies.
+    """
+    images, channels, height, width = x_NCHW.shape
+    if memory_format_of(x_NCHW) == torch.channels_last:
+        storage_NHWC = torch.empty(images, height, width, channels, dtype=x_NCHW.dtype, device=x_NCHW.device)
+        return storage_NHWC, storage_NHWC.permute(0, 3, 1, 2)
+    storage_NCHW = torch.empty(images, channels, height, width, dtype=x_NCHW.dtype, device=x_NCHW.device)
+    return storage_NCHW, storage_NCHW
 
 
 def _strides(name, image_NCHW):
@@ -202,13 +211,13 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     images, channels = x_NCHW.shape[:2]
     cut, in_turns = _cut(x_NCHW, groups, in_turns)
-    y_NCHW = _dense_like(x_NCHW)
+    y, y_NCHW = _dense_like(x_NCHW)
     mean_NG = torch.empty(images, groups, dtype=torch.float32, device=x_NCHW.device)
-    rstd_NG = torch.empty_like(mean_NG)
+    rstd_NG = torch.empty(images, groups, dtype=torch.float32, device=x_NCHW.device)
     modulation = _modulation(weight_C, add_NC, scale_NC, shift_NC)
     shared = _sizes(x_NCHW, groups) | _strides("x", x_NCHW) | _blocks(cut, channels // groups)
     shared |= {"x": x_NCHW, "FLAT": _is_flat(x_NCHW), "BLOCK_G": cut.block_g}
-    output = {"weight": _unit_stride(weight_C), "bias": _unit_stride(bias_C), "y": y_NCHW}
+    output = {"weight": _unit_stride(weight_C), "bias": _unit_stride(bias_C), "y": y}
     output |= {"mean": mean_NG, "rstd": rstd_NG}
     output |= modulation | _dense_strides("y", y_NCHW) | {"eps": eps, "SILU": silu}
     spans = math.ceil(channels / cut.span)
@@ -248,7 +257,7 @@ def _backward(
     is_plain = add_NC is None and scale_NC is None and shift_NC is None
     room = WHOLE_ELEMENTS if is_plain else WHOLE_ELEMENTS_MODULATED_BACKWARD
     cut, in_turns = _cut(x_NCHW, groups, in_turns, room)
-    dx_NCHW = _dense_like(x_NCHW)
+    dx, dx_NCHW = _dense_like(x_NCHW)
     per_image_N2C = torch.empty(images, 2, channels, dtype=torch.float32, device=x_NCHW.device)
     small = {f"d{name}": _gradient_like(value, x_NCHW) for name, value in _named(add_NC, scale_NC, shift_NC).items()}
     modulation = _modulation(weight_C, add_NC, scale_NC, shift_NC)
@@ -256,7 +265,7 @@ def _backward(
     shared |= {"x": x_NCHW, "dy": dy_NCHW, "weight": _unit_stride(weight_C), "bias": _unit_stride(bias_C)}
     shared |= {"mean": mean_NG, "rstd": rstd_NG}
     shared |= modulation | {"SILU": silu, "FLAT": _is_flat(x_NCHW), "FLAT_DY": _is_flat(dy_NCHW)}
-    output = {"dx": dx_NCHW, "per_image": per_image_N2C, "BLOCK_G": cut.block_g} | _dense_strides("dx", dx_NCHW) | small
+    output = {"dx": dx, "per_image": per_image_N2C, "BLOCK_G": cut.block_g} | _dense_strides("dx", dx_NCHW) | small
     spans = math.ceil(channels / cut.span)
     if not cut.chunks:
         launch(NAME, wrap_triton(backward_whole), (spans, images), shared | output)
@@ -294,7 +303,7 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, dy_NCHW, _dmean, _drstd):
     saved = ctx.saved_tensors
     dx_NCHW, dweight_bias_2C, *small = _backward(dy_NCHW, *saved, ctx.groups, ctx.silu, ctx.in_turns)
-    dweight_C, dbias_C = (gradient.to(saved[1].dtype) for gradient in dweight_bias_2C)
+    dweight_C, dbias_C = dweight_bias_2C.to(saved[1].dtype)
     dadd, dscale, dshift = (None if value is None else gradient for gradient, value in zip(small, saved[3:6]))
     return dx_NCHW, dweight_C, dbias_C, dadd, dscale, dshift, None, None, None, None
 

@@ -60,6 +60,18 @@ class GroupNormSiLU(nn.GroupNorm):
         return group_norm_silu(x_NCHW, *affine, silu=silu, in_turns=self.in_turns, **modulation)
 
 
+class ConvBeforeNorm(nn.Conv2d):
+    """A convolution that hands its bias on: the group norm after it adds a vector in the pass that it makes anyway.
+
+    Added by itself, the bias would be read, written and, in the gradient, summed over the whole map once more.
+    """
+
+    def forward(self, x_NCHW: Tensor, add_NC: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The convolution without its bias, and what is left to add to it."""
+        left_NC = self.bias.expand(len(x_NCHW), -1) if add_NC is None else add_NC + self.bias
+        return self._conv_forward(x_NCHW, self.weight, None), left_NC
+
+
 class ResBlock(nn.Module):
     """Two norm-SiLU-convolutions around a skip; the embedding is added between them, or scales and shifts (FiLM).
 
@@ -70,7 +82,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.film, self.out_width = film, out_width
         self.norm1 = GroupNormSiLU(groups, width, eps)
-        self.conv1 = nn.Conv2d(width, out_width, 3, padding=1)
+        self.conv1 = ConvBeforeNorm(width, out_width, 3, padding=1)
         self.time_emb_proj = None if shared else nn.Linear(embedding_width, 2 * out_width if film else out_width)
         self.norm2 = GroupNormSiLU(groups, out_width, eps)
         self.dropout = nn.Dropout(dropout)
@@ -85,8 +97,9 @@ class ResBlock(nn.Module):
         return {"scale_NC": scale_NC[:, : self.out_width], "shift_NC": shift_NC[:, : self.out_width]}
 
     def forward(self, x_NCHW: Tensor, silu_embedding_NE: Tensor) -> Tensor:
-        h = self.conv1(self.norm1(x_NCHW))
-        h = self.norm2(h, **self.modulation(silu_embedding_NE))
+        modulation = self.modulation(silu_embedding_NE)
+        h, add_NC = self.conv1(self.norm1(x_NCHW), modulation.pop("add_NC", None))
+        h = self.norm2(h, add_NC=add_NC, **modulation)
         h = self.conv2(self.dropout(h))
         return h + (x_NCHW if self.conv_shortcut is None else self.conv_shortcut(x_NCHW))
 
@@ -104,6 +117,8 @@ class Attention(nn.Module):
 
     def packed(self, x_NLC: Tensor, *layers: nn.Linear) -> list[Tensor]:
         """Several projections of the same tokens as one matrix product, split into heads: each (N, L, heads, width)."""
+        if len(layers) == 1:
+            return [layers[0](x_NLC).unflatten(-1, (self.heads, -1))]
         weight = torch.cat([layer.weight for layer in layers])
         bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
         y = F.linear(x_NLC, weight, bias).unflatten(-1, (len(layers), self.heads, -1))

@@ -119,23 +119,23 @@ def norm_and_gradients(function, x_NCHW, modulation, dy_NCHW):
     """Output and every gradient; weight and bias are 1 and 0."""
     weights = [torch.full((x_NCHW.shape[1],), value, dtype=modulation[0].dtype) for value in (1.0, 0.0)]
     leaves = [t.detach().requires_grad_() for t in (x_NCHW, *weights, *modulation)]
-    y_NCHW = function(*leaves[:3], 32, add_NC=leaves[3], scale_NC=leaves[4], shift_NC=leaves[5])
+    y_NCHW = function(*leaves[:3], 8, add_NC=leaves[3], scale_NC=leaves[4], shift_NC=leaves[5])
     return [y_NCHW.detach(), *torch.autograd.grad(y_NCHW, leaves, dy_NCHW.to(y_NCHW.dtype))]
 
 
 def test_programs_side_by_side_give_the_same_bits(side_by_side, monkeypatch):
-    """Two slabs of five chunks for each of two images; the first passes are one slab ahead, so that some must wait."""
+    """Two images of one slab of ten chunks; the first passes are one slab ahead, so that some must wait."""
     if not dispatch.INTERPRETED:
         pytest.skip("a GPU runs programs side by side anyway: test_on_gpu.py")
     monkeypatch.setattr(group_norm_tiling, "_CHUNKS_AHEAD", 1)
     in_turns = functools.partial(group_norm_silu.group_norm_silu, in_turns=True)
-    x_NCHW, dy_NCHW = (torch.randn(2, 64, 20, 32).contiguous(memory_format=torch.channels_last) for _ in range(2))
-    modulation = torch.randn(2, 192).chunk(3, dim=1)
+    x_NCHW, dy_NCHW = (torch.randn(2, 32, 40, 32).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    modulation = torch.randn(2, 96).chunk(3, dim=1)
     first, second = (norm_and_gradients(in_turns, x_NCHW, modulation, dy_NCHW) for _ in range(2))
     assert all(a.equal(b) for a, b in zip(first, second))
     wide = [x_NCHW.double(), [value.double() for value in modulation], dy_NCHW]
     exact = norm_and_gradients(group_norm_silu.group_norm_silu_reference, *wide)
     for mine, right in zip(first, exact):
         torch.testing.assert_close(mine.double(), right, rtol=1e-4, atol=1e-5 * right.abs().max().item())
-    assert group_norm_tiling.tiling(64, 32, 20 * 32, 4, in_turns=True).chunks == 5
-    assert any(count <= 5 for count in side_by_side), "no program had to wait, so nothing was shown"
+    assert group_norm_tiling.tiling(32, 8, 40 * 32, 4, in_turns=True).chunks == 10
+    assert any(count <= 10 for count in side_by_side), "no program had to wait, so nothing was shown"
