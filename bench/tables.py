@@ -179,6 +179,18 @@ def norms() -> str:
     return table(["map", *ways], cells) + source(path)
 
 
+def blocks() -> str:
+    path, result = RESULTS / "gpu_code.json", json.loads((RESULTS / "gpu_code.json").read_text())
+    theirs = {row["block"]: row for row in result["results"] if row["who"] == "diffusers"}
+    cells = []
+    for row in result["results"]:
+        total, base = (sum(r[f"{p}_mebibytes"] for p in ("forward", "backward")) for r in (row, theirs[row["block"]]))
+        cells.append([row["block"], row["who"], f"{row['forward_launches']} + {row['backward_launches']}"])
+        cells[-1] += [f"{row['forward_mebibytes']:,.0f} + {row['backward_mebibytes']:,.0f}", f"{total / base:.2f}"]
+    head = ["block", "who", "launches, forward + backward", "MiB", "x diffusers"]
+    return table(head, cells) + source(path)
+
+
 def bugs() -> str:
     path, result = newest("bugs-*.json")
     rows, brightness = {row["bug"]: row for row in result["results"]}, result["brightness_of_test_images"]
@@ -216,7 +228,7 @@ def setting_of(result: dict) -> str:
 
 
 PAGES = {
-    "README.md": {"demo": demo, "kernels": kernels, "counts": counts, "step": step, "loader": loader},
+    "README.md": {"demo": demo, "kernels": kernels, "counts": counts, "blocks": blocks, "step": step, "loader": loader},
     "docs/speed.md": {
         "counts": counts,
         "step": step,
@@ -225,6 +237,7 @@ PAGES = {
         "intervals": intervals,
         "switches": switches,
         "norms": norms,
+        "blocks": blocks,
     },
     "docs/bugs.md": {"bugs": bugs, "bugs_in_training": bugs_in_training},
 }

@@ -1,0 +1,46 @@
+"""What torch.compile would launch on a GPU: our blocks are their kernels and library calls, with no pass in between."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gpu_code") / "out.json"
+    command = [sys.executable, "bench/gpu_code.py", "--case", "residual_32", "--images", "2", "--json", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {row["who"]: row for row in json.loads(path.read_text())["results"]}
+
+
+def whole_maps(row, which) -> list[str]:
+    """Launches that read or write a map of 2 images, 256 channels and 32 x 32 pixels, which is one MiB, by name."""
+    return [f"{launch['kind']} {launch['name']}" for launch in row["launches"][which] if launch["bytes"] >= 2**20]
+
+
+def test_a_residual_block_is_norms_convolutions_and_a_sum(rows):
+    assert whole_maps(rows["ours"], "forward") == [
+        *("ours forward_statistics", "ours forward_apply", "library convolution"),
+        *("ours forward_statistics", "ours forward_apply", "library convolution"),
+        "fused add + convolution + permute",
+    ]
+    backward = whole_maps(rows["ours"], "backward")
+    assert sorted(name.split()[0] for name in backward) == ["fused"] + 2 * ["library"] + 4 * ["ours"]
+
+
+def test_norms_in_turns_are_one_launch_a_pass(rows):
+    for which, ours in (("forward", "ours forward_in_turn"), ("backward", "ours backward_in_turn")):
+        assert whole_maps(rows["ours, norms in turns"], which).count(ours) == 2
+
+
+def test_nothing_is_filled_and_less_is_moved_than_by_a_compiled_diffusers_block(rows):
+    assert all(row["fills_mebibytes"] == 0 for row in rows.values())
+    for which in ("forward", "backward"):
+        moved = [rows[who][f"{which}_mebibytes"] for who in ("diffusers", "ours", "ours, norms in turns")]
+        assert moved == sorted(moved, reverse=True) and len(set(moved)) == 3
