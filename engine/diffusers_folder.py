@@ -101,6 +101,8 @@ def conditioned_part(config: UNetConfig) -> dict:
         raise Inexpressible(
             "on the way up their self-attention takes its head width from the opposite level of the list"
         )
+    if middle_has_other_heads(config.attention, config.middle, head_numbers, config.channels):
+        raise Inexpressible("their middle counts as many heads as a head of the last level's self-attention is wide")
     return {
         "mid_block_type": middles[config.middle],
         "layers_per_block": list(config.blocks),
@@ -128,6 +130,12 @@ def mirrored(attention: tuple, head_numbers: list) -> bool:
     """Whether every self-attention level finds its own number at the opposite end of their list too."""
     pairs = zip(attention, head_numbers, reversed(head_numbers))
     return all(number == opposite for kind, number, opposite in pairs if kind == "self")
+
+
+def middle_has_other_heads(attention: tuple, middle: str, head_numbers: list, channels: tuple) -> bool:
+    """Whether the last level's number means something else in the middle: a head's width there, their count here."""
+    reads = attention[-1] == "self" and middle == "cross"
+    return reads and channels[-1] // head_numbers[-1] != head_numbers[-1]
 
 
 def plain_part(config: UNetConfig) -> dict:
@@ -393,6 +401,10 @@ def head_counts(theirs: dict, channels: tuple, attention: tuple) -> tuple[int, .
     if not mirrored(attention, list(numbers)):
         raise Refused(
             f"{CONDITIONED} whose self-attention has other heads on the way up than on the way down is not supported"
+        )
+    if middle_has_other_heads(attention, middle_kind(theirs), numbers, channels):
+        raise Refused(
+            f"{CONDITIONED} whose middle has other heads than its last level's self-attention is not supported"
         )
     return tuple(w // n if kind == "self" else n for w, n, kind in zip(channels, numbers, attention))
 

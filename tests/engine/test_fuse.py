@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from duotone.data.refusal import Refused
 from duotone.engine.fuse import fuse, is_fused, unfuse
+from duotone.kernels import attention, group_norm_silu
 
 
 def plain(**settings) -> UNet2DModel:
@@ -136,7 +138,9 @@ def test_it_compiles_in_one_graph(name):
     assert (call(compiled) - expected).abs().max() <= 1e-5
 
 
-def test_fewer_operators_run_than_before():
+def test_fewer_operators_run_than_before(monkeypatch):
+    """As a GPU runs them, a kernel of ours one call; on tensors without storage."""
+
     class Counting(TorchDispatchMode):
         calls = 0
 
@@ -150,10 +154,14 @@ def test_fewer_operators_run_than_before():
         unet.zero_grad()
         return counting.calls
 
-    unet = plain()
-    before = calls(unet)
-    fuse(unet, quiet=True)
-    assert calls(unet) < before
+    for kernel in (group_norm_silu, attention):
+        monkeypatch.setattr(kernel, "runs_kernel", lambda *_: True)
+        monkeypatch.setattr(kernel, "launch", lambda *_: None)
+    with FakeTensorMode():
+        unet = plain()
+        before = calls(unet)
+        fuse(unet, quiet=True)
+        assert calls(unet) <= 0.9 * before
 
 
 @pytest.mark.parametrize("name", ["plain", "conditioned", "linear", "film"])
