@@ -142,6 +142,13 @@ def test_attribute_drop_rates_counted_at_the_networks_input():
     assert (tokens_NKD[:, 2] == rows[8]).all(), "what the data does not know stays unknown"
 
 
+def test_low_resolution_drop_rate_counted_at_the_networks_input():
+    model = model_of(LowResolution(dropout=0.3), network=network_for(LowResolution()))
+    x_NCHW = seen_at_the_input(model, batch_of(4000))[0]
+    grey_N = (x_NCHW[:, 3:] == 0).flatten(1).all(1)
+    assert grey_N.float().mean().item() == pytest.approx(0.3, abs=0.025)
+
+
 def test_joint_drop_rate_counted_at_the_networks_input():
     n = 4000
     model = model_of(Label(dropout=0.1), ClassMap(dropout=0.1), network=network_for(ClassMap()))
