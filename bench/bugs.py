@@ -109,8 +109,8 @@ class WithoutTheLast(DDPM):
 class BatchNormSiLU(nn.BatchNorm2d):
     """Batch norm where group norm was, FiLM and SiLU behind it as before."""
 
-    def forward(self, x_NCHW: Tensor, *, silu: bool = True, scale_NC=None, shift_NC=None) -> Tensor:
-        h_NCHW = super().forward(x_NCHW)
+    def forward(self, x_NCHW: Tensor, *, silu: bool = True, add_NC=None, scale_NC=None, shift_NC=None) -> Tensor:
+        h_NCHW = super().forward(x_NCHW if add_NC is None else x_NCHW + add_NC[:, :, None, None])
         if scale_NC is not None:
             h_NCHW = torch.addcmul(shift_NC[:, :, None, None], h_NCHW, 1 + scale_NC[:, :, None, None])
         return F.silu(h_NCHW) if silu else h_NCHW

@@ -230,9 +230,9 @@ def _one_image(case):
 
 
 def _one_small_map(case):
-    """48 x 48 is already cut into several chunks, like every larger map."""
+    """36 x 36 is already cut into several chunks, like every larger map."""
     _, channels, height, width = case.shape
-    return replace(case, shape=(1, channels, min(height, 48), min(width, 48)))
+    return replace(case, shape=(1, channels, min(height, 36), min(width, 36)))
 
 
 def _norm_floor(case, dtype):

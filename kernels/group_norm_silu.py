@@ -56,10 +56,11 @@ def _off_centre(h_NCHW, groups, add_NC):
     """What to add so that every group is centred: `add_NC` less the group's mean, which the norm takes away anyway.
 
     On a CPU PyTorch's group norm of channels-last images takes E[x^2] - E[x]^2: ten deviations from zero, it is wrong in
-    the fourth digit. Elsewhere its statistics do not cancel.
+    the fourth digit. Elsewhere its statistics do not cancel. Tensors without storage, which lose their layout in
+    convolutions, stand for a CPU's.
     """
-    is_last = memory_format_of(h_NCHW) == torch.channels_last
-    if h_NCHW.device.type != "cpu" or h_NCHW.dtype != torch.float32 or not is_last:
+    on_cpu_NHWC = h_NCHW.device.type == "cpu" and memory_format_of(h_NCHW) == torch.channels_last
+    if h_NCHW.dtype != torch.float32 or not (on_cpu_NHWC or h_NCHW.is_meta):
         return add_NC
     with torch.no_grad():
         mean_NC = h_NCHW.mean(dim=(2, 3)) if add_NC is None else h_NCHW.mean(dim=(2, 3)) + add_NC
