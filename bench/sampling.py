@@ -7,7 +7,10 @@
 Ways, each with all the savings of the one above: two forwards (the oracle), one batch of both, keys and values of the text
 projected once, the layers before the text computed once for both. These are exact, and their largest difference from the
 oracle is shown in pixel levels of 255. Guidance in an interval of noise levels is not exact: --quality sweeps intervals on
-a model of the captioned shapes, forwards against the share of pictures whose colours are those of their caption.
+a model of the captioned shapes, forwards against the share of pictures whose colours are those of their caption; --confirm
+draws one of them anew, many times, beside guidance everywhere.
+
+    python bench/sampling.py --run runs/short --confirm --interval 0.3 10 --per-caption 12
 """
 
 import argparse
@@ -223,6 +226,32 @@ def verdict(rows: list[dict], most: float = 1.4) -> dict:
             "holds": cheapest["forwards_per_evaluation"] <= most}  # fmt: skip
 
 
+def confirmed(model: artifact.Model, scale: float, interval: tuple, steps: int, per_caption: int) -> dict:
+    """One interval against guidance everywhere, on noise that chose nothing: the same pictures both ways, and how far apart.
+
+    The difference is of shares of pictures with the caption's colour and background, with its 95 % interval over pairs.
+    """
+    captions = captioned_shapes.captions()
+    right = {"everywhere": [], "interval": []}
+    forwards = {}
+    for seed in range(100, 100 + per_caption):
+        for name, where in (("everywhere", EVERYWHERE), ("interval", interval)):
+            settings = dict(guidance=scale, interval=where, steps=steps, seed=seed, chunk=len(captions))
+            images = sample(model, prompts=captions, **settings)
+            right[name] += [all(rightness(image, caption)[1:]) for image, caption in zip(images, captions)]
+            forwards[name] = model.forwards
+        print(
+            f"{len(right['interval']):5} pictures: {', '.join(f'{k} {statistics.fmean(v):.1%}' for k, v in right.items())}",
+            flush=True,
+        )
+    apart = [a - b for a, b in zip(right["interval"], right["everywhere"])]
+    centre, margin = statistics.fmean(apart), 1.96 * statistics.stdev(apart) / len(apart) ** 0.5
+    return {"guidance": scale, "from": interval[0], "to": interval[1], "pictures": len(apart), "steps": steps,
+            "forwards_per_evaluation": 2 * forwards["interval"] / forwards["everywhere"],
+            "everywhere": statistics.fmean(right["everywhere"]), "interval": statistics.fmean(right["interval"]),
+            "difference": centre, "low": centre - margin, "high": centre + margin}  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------------------- settings
 
 
@@ -246,13 +275,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--interval", type=float, nargs=2, default=(0.3, 3.0), metavar=("LOW", "HIGH"), help="in sigma")
     parser.add_argument("--quality", action="store_true", help="sweep intervals on a run of the captioned shapes")
     parser.add_argument("--per-caption", type=int, default=2, help="pictures of each caption in the sweep")
+    parser.add_argument(
+        "--confirm", action="store_true", help="--interval against guidance everywhere, on a run, nothing else"
+    )
     parser.add_argument("--json", type=Path, help="where the result goes (default: bench/results/)")
     return parser.parse_args()
 
 
 def model_of(asked: argparse.Namespace, device: str) -> artifact.Model:
-    if asked.quality and asked.run is None:
-        raise Refused("--quality reads colours back from a trained model: give its --run")
+    if (asked.quality or asked.confirm) and asked.run is None:
+        raise Refused("--quality and --confirm read colours back from a trained model: give its --run")
     if asked.run is None:
         model = random_model(asked.network or ("reference" if device == "cuda" else "small"), device)
     else:
@@ -261,9 +293,17 @@ def model_of(asked: argparse.Namespace, device: str) -> artifact.Model:
             raise Refused(
                 f"{asked.run} is conditioned on {', '.join(model.network.conditioners) or 'nothing'}: text alone is compared"
             )
-    if device == "cuda" and not asked.quality:
+    if device == "cuda" and not (asked.quality or asked.confirm):
         model.network.to(torch.bfloat16)
     return model
+
+
+def confirm(model: artifact.Model, asked: argparse.Namespace) -> None:
+    found = confirmed(model, asked.guidance, tuple(asked.interval), asked.steps or 18, asked.per_caption)
+    print("\n" + table([found]))
+    path = asked.json or default_path("interval")
+    write_json(path, {"machine": machine(), "command": command(), "confirmed": found})
+    print(f"written: {path}")
 
 
 def main() -> None:
@@ -277,6 +317,9 @@ def main() -> None:
         refuse("--batch, --steps, --rounds and --per-caption must be at least 1")
     try:
         model = model_of(asked, device)
+        if asked.confirm:
+            confirm(model, asked)
+            return
         rows, loads = [], [load_average()]
         for images in sizes:
             chosen = ways(asked.guidance, tuple(asked.interval))

@@ -166,8 +166,9 @@ def test_exact_savings_of_sampling_give_the_oracles_picture(bench, tmp_path):
     assert forwards[:3] == [2, 2, 2] and 1 < forwards[3] < 2 and 1 <= forwards[4] < forwards[3] and forwards[5] == 1
 
 
-def test_quality_without_a_run_is_refused(bench):
-    code, _, errors = bench("sampling", "--quality")
+@pytest.mark.parametrize("flag", ["--quality", "--confirm"])
+def test_quality_without_a_run_is_refused(bench, flag):
+    code, _, errors = bench("sampling", flag)
     assert code == 2 and len(errors) == 1 and "--run" in errors[0]
     code, _, errors = bench("sampling", "--run", "nowhere")
     assert code == 2 and len(errors) == 1 and "nowhere" in errors[0]
