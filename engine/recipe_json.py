@@ -76,8 +76,12 @@ FREE = (
 
 
 def differences(stored: dict, recipe: Recipe) -> list[str]:
-    """The fields by which a stored recipe is another run than this one; what leaves the numbers alone does not count."""
-    then, now = flat(stored), flat(json.loads(json.dumps(to_json(recipe))))
+    """The fields by which a stored recipe is another run than this one; what leaves the numbers alone does not count.
+
+    A field that came with a later version of duotone had its default when the run began.
+    """
+    then, now = (flat(json.loads(json.dumps(to_json(r)))) for r in (from_json(stored), recipe))
+    then |= flat(stored)
     free = (*FREE, "images") if recipe.optimizer.schedule == "constant" else FREE
     changed = [k for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k) and not k.startswith(free)]
     return [f"{key}: {then.get(key)} there, {now.get(key)} here" for key in changed]
