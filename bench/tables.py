@@ -147,6 +147,22 @@ def intervals() -> str:
     return table(head, rows) + source(path)
 
 
+def confirmed() -> str:
+    path, result = newest("interval-*.json")
+    found = result["confirmed"]
+    head = [
+        "interval",
+        "forwards an evaluation",
+        "pictures",
+        "right",
+        "right, guided everywhere",
+        "difference, 95 % interval",
+    ]
+    apart = f"{found['difference']:+.1%} [{found['low']:+.1%}, {found['high']:+.1%}]"
+    row = [f"{found['from']:g} to {found['to']:g}", f"{found['forwards_per_evaluation']:.2f}", f"{found['pictures']:,}"]
+    return table(head, [[*row, f"{found['interval']:.1%}", f"{found['everywhere']:.1%}", apart]]) + source(path)
+
+
 def switches() -> str:
     path, result = newest("switches-*.json")
     head = ["switch", "ms a step", "x as chosen", "MiB kept for the backward pass"]
@@ -235,6 +251,7 @@ PAGES = {
         "convolution": convolution,
         "sampling": sampling,
         "intervals": intervals,
+        "confirmed": confirmed,
         "switches": switches,
         "norms": norms,
         "blocks": blocks,
