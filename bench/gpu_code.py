@@ -18,9 +18,10 @@ from unittest import mock
 import torch
 import triton
 from networks import diffusers
-from record import RESULTS, command, machine, table, write_json
+from record import RESULTS, command, machine, refuse, table, write_json
 from triton.backends.compiler import GPUTarget
 
+from duotone.data.refusal import Refused
 from duotone.engine.model.blocks import ResBlock, Transformer
 from duotone.kernels import attention, group_norm_silu
 
@@ -179,20 +180,19 @@ def launches_of(module, inputs) -> dict[str, list[Launch]]:
     """What the compiled module launches in its forward and its backward pass."""
     graphs = graphs_of(module, inputs)
     with a_gpu_in_name():
-        return {name: compiled(graph, name)[0] for name, graph in zip(("forward", "backward"), graphs, strict=True)}
+        return {name: compiled(graph, name) for name, graph in zip(("forward", "backward"), graphs, strict=True)}
 
 
-def compiled(graph, which: str) -> tuple[list[Launch], str]:
-    """Launches of one graph, and the code that makes them."""
+def compiled(graph, which: str) -> list[Launch]:
+    """Launches of the code that Inductor writes for one graph."""
     from torch._inductor import compile_fx
     from torch._inductor.graph import GraphLowering
 
     found = []
 
     def write(lowering):
-        code = lowering.codegen()[0]
-        rows = [launch_of(node) for node in lowering.scheduler.nodes if is_launch(node)]
-        found.append((rows, getattr(code, "value", code)))
+        lowering.codegen()
+        found.append([launch_of(node) for node in lowering.scheduler.nodes if is_launch(node)])
         raise Written
 
     graph, inputs = moved(graph)
@@ -349,9 +349,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--json", type=Path, help="where the result goes (default: bench/results/gpu_code.json)")
     asked = parser.parse_args()
-    rows = [
-        row for name in ([asked.case] if asked.case else CASES) for row in measure(name, asked.images, bool(asked.case))
-    ]
+    if asked.images < 1:
+        refuse(f"--images {asked.images}: it must be at least 1")
+    names = [asked.case] if asked.case else list(CASES)
+    try:
+        rows = [row for name in names for row in measure(name, asked.images, bool(asked.case))]
+    except Refused as refusal:
+        refuse(str(refusal))
     print("\n" + table([{name: value for name, value in row.items() if name != "launches"} for row in rows]))
     path = asked.json or (None if asked.case else RESULTS / "gpu_code.json")
     if path:

@@ -194,6 +194,8 @@ def main():
     before = json.loads(RECORD.read_text())["rows"] if RECORD.exists() else []
     found = violations(rows, before) + (step_counters.violations(step) if step else [])
     held = "every gate holds: no spills on sm_90, bytes at the floor, launches as committed"
+    if not step:
+        print("without the compiled step: no record is written")
     print("\n".join(found) or held + (", no graph break or recompile" if step else ""))
     if not options.check and step:
         write_json(options.json, {"machine": machine(), "rows": rows, "step": step})

@@ -118,6 +118,8 @@ def substitutions(speed: Speed, choice: Choice) -> list[str]:
         lines.append("ZeRO-3 gathers weights within the blocks, which are therefore not compiled")
     if choice.device == "cpu" and speed.cuda_graphs:
         lines.append("speed.cuda_graphs has no effect without a CUDA device")
+    if choice.device == "cpu" and speed.norms_in_turns:
+        lines.append("speed.norms_in_turns has no effect without a CUDA device")
     if speed.autotune and not choice.compile:
         lines.append("speed.autotune has no effect without speed.compile")
     return lines

@@ -57,11 +57,18 @@ def refuse_other_shape(file: Path, config: UNetConfig) -> None:
     beside = file.with_name("config.json")
     if file.name != diffusers_folder.WEIGHTS or not beside.exists():
         return
-    theirs = diffusers_folder.from_config(json.loads(beside.read_text()))
+    theirs = diffusers_folder.from_config(json_of(beside))
     differ = [name for name in vars(theirs) if name not in ("zero_init", "dropout") and not same(theirs, config, name)]
     if differ:
         flags = " ".join(f"--model.{name.replace('_', '-')} {written(getattr(theirs, name))}" for name in differ)
         raise Refused(f"start = {file.parent} is another network than model: give {flags}")
+
+
+def json_of(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text())
+    except (ValueError, OSError) as error:
+        raise Refused(f"start: {file} is not readable as JSON ({error}): save the model again") from None
 
 
 def taught_otherwise(file: Path, objective: Objective | None) -> list[str]:
@@ -69,7 +76,7 @@ def taught_otherwise(file: Path, objective: Objective | None) -> list[str]:
     beside = file.parent.parent / "scheduler" / "scheduler_config.json"
     if objective is None or file.name != diffusers_folder.WEIGHTS or not beside.exists():
         return []
-    theirs, ours = json.loads(beside.read_text()), diffusers_folder.scheduler_config(objective)
+    theirs, ours = json_of(beside), diffusers_folder.scheduler_config(objective)
     names = ("prediction_type", "beta_schedule", "num_train_timesteps", "sigma_data")
     differ = [f"{name} {theirs[name]} there, {ours.get(name, 'none')} here" for name in names
               if name in theirs and theirs[name] != ours.get(name)]  # fmt: skip

@@ -166,6 +166,11 @@ def test_exact_savings_of_sampling_give_the_oracles_picture(bench, tmp_path):
     assert forwards[:3] == [2, 2, 2] and 1 < forwards[3] < 2 and 1 <= forwards[4] < forwards[3] and forwards[5] == 1
 
 
+def test_no_images_are_refused(bench):
+    code, _, errors = bench("gpu_code", "--images", 0)
+    assert code == 2 and len(errors) == 1 and "--images 0" in errors[0]
+
+
 @pytest.mark.parametrize("flag", ["--quality", "--confirm"])
 def test_quality_without_a_run_is_refused(bench, flag):
     code, _, errors = bench("sampling", flag)

@@ -162,7 +162,8 @@ def plain() -> UNetConfig:
 
 
 def test_what_has_no_effect_here_is_said():
-    said = speed.substitutions(speed.Speed(autotune=True, cuda_graphs=True), CPU)
+    said = speed.substitutions(speed.Speed(autotune=True, cuda_graphs=True, norms_in_turns=True), CPU)
+    assert any("speed.norms_in_turns has no effect without a CUDA device" in line for line in said)
     assert any("speed.cuda_graphs has no effect without a CUDA device" in line for line in said)
     assert any("speed.autotune has no effect without speed.compile" in line for line in said)
     assert len(speed.substitutions(speed.Speed(), CPU)) == 1

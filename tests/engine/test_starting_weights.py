@@ -231,6 +231,15 @@ def test_weights_that_were_taught_another_objective_are_named(theirs, objective,
     assert len(told) == (says is not None) and all(says in line for line in told)
 
 
+@pytest.mark.parametrize("broken", ["unet/config.json", "scheduler/scheduler_config.json"])
+def test_a_folder_whose_json_is_broken_is_refused_in_one_line(broken, theirs, tmp_path):
+    (tmp_path / "pipeline" / "scheduler").mkdir(parents=True)
+    theirs[1].rename(tmp_path / "pipeline" / "unet")
+    (tmp_path / "pipeline" / broken).write_text("{")
+    with pytest.raises(Refused, match="is not readable as JSON"):
+        begin_from(fresh(), tmp_path / "pipeline", MODEL, EDM())
+
+
 def test_a_run_begins_there_and_its_average_too(theirs, tmp_path):
     """Two steps at a tiny rate: the exported average still is what it began from."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
