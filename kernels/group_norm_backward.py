@@ -102,6 +102,19 @@ def backward_whole(
 
 
 @triton.jit
+def _tile(
+    x, dy, row_R, real_RC, channel_C, rstd_C, centre_C, gain_C, offset_C,
+    width, x_h, x_w, x_c, dy_h, dy_w, dy_c,
+    SILU: tl.constexpr, FLAT: tl.constexpr, FLAT_DY: tl.constexpr,
+):
+    """Normalised values, and the gradient at the activation's input, of some rows of one image; 0 where there are none."""
+    x_RC = tl.load(x + offsets(row_R, channel_C, width, x_h, x_w, x_c, FLAT), mask=real_RC, other=0.0)
+    dy_RC = tl.load(dy + offsets(row_R, channel_C, width, dy_h, dy_w, dy_c, FLAT_DY), mask=real_RC, other=0.0)
+    normal_RC = tl.where(real_RC, (x_RC.to(tl.float32) - centre_C[None, :]) * rstd_C[None, :], 0.0)
+    return normal_RC, _through_silu(dy_RC.to(tl.float32), normal_RC, gain_C, offset_C, SILU)
+
+
+@triton.jit
 def _chunk_sums(
     x, dy, weight, bias, add, scale, shift, mean, rstd, partial, image, chunk, channel_C, real_C,
     channels, groups, pixels, width, rows, chunks,
@@ -119,12 +132,10 @@ def _chunk_sums(
     for first in range(chunk * rows, last, BLOCK_R):
         row_R = first + tl.arange(0, BLOCK_R)
         real_RC = (row_R < last)[:, None] & real_C[None, :]
-        from_RC = x + image * x_n + offsets(row_R, channel_C, width, x_h, x_w, x_c, FLAT)
-        x_RC = tl.load(from_RC, mask=real_RC, other=0.0)
-        at_RC = dy + image * dy_n + offsets(row_R, channel_C, width, dy_h, dy_w, dy_c, FLAT_DY)
-        dy_RC = tl.load(at_RC, mask=real_RC, other=0.0).to(tl.float32)
-        normal_RC = tl.where(real_RC, (x_RC.to(tl.float32) - centre_C[None, :]) * rstd_C[None, :], 0.0)
-        dv_RC = _through_silu(dy_RC, normal_RC, gain_C, offset_C, SILU)
+        normal_RC, dv_RC = _tile(
+            x + image * x_n, dy + image * dy_n, row_R, real_RC, channel_C, rstd_C, centre_C, gain_C, offset_C,
+            width, x_h, x_w, x_c, dy_h, dy_w, dy_c, SILU, FLAT, FLAT_DY,
+        )
         flow_RC += dv_RC
         twist_RC += dv_RC * normal_RC
         if ADD:
@@ -171,12 +182,10 @@ def _chunk_gradient(
     for first in range(chunk * rows, last, BLOCK_R):
         row_R = first + tl.arange(0, BLOCK_R)
         real_RC = (row_R < last)[:, None] & real_C[None, :]
-        from_RC = x + image * x_n + offsets(row_R, channel_C, width, x_h, x_w, x_c, FLAT)
-        x_RC = tl.load(from_RC, mask=real_RC, other=0.0)
-        at_RC = dy + image * dy_n + offsets(row_R, channel_C, width, dy_h, dy_w, dy_c, FLAT_DY)
-        dy_RC = tl.load(at_RC, mask=real_RC, other=0.0).to(tl.float32)
-        normal_RC = (x_RC.to(tl.float32) - centre_C[None, :]) * rstd_C[None, :]
-        dv_RC = _through_silu(dy_RC, normal_RC, gain_C, offset_C, SILU)
+        normal_RC, dv_RC = _tile(
+            x + image * x_n, dy + image * dy_n, row_R, real_RC, channel_C, rstd_C, centre_C, gain_C, offset_C,
+            width, x_h, x_w, x_c, dy_h, dy_w, dy_c, SILU, FLAT, FLAT_DY,
+        )
         value_RC = rstd_C[None, :] * (gain_C[None, :] * dv_RC - common_C[None, :] - normal_RC * tilt_C[None, :])
         dx_RC = dx + image * dx_n + row_R[:, None] * dx_w + channel_C[None, :] * dx_c
         tl.store(dx_RC, value_RC.to(dx.dtype.element_ty), mask=real_RC)
