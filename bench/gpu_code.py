@@ -172,7 +172,7 @@ class Launch:
     """One launch of the generated code: who wrote its kernel, and the bytes of the tensors that it reads and writes."""
 
     name: str
-    kind: str  # ours, library, fused (Inductor's own), or fill: Inductor's own that reads nothing
+    kind: str  # ours, library, fused (Inductor's own), fill: Inductor's own that reads nothing, or eager: not compiled
     bytes: int
 
 
@@ -237,13 +237,27 @@ def launch_of(node) -> Launch:
 # ------------------------------------------------------------------------------------------------------------ blocks
 
 
+class Block:
+    """One block of the network, and what it is held against."""
+
+    def contenders(self) -> dict[str, torch.nn.Module]:
+        return {"diffusers": self.theirs(), "ours": self.ours()}
+
+    def inputs_of(self, who: str, images: int) -> tuple:
+        return self.inputs(images)
+
+    def outside(self, who: str, images: int) -> dict[str, list[Launch]]:
+        """What runs around the compiled code and because of it."""
+        return {"forward": [], "backward": []}
+
+
 def image(images: int, channels: int, side: int) -> torch.Tensor:
     blank_NCHW = torch.zeros(images, channels, side, side, dtype=torch.bfloat16)
     return blank_NCHW.to(memory_format=torch.channels_last).requires_grad_()
 
 
 @dataclass(frozen=True)
-class Residual:
+class Residual(Block):
     """A residual block of the reference network; a wider input is one after a skip."""
 
     width: int
@@ -273,7 +287,50 @@ class Residual:
 
 
 @dataclass(frozen=True)
-class Text:
+class Up(Block):
+    """A residual block on the way up: x and a skip come in, joined before the compiled block or within it."""
+
+    width: int
+    skip_width: int
+    out_width: int
+    side: int
+
+    @property
+    def residual(self) -> Residual:
+        return Residual(self.width + self.skip_width, self.out_width, self.side)
+
+    def contenders(self) -> dict[str, torch.nn.Module]:
+        return {
+            "diffusers": self.residual.theirs(),
+            "ours, joined outside": self.residual.ours(),
+            "ours": self.residual.ours(),
+        }
+
+    def is_joined_outside(self, who: str) -> bool:
+        return who in ("diffusers", "ours, joined outside")
+
+    def inputs_of(self, who: str, images: int) -> tuple:
+        joined_NCHW, embedding_NE = self.residual.inputs(images)
+        if self.is_joined_outside(who):
+            return joined_NCHW, embedding_NE
+        return image(images, self.width, self.side), embedding_NE, image(images, self.skip_width, self.side)
+
+    def outside(self, who: str, images: int) -> dict[str, list[Launch]]:
+        """The concatenation, and the copy of x's gradient: a slice, which compiled code has made dense before it runs.
+
+        The skip's is a slice as well, but is added to another gradient anyway.
+        """
+        if not self.is_joined_outside(who):
+            return super().outside(who, images)
+        joined_NCHW, x_NCHW = (image(images, width, self.side) for width in (self.residual.width, self.width))
+        return {
+            "forward": [Launch("cat", "eager", 2 * joined_NCHW.nbytes)],
+            "backward": [Launch("copy_", "eager", 2 * x_NCHW.nbytes)],
+        }
+
+
+@dataclass(frozen=True)
+class Text(Block):
     """Self- and cross-attention to 77 words over the pixels of a map."""
 
     width: int
@@ -288,9 +345,6 @@ class Text:
 
     def inputs(self, images: int) -> tuple:
         return image(images, self.width, self.side), torch.zeros(images, 77, EMBEDDING, dtype=torch.bfloat16)
-
-    def contenders(self) -> dict[str, torch.nn.Module]:
-        return {"diffusers": self.theirs(), "ours": self.ours()}
 
 
 class TheirTransformer(torch.nn.Module):
@@ -312,6 +366,8 @@ CASES = {
     "residual_128": Residual(128, 128, 128),
     "residual_128_after_skip": Residual(256, 128, 128),
     "residual_32": Residual(256, 256, 32),
+    "up_128": Up(128, 128, 128, 128),
+    "up_32": Up(384, 256, 256, 32),
     "text_16": Text(384, 4, 16),
     "text_8": Text(384, 4, 8),
 }
@@ -323,9 +379,11 @@ CASES = {
 def measure(name: str, images: int, show: bool) -> list[dict]:
     """One row for each contender; with `show`, its launches too."""
     rows = []
-    for who, block in CASES[name].contenders().items():
+    case = CASES[name]
+    for who, block in case.contenders().items():
         block = block.bfloat16().to(memory_format=torch.channels_last)
-        passes = launches_of(block, CASES[name].inputs(images))
+        passes = launches_of(block, case.inputs_of(who, images))
+        passes = {which: case.outside(who, images)[which] + passes[which] for which in passes}
         if show:
             print(
                 f"\n{name}, {who}\n" + table([{"pass": which} | vars(row) for which in passes for row in passes[which]])

@@ -60,6 +60,20 @@ class GroupNormSiLU(nn.GroupNorm):
         return group_norm_silu(x_NCHW, *affine, silu=silu, in_turns=self.in_turns, **modulation)
 
 
+class Joined(torch.autograd.Function):
+    """x and skip as one image, each with a dense gradient: slices of one gradient would be copied before they are used."""
+
+    @staticmethod
+    def forward(ctx, x_NCHW: Tensor, skip_NCHW: Tensor) -> Tensor:
+        ctx.border = x_NCHW.shape[1]
+        return torch.cat([x_NCHW, skip_NCHW], dim=1)
+
+    @staticmethod
+    def backward(ctx, gradient_NCHW: Tensor) -> tuple[Tensor, ...]:
+        parts = gradient_NCHW.tensor_split([ctx.border], dim=1)
+        return tuple(part.contiguous(memory_format=torch.channels_last) for part in parts)
+
+
 class ConvBeforeNorm(nn.Conv2d):
     """A convolution that hands its bias on: the group norm after it adds a vector in the pass that it makes anyway.
 
@@ -96,7 +110,10 @@ class ResBlock(nn.Module):
         scale_NC, shift_NC = projected.chunk(2, dim=1)
         return {"scale_NC": scale_NC[:, : self.out_width], "shift_NC": shift_NC[:, : self.out_width]}
 
-    def forward(self, x_NCHW: Tensor, silu_embedding_NE: Tensor) -> Tensor:
+    def forward(self, x_NCHW: Tensor, silu_embedding_NE: Tensor, skip_NCHW: Tensor | None = None) -> Tensor:
+        """On the way up the block also takes the skip: joined in here, both are part of its compiled graph."""
+        if skip_NCHW is not None:
+            x_NCHW = Joined.apply(x_NCHW, skip_NCHW)
         modulation = self.modulation(silu_embedding_NE)
         h, add_NC = self.conv1(self.norm1(x_NCHW), modulation.pop("add_NC", None))
         h = self.norm2(h, add_NC=add_NC, **modulation)

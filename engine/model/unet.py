@@ -124,8 +124,8 @@ class Level(nn.Module):
         if kind != "none":
             self.attentions = nn.ModuleList([attention_block(config, kind, index) for _ in widths])
 
-    def block(self, i: int, x_NCHW: Tensor, embedding_NE: Tensor, context, mask_NM) -> Tensor:
-        x_NCHW = self.resnets[i](x_NCHW, embedding_NE)
+    def block(self, i: int, x_NCHW: Tensor, embedding_NE: Tensor, context, mask_NM, skip_NCHW=None) -> Tensor:
+        x_NCHW = self.resnets[i](x_NCHW, embedding_NE, skip_NCHW)
         return self.attentions[i](x_NCHW, context, mask_NM) if hasattr(self, "attentions") else x_NCHW
 
 
@@ -301,7 +301,7 @@ class UNet(nn.Module):
     def up(self, x_NCHW: Tensor, skips: list[Tensor], condition: tuple) -> Tensor:
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
-                x_NCHW = self.run(level.block, i, torch.cat([x_NCHW, skips.pop()], dim=1), *condition)
+                x_NCHW = self.run(level.block, i, x_NCHW, *condition, skips.pop())
             if hasattr(level, "upsamplers"):
                 x_NCHW = level.upsamplers[0](x_NCHW, skips[-1].shape[2:])
         return x_NCHW

@@ -489,6 +489,25 @@ def test_gradient_checkpointing_runs_every_block_again_and_changes_no_gradient()
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_a_skip_and_what_it_joins_get_dense_gradients(backend):
+    """Slices of one gradient would be copied, each by whoever takes it next."""
+    torch.manual_seed(0)
+    block = ResBlock(24, 8, 16, groups=4, eps=1e-5, film=False, shared=False, dropout=0.0)
+    if backend:
+        block.compile(backend=backend, fullgraph=True)
+    x_NCHW, skip_NCHW = (
+        torch.randn(2, width, 6, 6).to(memory_format=torch.channels_last).requires_grad_() for width in (16, 8)
+    )
+    embedding_NE = torch.randn(2, 16)
+    apart = torch.autograd.grad(block(x_NCHW, embedding_NE, skip_NCHW).square().sum(), (x_NCHW, skip_NCHW))
+    joined_NCHW = torch.cat([x_NCHW, skip_NCHW], dim=1)
+    outside = torch.autograd.grad(block(joined_NCHW, embedding_NE).square().sum(), (x_NCHW, skip_NCHW))
+    for mine, expected in zip(apart, outside):
+        assert mine.is_contiguous(memory_format=torch.channels_last)
+        assert mine.equal(expected)
+
+
 def test_activations_stay_channels_last():
     config = random_config(1)
     unet, seen = config.build(), []
