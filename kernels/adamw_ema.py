@@ -244,6 +244,7 @@ def adamw_ema_(
     ValueError on what does not fit.
     """
     _validate(master_P, grad_P, {"exp_avg_P": exp_avg_P, "exp_avg_sq_P": exp_avg_sq_P}, emas, ema_decays, weights_out)
+    _validate_numbers(betas, {"lr": lr, "step": step, "grad_scale": grad_scale}, ema_decays, master_P)
     reason = _unsupported(grad_P, weights_out) if runs_kernel(NAME, master_P) else ""
     if reason is None:
         numbers = _numbers(lr, step, grad_scale, ema_decays, master_P.device)
@@ -274,9 +275,20 @@ def _validate(master_P, grad_P, state, emas, ema_decays, weights_out):
     for name, value in (state | {f"emas[{i}]": ema for i, ema in enumerate(emas)} | {"master_P": master_P}).items():
         require(value.dtype == torch.float32, name, "float32", value.dtype)
         _require_like(name, value, master_P)
-    _require_like("grad_P", grad_P, master_P)
-    if weights_out is not None:
-        _require_like("weights_out", weights_out, master_P)
+    for name, value in {"grad_P": grad_P, "weights_out": weights_out}.items():
+        if value is not None:
+            require(value.is_floating_point(), name, "of a floating-point type", value.dtype)
+            _require_like(name, value, master_P)
+
+
+def _validate_numbers(betas, numbers, ema_decays, master_P):
+    require(len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "betas", "two numbers from 0 to below 1", betas)
+    for name, value in (numbers | {f"ema_decays[{i}]": decay for i, decay in enumerate(ema_decays)}).items():
+        if isinstance(value, Tensor):
+            require(value.dim() == 0, name, "a number or a 0-dimensional tensor", tuple(value.shape))
+            require_same_device(name, value, master_P)
+        elif name == "step":
+            require(value >= 1, name, "at least 1", value)
 
 
 def _require_like(name, value_P, master_P):

@@ -27,7 +27,8 @@ NAME = "diffuse"
 
 def diffuse_reference(images_NHWC, flip_N, coefficients_N4, seed, positions_N, purpose, *, dtype=torch.float32):
     """The definition in plain PyTorch; noise runs over (H, W, C) of the image as it is shown to the network."""
-    x0_NHWC = images_NHWC.to(torch.float32) / 127.5 - 1
+    # By a tensor: where the divisor is a number, a GPU multiplies by its rounded reciprocal.
+    x0_NHWC = images_NHWC.to(torch.float32) / torch.full((), 127.5, device=images_NHWC.device) - 1
     x0_NHWC = torch.where(flip_N[:, None, None, None], x0_NHWC.flip(2), x0_NHWC)
     count = images_NHWC[0].numel()
     noise_NHWC = normal_reference(seed, positions_N, purpose, count).view(images_NHWC.shape)
@@ -73,7 +74,7 @@ def _kernel(
     """BLOCK consecutive blocks of four values of one image; values run over (H, W, C) of the image as shown."""
     image = tl.program_id(1).to(tl.int64)
     block_B = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    first, second, third, fourth = normals(seed, block_B, tl.load(positions + image), tl.to_tensor(purpose))
+    first, second, third, fourth = normals(seed, block_B, tl.load(positions + image), purpose)
     noise_V = tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), (4 * BLOCK,))
     value_V = tl.program_id(0) * 4 * BLOCK + tl.arange(0, 4 * BLOCK)
     real_V = value_V < values

@@ -217,6 +217,8 @@ def _validate(prediction_2NCHW, x_NCHW, per_image, rescale):
     doubled = (2 * images, *x_NCHW.shape[1:])
     shape = tuple(prediction_2NCHW.shape)
     require(shape == doubled, "prediction_2NCHW", f"of shape {doubled}", shape)
+    of_numbers = prediction_2NCHW.is_floating_point()
+    require(of_numbers, "prediction_2NCHW", "a floating-point tensor", prediction_2NCHW.dtype)
     require_same_device("prediction_2NCHW", prediction_2NCHW, x_NCHW)
     for name, value in per_image.items():
         require(tuple(value.shape) == (images,), name, f"of shape ({images},)", tuple(value.shape))

@@ -141,7 +141,7 @@ def words(seed, block, position, purpose):
     low = (position & 0xFFFFFFFF).to(tl.uint32)
     high = (position >> 32).to(tl.uint32)
     zero = block.to(tl.uint32) * 0
-    return tl.philox(seed, block.to(tl.uint32), zero + low, zero + high, zero + purpose.to(tl.uint32))
+    return tl.philox(seed, block.to(tl.uint32), zero + low, zero + high, (zero + purpose).to(tl.uint32))
 
 
 @triton.jit

@@ -33,6 +33,8 @@ def test_the_same_bits_on_every_device(case, dtype, device, launching):
         input_NCHW, target_NCHW = diffuse(**given, dtype=dtype)
     expected = diffuse_reference(**on_cpu(given), dtype=dtype)
     assert target_NCHW.cpu().equal(expected[1])
+    there = diffuse_reference(**given, dtype=dtype)
+    assert all(mine.cpu().equal(truth) for mine, truth in zip(there, expected)), "the definition, on the device"
     if dtype == torch.bfloat16 and dispatch.INTERPRETED:  # which cuts off where devices round
         torch.testing.assert_close(input_NCHW, expected[0], rtol=2.0**-7, atol=1e-6)
     else:
@@ -67,7 +69,7 @@ def test_the_image_flips_and_the_noise_does_not(device, launching):
     with launching(NAME):
         image_NCHW, noise_NCHW = diffuse(**given)
     assert noise_NCHW[0].equal(noise_NCHW[1])
-    shown = given["images_NHWC"].permute(0, 3, 1, 2).float() / 127.5 - 1
+    shown = (given["images_NHWC"].cpu().permute(0, 3, 1, 2).float() / 127.5 - 1).to(device)
     assert image_NCHW[0].equal(shown[0].flip(2)) and image_NCHW[1].equal(shown[1])
     assert image_NCHW.min() >= -1 and image_NCHW.max() <= 1
 

@@ -4,6 +4,7 @@ The other files of this folder run on a GPU too, compiled instead of interpreted
 """
 
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -32,6 +33,20 @@ def norm(x_NCHW, weight_C, bias_C, add_NC, scale_NC, shift_NC, in_turns=False):
 norm_in_turns = partial(norm, in_turns=True)
 
 
+def joined_norm(x_NCHW, weight_C, bias_C, add_NC, scale_NC, shift_NC, in_turns=False):
+    """Of an image that comes in two parts, the border of which runs through a group; joined image and norm as one."""
+    parts = [part.contiguous(memory_format=torch.channels_last) for part in x_NCHW.tensor_split([50], dim=1)]
+    modulation = {"add_NC": add_NC, "scale_NC": scale_NC, "shift_NC": shift_NC}
+    y_NCHW, joined_NCHW = group_norm_silu.joined_group_norm_silu(
+        *parts, weight_C, bias_C, 32, **modulation, in_turns=in_turns
+    )
+    return y_NCHW + joined_NCHW
+
+
+joined_in_turns = partial(joined_norm, in_turns=True)
+WAYS = {"norm": norm, "in_turns": norm_in_turns, "joined": joined_norm, "joined_in_turns": joined_in_turns}
+
+
 def attention_inputs(dtype=torch.bfloat16, images=3, queries=300, keys=77, width=64):
     lengths = (queries, keys, keys)
     tokens = [torch.randn(images, n, 4, width, device="cuda").to(dtype).requires_grad_() for n in lengths]
@@ -45,9 +60,13 @@ def both_passes(function, leaves, gradient):
 
 def test_operators_are_sound():
     inputs = norm_inputs(torch.float32, images=2, channels=32, side=8)
-    torch.library.opcheck(torch.ops.duotone.group_norm_silu.default, (*inputs, 8, 1e-5, True, False))
-    inputs = norm_inputs(torch.float32, images=2, channels=64, side=40)
-    torch.library.opcheck(torch.ops.duotone.group_norm_silu.default, (*inputs, 8, 1e-5, True, True))
+    x_NCHW, *rest = inputs
+    torch.library.opcheck(torch.ops.duotone.group_norm_silu.default, (x_NCHW, None, *rest, 8, 1e-5, True, False))
+    x_NCHW, *rest = norm_inputs(torch.float32, images=2, channels=64, side=40)
+    torch.library.opcheck(torch.ops.duotone.group_norm_silu.default, (x_NCHW, None, *rest, 8, 1e-5, True, True))
+    parts = [part.detach().clone(memory_format=torch.channels_last) for part in x_NCHW.tensor_split([20], dim=1)]
+    parts = [part.requires_grad_() for part in parts]
+    torch.library.opcheck(torch.ops.duotone.group_norm_silu.default, (*parts, *rest, 8, 1e-5, True, False))
     tokens, mask_NM = attention_inputs(images=3, queries=40)
     torch.library.opcheck(torch.ops.duotone.attention.default, (*tokens, mask_NM, 0.125))
     image = torch.zeros(2, 8, 8, 3, dtype=torch.uint8, device="cuda")
@@ -73,7 +92,19 @@ def test_norm_of_gradients_gives_the_same_bits_again():
     assert all(squared_norm(grad_P).equal(squared_norm(grad_P)) for _ in range(5))
 
 
-@pytest.mark.parametrize("norm", [norm, norm_in_turns], ids=["norm", "in_turns"])
+@pytest.mark.parametrize("side", [8, 64], ids=["on_chip", "chunks"])
+@pytest.mark.parametrize("together", [(joined_norm, norm), (joined_in_turns, norm_in_turns)], ids=["two", "in_turns"])
+def test_joined_is_the_norm_of_the_concatenation(together, side):
+    inputs = norm_inputs(torch.float32, side=side)
+    gradient = torch.randn_like(inputs[0])
+    joined, whole = (both_passes(norm, inputs, gradient) for norm in together)
+    torch.testing.assert_close(joined[0], whole[0] + inputs[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(joined[1], whole[1] + gradient, rtol=1e-4, atol=1e-4)
+    for mine, theirs in zip(joined[2:], whole[2:]):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("norm", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("side", [8, 64], ids=["on_chip", "chunks"])
 def test_norm_in_one_compiled_graph(side, norm):
     inputs = norm_inputs(side=side)
@@ -100,6 +131,13 @@ def test_turns_end_beside_other_work_and_within_a_captured_graph():
         out.zero_()
         graph.replay()
         torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_an_installed_xformers_runs():
+    if find_spec("xformers") is None:
+        pytest.skip("xformers is not installed")
+    module, reason = attention.xformers()
+    assert module is not None, reason
 
 
 def test_attention_in_one_compiled_graph():
@@ -129,7 +167,7 @@ def test_draws_and_guidance_in_one_compiled_graph():
     assert target.equal(diffuse.diffuse(image, flip, coefficients, 3, positions, 1)[1])
 
 
-@pytest.mark.parametrize("norm", [norm, norm_in_turns], ids=["norm", "in_turns"])
+@pytest.mark.parametrize("norm", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("side", [8, 64, 128], ids=["on_chip", "chunks", "many_chunks"])
 def test_norm_gives_the_same_bits_again(side, norm):
     inputs = norm_inputs(side=side)

@@ -30,7 +30,7 @@ def test_signed_seed_is_the_unsigned_one_with_the_same_bits():
 @triton.jit(do_not_specialize=["seed", "purpose"])
 def _words_kernel(out, positions, seed, purpose, BLOCK: tl.constexpr):
     block = tl.arange(0, BLOCK)
-    four = words(seed, block, tl.load(positions + tl.program_id(0)), tl.to_tensor(purpose))
+    four = words(seed, block, tl.load(positions + tl.program_id(0)), purpose)
     row = out + tl.program_id(0) * BLOCK * 4 + block * 4
     for i in tl.static_range(4):
         tl.store(row + i, four[i].to(tl.int64))
