@@ -264,11 +264,12 @@ class Residual(Block):
     out_width: int
     side: int
 
-    def ours(self, in_turns: bool = False) -> torch.nn.Module:
+    def ours(self, in_turns: bool = False, joins_skips: bool = False) -> torch.nn.Module:
         block = ResBlock(
             self.width, self.out_width, EMBEDDING, groups=32, eps=1e-5, film=False, shared=False, dropout=0.0
         )
         block.norm1.in_turns = block.norm2.in_turns = in_turns
+        block.norm1.joins_skips = joins_skips
         return block
 
     def theirs(self) -> torch.nn.Module:
@@ -304,6 +305,9 @@ class Up(Block):
             "diffusers": self.residual.theirs(),
             "ours, joined outside": self.residual.ours(),
             "ours": self.residual.ours(),
+            "ours, norms join skips": self.residual.ours(joins_skips=True),
+            "ours, norms in turns": self.residual.ours(in_turns=True),
+            "ours, norms in turns join skips": self.residual.ours(in_turns=True, joins_skips=True),
         }
 
     def is_joined_outside(self, who: str) -> bool:

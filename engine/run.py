@@ -153,7 +153,7 @@ def as_tuple(names: list[str] | None) -> tuple[str, ...] | None:
 
 def kernel_faults(device: torch.device, switches: speed.Speed) -> list[str]:
     """On a GPU every kernel is held against its definition once; one that disagrees is switched off, with a line."""
-    return self_test(device, switches.norms_in_turns) if device.type == "cuda" else []
+    return self_test(device, switches.norms_in_turns, switches.norms_join_skips) if device.type == "cuda" else []
 
 
 def announce(run: Run, predicted: Estimate, begun: list[str]) -> None:

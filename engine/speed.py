@@ -32,6 +32,8 @@ class Speed:
     """Carry the image's few channels as eight, the others zero: what tensor cores want of the first and last convolution."""
     norms_in_turns: bool = False
     """Group norms of large maps in one launch: an image is normalised while the cache holds what its statistics read."""
+    norms_join_skips: bool = False
+    """On the way up a block's first norm reads x and its skip where they lie, writes them joined as it goes, and adds up their gradients; off until a GPU has measured it."""
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: about a third more work for much less memory."""
     threads: int | None = None
@@ -105,7 +107,7 @@ def make_ready(unet: UNet, speed: Speed, choice: Choice) -> int:
     unet.checkpointing = speed.gradient_checkpointing
     unet.pad_ends(speed.padded_ends)
     for norm in (m for m in unet.modules() if isinstance(m, GroupNormSiLU)):
-        norm.in_turns = speed.norms_in_turns
+        norm.in_turns, norm.joins_skips = speed.norms_in_turns, speed.norms_join_skips
     return compile_blocks(unet, speed) if choice.compile else 0
 
 
@@ -120,6 +122,8 @@ def substitutions(speed: Speed, choice: Choice) -> list[str]:
         lines.append("speed.cuda_graphs has no effect without a CUDA device")
     if choice.device == "cpu" and speed.norms_in_turns:
         lines.append("speed.norms_in_turns has no effect without a CUDA device")
+    if choice.device == "cpu" and speed.norms_join_skips:
+        lines.append("speed.norms_join_skips has no effect without a CUDA device")
     if speed.autotune and not choice.compile:
         lines.append("speed.autotune has no effect without speed.compile")
     return lines

@@ -1,12 +1,24 @@
 """Device code of group_norm_silu's gradients: on chip, in two launches, or in one launch in turns.
 
 A program owns whole groups: SPAN channels of one image, so that a row of a channels-last image is read in full lines.
+JOIN: x was joined from two parts at channel `border`; it has a gradient of its own, `djoined`, in its layout, which is added,
+and each part gets its own dense gradient, dx and dskip.
 Signatures are grouped by subject: tensors, sizes, strides, switches, tile.
 R rows (pixels) of a tile, C channels of a program, G groups of a program, K chunks of rows.
 """
 
 from duotone.kernels.dispatch import tl, triton
-from duotone.kernels.group_norm_lanes import affine, channels_of, fold, groups_of, last_first, of_image, offsets, spread
+from duotone.kernels.group_norm_lanes import (
+    affine,
+    apart,
+    channels_of,
+    fold,
+    groups_of,
+    last_first,
+    of_image,
+    offsets,
+    spread,
+)
 from duotone.kernels.turns import end_first_pass, publish, take_turn, wait_for_first_passes
 
 # fmt: off
@@ -60,12 +72,28 @@ def _small_gradients(
 
 
 @triton.jit
+def _store_gradient(
+    dx, dskip, djoined, value_RC, image, row_R, channel_C, real_RC, channels, pixels, border,
+    x_n, x_w, x_c, dx_n, dx_w, dx_c,
+    JOIN: tl.constexpr,
+):
+    """Store dx, or what is each part's of it and of the gradient that the joined image has beside it."""
+    if JOIN:
+        from_RC = djoined + image * x_n + row_R[:, None] * x_w + channel_C[None, :] * x_c
+        value_RC += tl.load(from_RC, mask=real_RC, other=0.0).to(tl.float32)
+        dx_RC = apart(dx, dskip, image, row_R, channel_C, channels, pixels, border)
+    else:
+        dx_RC = dx + image * dx_n + row_R[:, None] * dx_w + channel_C[None, :] * dx_c
+    tl.store(dx_RC, value_RC.to(dx.dtype.element_ty), mask=real_RC)
+
+
+@triton.jit
 def backward_whole(
-    x, dy, weight, bias, add, scale, shift, mean, rstd, dx, per_image, dadd, dscale, dshift,
-    channels, groups, pixels, width,
+    x, dy, djoined, weight, bias, add, scale, shift, mean, rstd, dx, dskip, per_image, dadd, dscale, dshift,
+    channels, groups, pixels, width, border,
     x_n, x_h, x_w, x_c, dy_n, dy_h, dy_w, dy_c, dx_n, dx_w, dx_c, add_n, scale_n, shift_n,
     ADD: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr,
-    FLAT: tl.constexpr, FLAT_DY: tl.constexpr,
+    FLAT: tl.constexpr, FLAT_DY: tl.constexpr, JOIN: tl.constexpr,
     SPAN: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
 ):
     """One program keeps x and dy of its slab on chip: the sums, then dx, from one read of each."""
@@ -93,8 +121,10 @@ def backward_whole(
     common_C = spread(common_G, PER_GROUP, BLOCK_C, BLOCK_G)
     tilt_C = spread(tilt_G, PER_GROUP, BLOCK_C, BLOCK_G)
     value_RC = rstd_C[None, :] * (gain_C[None, :] * dv_RC - common_C[None, :] - normal_RC * tilt_C[None, :])
-    dx_RC = dx + image * dx_n + row_R[:, None] * dx_w + channel_C[None, :] * dx_c
-    tl.store(dx_RC, value_RC.to(dx.dtype.element_ty), mask=real_RC)
+    _store_gradient(
+        dx, dskip, djoined, value_RC, image, row_R, channel_C, real_RC, channels, pixels, border,
+        x_n, x_w, x_c, dx_n, dx_w, dx_c, JOIN,
+    )
     _small_gradients(
         weight, bias, scale, per_image, dadd, dscale, dshift, image, channels, channel_C, real_C,
         flow_C, twist_C, drift_C, common_C, tilt_C, rstd_C, gain_C, pixels, scale_n, ADD, SCALE, SHIFT,
@@ -172,10 +202,11 @@ def _totals(
 
 @triton.jit
 def _chunk_gradient(
-    x, dy, dx, image, chunk, channel_C, real_C, rstd_C, centre_C, gain_C, offset_C, common_C, tilt_C,
-    pixels, width, rows,
+    x, dy, djoined, dx, dskip, image, chunk, channel_C, real_C,
+    rstd_C, centre_C, gain_C, offset_C, common_C, tilt_C,
+    channels, pixels, width, rows, border,
     x_n, x_h, x_w, x_c, dy_n, dy_h, dy_w, dy_c, dx_n, dx_w, dx_c,
-    SILU: tl.constexpr, FLAT: tl.constexpr, FLAT_DY: tl.constexpr, BLOCK_R: tl.constexpr,
+    SILU: tl.constexpr, FLAT: tl.constexpr, FLAT_DY: tl.constexpr, JOIN: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
     """The gradient of one chunk of rows."""
     last = tl.minimum(chunk * rows + rows, pixels)
@@ -187,8 +218,10 @@ def _chunk_gradient(
             width, x_h, x_w, x_c, dy_h, dy_w, dy_c, SILU, FLAT, FLAT_DY,
         )
         value_RC = rstd_C[None, :] * (gain_C[None, :] * dv_RC - common_C[None, :] - normal_RC * tilt_C[None, :])
-        dx_RC = dx + image * dx_n + row_R[:, None] * dx_w + channel_C[None, :] * dx_c
-        tl.store(dx_RC, value_RC.to(dx.dtype.element_ty), mask=real_RC)
+        _store_gradient(
+            dx, dskip, djoined, value_RC, image, row_R, channel_C, real_RC, channels, pixels, border,
+            x_n, x_w, x_c, dx_n, dx_w, dx_c, JOIN,
+        )
 
 
 @triton.jit
@@ -213,11 +246,11 @@ def backward_sums(
 
 @triton.jit
 def backward_apply(
-    x, dy, weight, bias, add, scale, shift, mean, rstd, partial, dx, per_image, dadd, dscale, dshift,
-    channels, groups, pixels, width, rows, chunks,
+    x, dy, djoined, weight, bias, add, scale, shift, mean, rstd, partial, dx, dskip, per_image, dadd, dscale, dshift,
+    channels, groups, pixels, width, rows, chunks, border,
     x_n, x_h, x_w, x_c, dy_n, dy_h, dy_w, dy_c, dx_n, dx_w, dx_c, add_n, scale_n, shift_n,
     ADD: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr,
-    FLAT: tl.constexpr, FLAT_DY: tl.constexpr,
+    FLAT: tl.constexpr, FLAT_DY: tl.constexpr, JOIN: tl.constexpr,
     SPAN: tl.constexpr, PER_GROUP: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
@@ -238,20 +271,22 @@ def backward_apply(
             flow_C, twist_C, drift_C, common_C, tilt_C, rstd_C, gain_C, pixels, scale_n, ADD, SCALE, SHIFT,
         )
     _chunk_gradient(
-        x, dy, dx, image, chunk, channel_C, real_C, rstd_C, centre_C, gain_C, offset_C, common_C, tilt_C,
-        pixels, width, rows, x_n, x_h, x_w, x_c, dy_n, dy_h, dy_w, dy_c, dx_n, dx_w, dx_c,
-        SILU, FLAT, FLAT_DY, BLOCK_R,
+        x, dy, djoined, dx, dskip, image, chunk, channel_C, real_C,
+        rstd_C, centre_C, gain_C, offset_C, common_C, tilt_C,
+        channels, pixels, width, rows, border,
+        x_n, x_h, x_w, x_c, dy_n, dy_h, dy_w, dy_c, dx_n, dx_w, dx_c,
+        SILU, FLAT, FLAT_DY, JOIN, BLOCK_R,
     )
 
 
 @triton.jit
 def backward_in_turn(
-    x, dy, weight, bias, add, scale, shift, mean, rstd, partial, turns, of_group,
-    dx, per_image, dadd, dscale, dshift,
-    channels, groups, pixels, width, rows, chunks, spans, slabs, ahead,
+    x, dy, djoined, weight, bias, add, scale, shift, mean, rstd, partial, turns, of_group,
+    dx, dskip, per_image, dadd, dscale, dshift,
+    channels, groups, pixels, width, rows, chunks, border, spans, slabs, ahead,
     x_n, x_h, x_w, x_c, dy_n, dy_h, dy_w, dy_c, dx_n, dx_w, dx_c, add_n, scale_n, shift_n,
     ADD: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr,
-    FLAT: tl.constexpr, FLAT_DY: tl.constexpr,
+    FLAT: tl.constexpr, FLAT_DY: tl.constexpr, JOIN: tl.constexpr,
     SPAN: tl.constexpr, PER_GROUP: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
@@ -268,9 +303,11 @@ def backward_in_turn(
         common_C = spread(tl.load(to_G, mask=real_G, other=0.0), PER_GROUP, BLOCK_C, BLOCK_G)
         tilt_C = spread(tl.load(to_G + groups, mask=real_G, other=0.0), PER_GROUP, BLOCK_C, BLOCK_G)
         _chunk_gradient(
-            x, dy, dx, image, chunk, channel_C, real_C, rstd_C, centre_C, gain_C, offset_C, common_C, tilt_C,
-            pixels, width, rows, x_n, x_h, x_w, x_c, dy_n, dy_h, dy_w, dy_c, dx_n, dx_w, dx_c,
-            SILU, FLAT, FLAT_DY, BLOCK_R,
+            x, dy, djoined, dx, dskip, image, chunk, channel_C, real_C,
+            rstd_C, centre_C, gain_C, offset_C, common_C, tilt_C,
+            channels, pixels, width, rows, border,
+            x_n, x_h, x_w, x_c, dy_n, dy_h, dy_w, dy_c, dx_n, dx_w, dx_c,
+            SILU, FLAT, FLAT_DY, JOIN, BLOCK_R,
         )
     else:
         _chunk_sums(

@@ -1,12 +1,24 @@
 """Device code of group_norm_silu's forward pass: on chip, in two launches, or in one launch in turns.
 
 A program owns whole groups: SPAN channels of one image, so that a row of a channels-last image is read in full lines.
+JOIN: the image comes in two parts, x up to channel `border` and a skip from there on; the first read of it writes them as
+one, `joined`, in the layout of y.
 Signatures are grouped by subject: tensors, sizes, strides, switches, tile.
 R rows (pixels) of a tile, C channels of a program, G groups of a program, K chunks of rows.
 """
 
 from duotone.kernels.dispatch import tl, triton
-from duotone.kernels.group_norm_lanes import affine, channels_of, fold, groups_of, last_first, of_image, offsets, spread
+from duotone.kernels.group_norm_lanes import (
+    affine,
+    apart,
+    channels_of,
+    fold,
+    groups_of,
+    last_first,
+    of_image,
+    offsets,
+    spread,
+)
 from duotone.kernels.turns import end_first_pass, publish, take_turn, wait_for_first_passes
 
 # fmt: off
@@ -14,10 +26,11 @@ from duotone.kernels.turns import end_first_pass, publish, take_turn, wait_for_f
 
 @triton.jit
 def forward_whole(
-    x, weight, bias, add, scale, shift, y, mean, rstd,
-    channels, groups, pixels, width, eps,
+    x, skip, weight, bias, add, scale, shift, y, joined, mean, rstd,
+    channels, groups, pixels, width, border, eps,
     x_n, x_h, x_w, x_c, y_n, y_w, y_c, add_n, scale_n, shift_n,
-    ADD: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr, FLAT: tl.constexpr,
+    ADD: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr,
+    FLAT: tl.constexpr, JOIN: tl.constexpr,
     SPAN: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
 ):
     """One program keeps its slab on chip: mean, then centred squares, then the output, from one read."""
@@ -25,7 +38,12 @@ def forward_whole(
     channel_C, real_C = channels_of(tl.program_id(0), channels, SPAN, BLOCK_C)
     row_R = tl.arange(0, BLOCK_R)
     real_RC = (row_R < pixels)[:, None] & real_C[None, :]
-    x_RC = tl.load(x + image * x_n + offsets(row_R, channel_C, width, x_h, x_w, x_c, FLAT), mask=real_RC, other=0.0)
+    to_RC = image * y_n + row_R[:, None] * y_w + channel_C[None, :] * y_c
+    if JOIN:
+        x_RC = tl.load(apart(x, skip, image, row_R, channel_C, channels, pixels, border), mask=real_RC, other=0.0)
+        tl.store(joined + to_RC, x_RC, mask=real_RC)
+    else:
+        x_RC = tl.load(x + image * x_n + offsets(row_R, channel_C, width, x_h, x_w, x_c, FLAT), mask=real_RC, other=0.0)
     add_C = of_image(add, image, add_n, channel_C, real_C, ADD)
 
     count = pixels * PER_GROUP
@@ -44,8 +62,7 @@ def forward_whole(
     value_RC = centred_RC * gain_C[None, :] + offset_C[None, :]
     if SILU:
         value_RC = value_RC * tl.sigmoid(value_RC)
-    y_RC = y + image * y_n + row_R[:, None] * y_w + channel_C[None, :] * y_c
-    tl.store(y_RC, value_RC.to(y.dtype.element_ty), mask=real_RC)
+    tl.store(y + to_RC, value_RC.to(y.dtype.element_ty), mask=real_RC)
 
     group_G, real_G = groups_of(tl.program_id(0), groups, SPAN, PER_GROUP, BLOCK_G)
     tl.store(mean + image * groups + group_G, mean_G + left_G, mask=real_G)
@@ -54,10 +71,10 @@ def forward_whole(
 
 @triton.jit
 def _chunk_statistics(
-    x, add, partial, image, chunk, channel_C, real_C, group_G, real_G,
-    groups, pixels, width, rows, chunks,
-    x_n, x_h, x_w, x_c, add_n,
-    ADD: tl.constexpr, FLAT: tl.constexpr,
+    x, skip, add, joined, partial, image, chunk, channel_C, real_C, group_G, real_G,
+    channels, groups, pixels, width, rows, chunks, border,
+    x_n, x_h, x_w, x_c, y_n, y_w, y_c, add_n,
+    ADD: tl.constexpr, FLAT: tl.constexpr, JOIN: tl.constexpr,
     PER_GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
 ):
     """Store mean and centred squares of one chunk of rows, by Welford's update in every lane, merged once at the end."""
@@ -69,8 +86,13 @@ def _chunk_statistics(
         row_R = first + tl.arange(0, BLOCK_R)
         real_R = row_R < last
         real_RC = real_R[:, None] & real_C[None, :]
-        from_RC = x + image * x_n + offsets(row_R, channel_C, width, x_h, x_w, x_c, FLAT)
-        x_RC = tl.load(from_RC, mask=real_RC, other=0.0)
+        if JOIN:
+            x_RC = tl.load(apart(x, skip, image, row_R, channel_C, channels, pixels, border), mask=real_RC, other=0.0)
+            to_RC = joined + image * y_n + row_R[:, None] * y_w + channel_C[None, :] * y_c
+            tl.store(to_RC, x_RC, mask=real_RC)
+        else:
+            from_RC = x + image * x_n + offsets(row_R, channel_C, width, x_h, x_w, x_c, FLAT)
+            x_RC = tl.load(from_RC, mask=real_RC, other=0.0)
         count_R += real_R.to(tl.float32)
         delta_RC = tl.where(real_RC, x_RC.to(tl.float32) - mean_RC, 0.0)
         mean_RC += delta_RC * (1.0 / tl.maximum(count_R, 1.0))[:, None]
@@ -96,19 +118,20 @@ def _chunk_statistics(
 
 @triton.jit
 def forward_statistics(
-    x, add, partial,
-    channels, groups, pixels, width, rows, chunks,
-    x_n, x_h, x_w, x_c, add_n,
-    ADD: tl.constexpr, FLAT: tl.constexpr,
+    x, skip, add, joined, partial,
+    channels, groups, pixels, width, rows, chunks, border,
+    x_n, x_h, x_w, x_c, y_n, y_w, y_c, add_n,
+    ADD: tl.constexpr, FLAT: tl.constexpr, JOIN: tl.constexpr,
     SPAN: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
 ):
     """The first of two launches."""
     channel_C, real_C = channels_of(tl.program_id(0), channels, SPAN, BLOCK_C)
     group_G, real_G = groups_of(tl.program_id(0), groups, SPAN, PER_GROUP, BLOCK_G)
     _chunk_statistics(
-        x, add, partial, tl.program_id(2).to(tl.int64), tl.program_id(1), channel_C, real_C, group_G, real_G,
-        groups, pixels, width, rows, chunks, x_n, x_h, x_w, x_c, add_n,
-        ADD, FLAT, PER_GROUP, BLOCK_R, BLOCK_C, BLOCK_G,
+        x, skip, add, joined, partial, tl.program_id(2).to(tl.int64), tl.program_id(1),
+        channel_C, real_C, group_G, real_G,
+        channels, groups, pixels, width, rows, chunks, border, x_n, x_h, x_w, x_c, y_n, y_w, y_c, add_n,
+        ADD, FLAT, JOIN, PER_GROUP, BLOCK_R, BLOCK_C, BLOCK_G,
     )
 
 
@@ -183,10 +206,11 @@ def forward_apply(
 
 @triton.jit
 def forward_in_turn(
-    x, weight, bias, add, scale, shift, partial, turns, y, mean, rstd,
-    channels, groups, pixels, width, rows, chunks, spans, slabs, ahead, eps,
+    x, skip, weight, bias, add, scale, shift, partial, turns, y, joined, mean, rstd,
+    channels, groups, pixels, width, rows, chunks, border, spans, slabs, ahead, eps,
     x_n, x_h, x_w, x_c, y_n, y_w, y_c, add_n, scale_n, shift_n,
-    ADD: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr, FLAT: tl.constexpr,
+    ADD: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr,
+    FLAT: tl.constexpr, JOIN: tl.constexpr,
     SPAN: tl.constexpr, PER_GROUP: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
@@ -196,20 +220,23 @@ def forward_in_turn(
     channel_C, real_C = channels_of(slab % spans, channels, SPAN, BLOCK_C)
     group_G, real_G = groups_of(slab % spans, groups, SPAN, PER_GROUP, BLOCK_G)
     to_G = image * groups + group_G
+    again, again_n, again_w, again_c = x, x_n, x_w, x_c
+    if JOIN:  # the first passes have written it, as they have the statistics
+        again, again_n, again_w, again_c = joined, y_n, y_w, y_c
     if is_second:
         wait_for_first_passes(turns, slab, chunks)
         mean_G = tl.load(mean + to_G, mask=real_G, other=0.0)
         rstd_G = tl.load(rstd + to_G, mask=real_G, other=0.0)
         _normalise_chunk(
-            x, weight, bias, add, scale, shift, y, mean_G, rstd_G, image, chunk, channel_C, real_C,
-            pixels, width, rows, x_n, x_h, x_w, x_c, y_n, y_w, y_c, add_n, scale_n, shift_n,
+            again, weight, bias, add, scale, shift, y, mean_G, rstd_G, image, chunk, channel_C, real_C,
+            pixels, width, rows, again_n, x_h, again_w, again_c, y_n, y_w, y_c, add_n, scale_n, shift_n,
             ADD, SCALE, SHIFT, SILU, FLAT, PER_GROUP, BLOCK_R, BLOCK_C, BLOCK_G,
         )
     else:
         _chunk_statistics(
-            x, add, partial, image, chunk, channel_C, real_C, group_G, real_G,
-            groups, pixels, width, rows, chunks, x_n, x_h, x_w, x_c, add_n,
-            ADD, FLAT, PER_GROUP, BLOCK_R, BLOCK_C, BLOCK_G,
+            x, skip, add, joined, partial, image, chunk, channel_C, real_C, group_G, real_G,
+            channels, groups, pixels, width, rows, chunks, border, x_n, x_h, x_w, x_c, y_n, y_w, y_c, add_n,
+            ADD, FLAT, JOIN, PER_GROUP, BLOCK_R, BLOCK_C, BLOCK_G,
         )
         if end_first_pass(turns, slab) == chunks - 1:
             mean_G, rstd_G = _merged(

@@ -55,6 +55,20 @@ def offsets(row_R, channel_C, width, stride_h, stride_w, stride_c, FLAT: tl.cons
 
 
 @triton.jit
+def apart(x, skip, image, row_R, channel_C, channels, pixels, border):
+    """Where a tile lies in x and, from channel `border` on, in the skip, both dense and channels-last.
+
+    The border may run through a group: each lane's channel alone says whose it is.
+    """
+    first_C = tl.where(
+        channel_C < border, x + image * pixels * border + channel_C,
+        skip + image * pixels * (channels - border) + channel_C - border,
+    )
+    stride_C = tl.where(channel_C < border, border, channels - border)
+    return first_C[None, :] + row_R[:, None] * stride_C[None, :]
+
+
+@triton.jit
 def of_image(pointer, image, stride, channel_C, real_C, PRESENT: tl.constexpr):
     if PRESENT:
         return tl.load(pointer + image * stride + channel_C, mask=real_C, other=0.0).to(tl.float32)

@@ -144,19 +144,19 @@ CASES = [
 # ----------------------------------------------------------------------------------------------------- operators
 
 
-def _cut(x_NCHW, groups, in_turns, room=WHOLE_ELEMENTS) -> tuple[Tiling, bool]:
+def _cut(shape, itemsize, groups, in_turns, room=WHOLE_ELEMENTS) -> tuple[Tiling, bool]:
     """Programs of a call, and whether they take turns, which small maps and those that no cache holds do not."""
-    _, channels, height, width = x_NCHW.shape
-    of_one_image = (channels, groups, height * width, x_NCHW.element_size(), room)
+    _, channels, height, width = shape
+    of_one_image = (channels, groups, height * width, itemsize, room)
     cut = tiling(*of_one_image, in_turns=in_turns)
-    if in_turns and cut.chunks and fits_the_cache(cut, height * width, x_NCHW.element_size()):
+    if in_turns and cut.chunks and fits_the_cache(cut, height * width, itemsize):
         return cut, True
     return tiling(*of_one_image), False
 
 
-def _turns(cut, x_NCHW, spans):
+def _turns(cut, shape, x_NCHW, spans):
     """Grid and arguments of a launch in turns."""
-    images, _, height, width = x_NCHW.shape
+    images, _, height, width = shape
     slabs = images * spans
     ahead = slabs_ahead(cut, slabs, height * width, x_NCHW.element_size())
     turns = torch.zeros(1 + slabs, dtype=torch.int32, device=x_NCHW.device)
@@ -168,13 +168,13 @@ def _is_flat(image_NCHW):
     return image_NCHW.shape[2] == 1 or image_NCHW.stride(2) == image_NCHW.shape[3] * image_NCHW.stride(3)
 
 
-def _dense_like(x_NCHW):
-    """A fresh image in the memory format of x: its storage for the kernel, and the same as a view of shape (N, C, H, W).
+def _dense(shape, memory_format, x_NCHW):
+    """A fresh image of this memory format and of the type of x: its storage for the kernel, and the same as a view of shape (N, C, H, W).
 
     Inductor knows an uninitialised tensor only by torch.empty, contiguous: any other it fills, or shares and copies.
     """
-    images, channels, height, width = x_NCHW.shape
-    if memory_format_of(x_NCHW) == torch.channels_last:
+    images, channels, height, width = shape
+    if memory_format == torch.channels_last:
         storage_NHWC = torch.empty(images, height, width, channels, dtype=x_NCHW.dtype, device=x_NCHW.device)
         return storage_NHWC, storage_NHWC.permute(0, 3, 1, 2)
     storage_NCHW = torch.empty(images, channels, height, width, dtype=x_NCHW.dtype, device=x_NCHW.device)
@@ -205,8 +205,8 @@ def _unit_stride(values):
     return values if values is None or values.stride(-1) == 1 else values.contiguous()
 
 
-def _sizes(x_NCHW, groups):
-    _, channels, height, width = x_NCHW.shape
+def _sizes(shape, groups):
+    _, channels, height, width = shape
     return {"channels": channels, "groups": groups, "pixels": height * width, "width": width}
 
 
@@ -215,9 +215,21 @@ def _blocks(cut, per_group):
     return blocks | {"num_warps": cut.warps}
 
 
+def _shape(x_NCHW, skip_NCHW):
+    """Of the whole image, which may come in two parts."""
+    images, channels, height, width = x_NCHW.shape
+    return images, channels if skip_NCHW is None else channels + skip_NCHW.shape[1], height, width
+
+
+def _parts(weight_C, border, **tensors):
+    """Arguments for an image in two parts, the second of which begins at channel `border`: stand-ins where it is 0."""
+    return (tensors if border else dict.fromkeys(tensors, weight_C)) | {"border": border, "JOIN": border > 0}
+
+
 @triton_op("duotone::group_norm_silu", mutates_args={})
 def _forward(
     x_NCHW: Tensor,
+    skip_NCHW: Tensor | None,
     weight_C: Tensor,
     bias_C: Tensor,
     add_NC: Tensor | None,
@@ -227,39 +239,47 @@ def _forward(
     eps: float,
     silu: bool,
     in_turns: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    images, channels = x_NCHW.shape[:2]
-    cut, in_turns = _cut(x_NCHW, groups, in_turns)
-    y, y_NCHW = _dense_like(x_NCHW)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, the joined image (empty without a skip), means and reciprocal deviations."""
+    shape = _shape(x_NCHW, skip_NCHW)
+    images, channels = shape[:2]
+    cut, in_turns = _cut(shape, x_NCHW.element_size(), groups, in_turns)
+    memory_format = memory_format_of(x_NCHW) if skip_NCHW is None else torch.channels_last
+    y, y_NCHW = _dense(shape, memory_format, x_NCHW)
+    joined, joined_NCHW = _dense((0,) * 4 if skip_NCHW is None else shape, memory_format, x_NCHW)
     mean_NG = torch.empty(images, groups, dtype=torch.float32, device=x_NCHW.device)
     rstd_NG = torch.empty(images, groups, dtype=torch.float32, device=x_NCHW.device)
     modulation = _modulation(weight_C, add_NC, scale_NC, shift_NC)
-    shared = _sizes(x_NCHW, groups) | _strides("x", x_NCHW) | _blocks(cut, channels // groups)
-    shared |= {"x": x_NCHW, "FLAT": _is_flat(x_NCHW), "BLOCK_G": cut.block_g}
+    shared = _sizes(shape, groups) | _strides("x", x_NCHW) | _blocks(cut, channels // groups)
+    shared |= {"x": x_NCHW, "FLAT": skip_NCHW is not None or _is_flat(x_NCHW), "BLOCK_G": cut.block_g}
+    parts = _parts(weight_C, 0 if skip_NCHW is None else x_NCHW.shape[1], skip=skip_NCHW, joined=joined)
     output = {"weight": _unit_stride(weight_C), "bias": _unit_stride(bias_C), "y": y}
     output |= {"mean": mean_NG, "rstd": rstd_NG}
     output |= modulation | _dense_strides("y", y_NCHW) | {"eps": eps, "SILU": silu}
     spans = math.ceil(channels / cut.span)
     if not cut.chunks:
-        launch(NAME, wrap_triton(forward_whole), (spans, images), shared | output)
-        return y_NCHW, mean_NG, rstd_NG
+        launch(NAME, wrap_triton(forward_whole), (spans, images), shared | parts | output)
+        return y_NCHW, joined_NCHW, mean_NG, rstd_NG
     shared |= {"rows": cut.rows, "chunks": cut.chunks}
     shared["partial"] = torch.empty(images, cut.chunks, 2, groups, dtype=torch.float32, device=x_NCHW.device)
     output["BLOCK_K"] = power_of_2(cut.chunks)
     if in_turns:
-        grid, turns = _turns(cut, x_NCHW, spans)
-        launch(NAME, wrap_triton(forward_in_turn), grid, shared | output | turns)
-        return y_NCHW, mean_NG, rstd_NG
+        grid, turns = _turns(cut, shape, x_NCHW, spans)
+        launch(NAME, wrap_triton(forward_in_turn), grid, shared | parts | output | turns)
+        return y_NCHW, joined_NCHW, mean_NG, rstd_NG
     grid = (spans, cut.chunks, images)
-    add = {name: modulation[name] for name in ("add", "add_n", "ADD")}
-    launch(NAME, wrap_triton(forward_statistics), grid, shared | add)
+    first = {name: modulation[name] for name in ("add", "add_n", "ADD")} | _dense_strides("y", y_NCHW)
+    launch(NAME, wrap_triton(forward_statistics), grid, shared | parts | first)
+    if skip_NCHW is not None:
+        shared |= {"x": joined} | _strides("x", joined_NCHW)
     launch(NAME, wrap_triton(forward_apply), grid, shared | output)
-    return y_NCHW, mean_NG, rstd_NG
+    return y_NCHW, joined_NCHW, mean_NG, rstd_NG
 
 
 @triton_op("duotone::group_norm_silu_backward", mutates_args={})
 def _backward(
     dy_NCHW: Tensor,
+    djoined_NCHW: Tensor | None,
     x_NCHW: Tensor,
     weight_C: Tensor,
     bias_C: Tensor,
@@ -268,23 +288,29 @@ def _backward(
     shift_NC: Tensor | None,
     mean_NG: Tensor,
     rstd_NG: Tensor,
+    border: int,
     groups: int,
     silu: bool,
     in_turns: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    images, channels = x_NCHW.shape[:2]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, the skip (empty without one), weight and bias, and the modulation."""
+    images, channels, height, width = x_NCHW.shape
     is_plain = add_NC is None and scale_NC is None and shift_NC is None
     room = WHOLE_ELEMENTS if is_plain else WHOLE_ELEMENTS_MODULATED_BACKWARD
-    cut, in_turns = _cut(x_NCHW, groups, in_turns, room)
-    dx, dx_NCHW = _dense_like(x_NCHW)
+    cut, in_turns = _cut(x_NCHW.shape, x_NCHW.element_size(), groups, in_turns, room)
+    first, second = (border, channels - border) if border else (channels, 0)
+    dx, dx_NCHW = _dense((images, first, height, width), memory_format_of(x_NCHW), x_NCHW)
+    dskip, dskip_NCHW = _dense((images, second, height, width), memory_format_of(x_NCHW), x_NCHW)
     per_image_N2C = torch.empty(images, 2, channels, dtype=torch.float32, device=x_NCHW.device)
     small = {f"d{name}": _gradient_like(value, x_NCHW) for name, value in _named(add_NC, scale_NC, shift_NC).items()}
     modulation = _modulation(weight_C, add_NC, scale_NC, shift_NC)
-    shared = _sizes(x_NCHW, groups) | _strides("x", x_NCHW) | _strides("dy", dy_NCHW) | _blocks(cut, channels // groups)
+    shared = _sizes(x_NCHW.shape, groups) | _blocks(cut, channels // groups)
+    shared |= _strides("x", x_NCHW) | _strides("dy", dy_NCHW)
     shared |= {"x": x_NCHW, "dy": dy_NCHW, "weight": _unit_stride(weight_C), "bias": _unit_stride(bias_C)}
     shared |= {"mean": mean_NG, "rstd": rstd_NG}
     shared |= modulation | {"SILU": silu, "FLAT": _is_flat(x_NCHW), "FLAT_DY": _is_flat(dy_NCHW)}
     output = {"dx": dx, "per_image": per_image_N2C, "BLOCK_G": cut.block_g} | _dense_strides("dx", dx_NCHW) | small
+    output |= _parts(weight_C, border, djoined=djoined_NCHW, dskip=dskip)
     spans = math.ceil(channels / cut.span)
     if not cut.chunks:
         launch(NAME, wrap_triton(backward_whole), (spans, images), shared | output)
@@ -293,14 +319,14 @@ def _backward(
         shared["partial"] = torch.empty(images, cut.chunks, 3, channels, dtype=torch.float32, device=x_NCHW.device)
         output["BLOCK_K"] = power_of_2(cut.chunks)
         if in_turns:
-            grid, turns = _turns(cut, x_NCHW, spans)
+            grid, turns = _turns(cut, x_NCHW.shape, x_NCHW, spans)
             turns["of_group"] = torch.empty(images, 2, groups, dtype=torch.float32, device=x_NCHW.device)
             launch(NAME, wrap_triton(backward_in_turn), grid, shared | output | turns)
         else:
             grid = (spans, cut.chunks, images)
             launch(NAME, wrap_triton(backward_sums), grid, shared)
             launch(NAME, wrap_triton(backward_apply), grid, shared | output)
-    return dx_NCHW, per_image_N2C.sum(dim=0), small["dadd"], small["dscale"], small["dshift"]
+    return dx_NCHW, dskip_NCHW, per_image_N2C.sum(dim=0), small["dadd"], small["dscale"], small["dshift"]
 
 
 def _named(add_NC, scale_NC, shift_NC):
@@ -314,17 +340,20 @@ def _gradient_like(value_NC, x_NCHW):
 
 
 def _save(ctx, inputs, output):
-    x_NCHW, weight_C, bias_C, add_NC, scale_NC, shift_NC, ctx.groups, _, ctx.silu, ctx.in_turns = inputs
-    _, mean_NG, rstd_NG = output
-    ctx.save_for_backward(x_NCHW, weight_C, bias_C, add_NC, scale_NC, shift_NC, mean_NG, rstd_NG)
+    x_NCHW, skip_NCHW, weight_C, bias_C, add_NC, scale_NC, shift_NC, ctx.groups, _, ctx.silu, ctx.in_turns = inputs
+    _, joined_NCHW, mean_NG, rstd_NG = output
+    ctx.border = 0 if skip_NCHW is None else x_NCHW.shape[1]
+    whole_NCHW = joined_NCHW if ctx.border else x_NCHW
+    ctx.save_for_backward(whole_NCHW, weight_C, bias_C, add_NC, scale_NC, shift_NC, mean_NG, rstd_NG)
 
 
-def _differentiate(ctx, dy_NCHW, _dmean, _drstd):
-    saved = ctx.saved_tensors
-    dx_NCHW, dweight_bias_2C, *small = _backward(dy_NCHW, *saved, ctx.groups, ctx.silu, ctx.in_turns)
+def _differentiate(ctx, dy_NCHW, djoined_NCHW, _dmean, _drstd):
+    saved, options = ctx.saved_tensors, (ctx.border, ctx.groups, ctx.silu, ctx.in_turns)
+    djoined_NCHW = djoined_NCHW.contiguous(memory_format=torch.channels_last) if ctx.border else None
+    dx_NCHW, dskip_NCHW, dweight_bias_2C, *small = _backward(dy_NCHW, djoined_NCHW, *saved, *options)
     dweight_C, dbias_C = dweight_bias_2C.to(saved[1].dtype)
     dadd, dscale, dshift = (None if value is None else gradient for gradient, value in zip(small, saved[3:6]))
-    return dx_NCHW, dweight_C, dbias_C, dadd, dscale, dshift, None, None, None, None
+    return dx_NCHW, dskip_NCHW if ctx.border else None, dweight_C, dbias_C, dadd, dscale, dshift, *4 * (None,)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -341,23 +370,76 @@ def group_norm_silu(
     holds one launch instead of two (duotone.kernels.turns): the same numbers but for the order of sums. Raises ValueError on shapes, groups or
     devices that do not fit.
     """
-    _validate(x_NCHW, weight_C, bias_C, groups, {"shift_NC": shift_NC, "scale_NC": scale_NC, "add_NC": add_NC})
-    reason = _unsupported(x_NCHW, groups) if runs_kernel(NAME, x_NCHW) else ""
+    require(x_NCHW.dim() == 4, "x_NCHW", "4-dimensional", tuple(x_NCHW.shape))
+    modulation = {"shift_NC": shift_NC, "scale_NC": scale_NC, "add_NC": add_NC}
+    _validate(x_NCHW.shape, x_NCHW, weight_C, bias_C, groups, modulation)
+    reason = _unsupported(x_NCHW.shape, x_NCHW.dtype, groups) if runs_kernel(NAME, x_NCHW) else ""
     if reason:
         count_fallback(NAME, reason, *x_NCHW.shape)
     elif reason is None:
-        return _forward(x_NCHW, weight_C, bias_C, add_NC, scale_NC, shift_NC, groups, eps, silu, in_turns)[0]
+        return _forward(x_NCHW, None, weight_C, bias_C, add_NC, scale_NC, shift_NC, groups, eps, silu, in_turns)[0]
     return group_norm_silu_reference(
         x_NCHW, weight_C, bias_C, groups, eps, shift_NC=shift_NC, scale_NC=scale_NC, add_NC=add_NC, silu=silu
     )
 
 
-def _unsupported(x_NCHW, groups):
+def joined_group_norm_silu(
+    x_NCHW,
+    skip_NCHW,
+    weight_C,
+    bias_C,
+    groups,
+    eps=1e-5,
+    *,
+    shift_NC=None,
+    scale_NC=None,
+    add_NC=None,
+    silu=True,
+    in_turns=False,
+):
+    """group_norm_silu of x and a skip joined by their channels, and the joined image, which the norm writes as it reads.
+
+    C counts the channels of both. The gradients of x and the skip are dense each, and the joined image's own gradient is
+    added to them by the norm. Raises ValueError as group_norm_silu does.
+    """
+    _validate_parts(x_NCHW, skip_NCHW)
+    reason = _not_read_apart(x_NCHW, skip_NCHW, groups) if runs_kernel(NAME, x_NCHW) else ""
+    if reason is None:
+        modulation = {"add_NC": add_NC, "scale_NC": scale_NC, "shift_NC": shift_NC}
+        _validate(_shape(x_NCHW, skip_NCHW), x_NCHW, weight_C, bias_C, groups, modulation)
+        parameters = (weight_C, bias_C, *modulation.values(), groups, eps, silu, in_turns)
+        return _forward(x_NCHW, skip_NCHW, *parameters)[:2]
+    if reason:
+        count_fallback(NAME, reason, *x_NCHW.shape)
+    joined_NCHW = torch.cat([x_NCHW, skip_NCHW], dim=1)
+    options = {"shift_NC": shift_NC, "scale_NC": scale_NC, "add_NC": add_NC, "silu": silu, "in_turns": in_turns}
+    return group_norm_silu(joined_NCHW, weight_C, bias_C, groups, eps, **options), joined_NCHW
+
+
+def _not_read_apart(x_NCHW, skip_NCHW, groups):
+    """Why the norm cannot join two images, or None."""
+    if x_NCHW.dtype != skip_NCHW.dtype:
+        return "an image and a skip of two types"
+    if not all(part.is_contiguous(memory_format=torch.channels_last) for part in (x_NCHW, skip_NCHW)):
+        return "an image and a skip that are not both dense and channels-last"
+    return _unsupported(_shape(x_NCHW, skip_NCHW), x_NCHW.dtype, groups)
+
+
+def _validate_parts(x_NCHW, skip_NCHW):
+    for name, part in {"x_NCHW": x_NCHW, "skip_NCHW": skip_NCHW}.items():
+        require(part.dim() == 4 and part.shape[1] > 0, name, "4-dimensional, with channels", tuple(part.shape))
+    images, _, height, width = x_NCHW.shape
+    fits = (skip_NCHW.shape[0], *skip_NCHW.shape[2:]) == (images, height, width)
+    require(fits, "skip_NCHW", f"({images}, channels, {height}, {width})", tuple(skip_NCHW.shape))
+    require_same_device("skip_NCHW", skip_NCHW, x_NCHW)
+
+
+def _unsupported(shape, dtype, groups):
     """Why a call cannot run as a kernel, or None."""
-    images, channels, height, width = x_NCHW.shape
-    if x_NCHW.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"{x_NCHW.dtype} images"
-    if x_NCHW.numel() == 0:
+    images, channels, height, width = shape
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"{dtype} images"
+    if 0 in shape:
         return "an empty image"
     if channels // groups > 4096:
         return "more than 4096 channels per group"
@@ -366,10 +448,9 @@ def _unsupported(x_NCHW, groups):
     return None
 
 
-def _validate(x_NCHW, weight_C, bias_C, groups, modulation):
-    require(x_NCHW.dim() == 4, "x_NCHW", "4-dimensional", tuple(x_NCHW.shape))
+def _validate(shape, x_NCHW, weight_C, bias_C, groups, modulation):
     require(x_NCHW.is_floating_point(), "x_NCHW", "a floating-point tensor", x_NCHW.dtype)
-    images, channels = x_NCHW.shape[:2]
+    images, channels = shape[:2]
     require(groups > 0 and channels % groups == 0, "groups", f"a positive divisor of {channels} channels", groups)
     for name, value in {"weight_C": weight_C, "bias_C": bias_C}.items():
         require(tuple(value.shape) == (channels,), name, f"of shape ({channels},)", tuple(value.shape))

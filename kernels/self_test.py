@@ -4,6 +4,7 @@ Compilers have given silently wrong gradients for exactly these shapes; a wrong 
 """
 
 import functools
+import itertools
 
 import torch
 
@@ -12,13 +13,14 @@ from duotone.kernels import adamw_ema, attention, diffuse, dispatch, group_norm_
 _ALLOWED = 0.02
 
 
-def self_test(device, in_turns: bool = False) -> list[str]:
+def self_test(device, in_turns: bool = False, joins_skips: bool = False) -> list[str]:
     """Lines that say which kernels were switched off and why; empty where all agree or none can run on `device`.
 
-    `in_turns`: large maps are to be normalised so, which is tried as well.
+    `in_turns`: large maps are to be normalised so, which is tried as well; so are norms that join skips.
     """
     lines = []
-    checks = _CHECKS | {group_norm_silu.NAME: functools.partial(_check_group_norm_silu, in_turns=in_turns)}
+    check_norms = functools.partial(_check_group_norm_silu, in_turns=in_turns, joins_skips=joins_skips)
+    checks = _CHECKS | {group_norm_silu.NAME: check_norms}
     with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
         torch.manual_seed(0)
         for name, check in checks.items():
@@ -58,9 +60,11 @@ def _with_gradients(function, reference, inputs, gradient):
     return zip(names, *results)
 
 
-def _check_group_norm_silu(device, in_turns=False):
+def _check_group_norm_silu(device, in_turns=False, joins_skips=False):
     """Four channels per group in bf16 with every modulation, once on chip and once in chunks."""
-    for side, turns in ((8, False), (40, False), *([(40, True)] if in_turns else [])):
+    ways = [(_norm, _norm_reference), *([(_joined_norm, _joined_norm_reference)] if joins_skips else [])]
+    sizes = [(8, False), (40, False), *([(40, True)] if in_turns else [])]
+    for (norm, reference), (side, turns) in itertools.product(ways, sizes):
         x_NCHW = torch.randn(2, 64, side, side, device=device).bfloat16().contiguous(memory_format=torch.channels_last)
         inputs = {
             "x_NCHW": x_NCHW,
@@ -69,11 +73,29 @@ def _check_group_norm_silu(device, in_turns=False):
         }
         inputs |= {name: torch.randn(2, 64, device=device) for name in ("shift_NC", "scale_NC", "add_NC")}
         yield from _with_gradients(
-            lambda turns=turns, **i: group_norm_silu.group_norm_silu(**i, groups=16, in_turns=turns),
-            lambda **i: group_norm_silu.group_norm_silu_reference(**i, groups=16),
+            functools.partial(norm, in_turns=turns),
+            reference,
             inputs,
             torch.randn_like(x_NCHW),
         )
+
+
+def _norm(in_turns, **inputs):
+    return group_norm_silu.group_norm_silu(**inputs, groups=16, in_turns=in_turns)
+
+
+def _norm_reference(**inputs):
+    return group_norm_silu.group_norm_silu_reference(**inputs, groups=16)
+
+
+def _joined_norm(in_turns, x_NCHW, **inputs):
+    """The image in two parts, the border of which runs through a group; both results as one."""
+    parts = [part.contiguous(memory_format=torch.channels_last) for part in x_NCHW.tensor_split([22], dim=1)]
+    return sum(group_norm_silu.joined_group_norm_silu(*parts, **inputs, groups=16, in_turns=in_turns))
+
+
+def _joined_norm_reference(x_NCHW, **inputs):
+    return _norm_reference(x_NCHW=x_NCHW, **inputs) + x_NCHW
 
 
 def _check_attention(device):

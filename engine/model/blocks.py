@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from duotone.kernels.attention import attention
-from duotone.kernels.group_norm_silu import group_norm_silu
+from duotone.kernels.group_norm_silu import group_norm_silu, joined_group_norm_silu
 
 
 def tokens_of(x_NCHW: Tensor) -> Tensor:
@@ -54,10 +54,21 @@ class GroupNormSiLU(nn.GroupNorm):
 
     in_turns = False
     """Whether large maps take one launch instead of two (duotone.kernels.turns)."""
+    joins_skips = False
+    """Whether the norm itself joins an image and its skip, reading them where they lie."""
 
     def forward(self, x_NCHW: Tensor, *, silu: bool = True, **modulation: Tensor) -> Tensor:
         affine = (self.weight, self.bias, self.num_groups, self.eps)
         return group_norm_silu(x_NCHW, *affine, silu=silu, in_turns=self.in_turns, **modulation)
+
+    def joining(self, x_NCHW: Tensor, skip_NCHW: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The norm of x and its skip as one image, and that image; x alone where there is no skip."""
+        if skip_NCHW is not None and self.joins_skips:
+            affine = (self.weight, self.bias, self.num_groups, self.eps)
+            return joined_group_norm_silu(x_NCHW, skip_NCHW, *affine, in_turns=self.in_turns)
+        if skip_NCHW is not None:
+            x_NCHW = Joined.apply(x_NCHW, skip_NCHW)
+        return self(x_NCHW), x_NCHW
 
 
 class Joined(torch.autograd.Function):
@@ -112,10 +123,9 @@ class ResBlock(nn.Module):
 
     def forward(self, x_NCHW: Tensor, silu_embedding_NE: Tensor, skip_NCHW: Tensor | None = None) -> Tensor:
         """On the way up the block also takes the skip: joined in here, both are part of its compiled graph."""
-        if skip_NCHW is not None:
-            x_NCHW = Joined.apply(x_NCHW, skip_NCHW)
         modulation = self.modulation(silu_embedding_NE)
-        h, add_NC = self.conv1(self.norm1(x_NCHW), modulation.pop("add_NC", None))
+        h, x_NCHW = self.norm1.joining(x_NCHW, skip_NCHW)
+        h, add_NC = self.conv1(h, modulation.pop("add_NC", None))
         h = self.norm2(h, add_NC=add_NC, **modulation)
         h = self.conv2(self.dropout(h))
         return h + (x_NCHW if self.conv_shortcut is None else self.conv_shortcut(x_NCHW))

@@ -17,6 +17,7 @@ from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.text import ByteText
 from duotone.engine.cuda_graph import Recordings
 from duotone.engine.memory import Estimate, estimate
+from duotone.engine.model import blocks
 from duotone.engine.model.blocks import GroupNormSiLU
 from duotone.engine.model.network import Network
 from duotone.engine.model.unet import UNet, UNetConfig
@@ -118,7 +119,29 @@ def test_every_norm_is_told_to_take_turns():
     unet = SHAPE.build()
     speed.make_ready(unet, speed.Speed(norms_in_turns=True), CPU)
     norms = [module for module in unet.modules() if isinstance(module, GroupNormSiLU)]
-    assert len(norms) == 21 and all(norm.in_turns for norm in norms)
+    assert len(norms) == 21 and all(norm.in_turns and not norm.joins_skips for norm in norms)
+
+
+def test_norms_that_join_skips_change_nothing(monkeypatch):
+    """The way up hands every block its skip apart; what the norm gives back is what the block goes on with."""
+    calls = []
+
+    def noted(x_NCHW, skip_NCHW, *arguments, **options):
+        calls.append((x_NCHW.shape[1], skip_NCHW.shape[1]))
+        return joined(x_NCHW, skip_NCHW, *arguments, **options)
+
+    joined = blocks.joined_group_norm_silu
+    monkeypatch.setattr(blocks, "joined_group_norm_silu", noted)
+    torch.manual_seed(0)
+    unet = SHAPE.build()
+    inputs = (torch.randn(2, 3, 8, 8), torch.zeros(2), None, torch.randn(2, 5, 16))
+    outputs = []
+    for on in (False, True):
+        speed.make_ready(unet, speed.Speed(norms_join_skips=on), CPU)
+        y_NCHW = unet(*inputs)
+        outputs.append([y_NCHW, *torch.autograd.grad(y_NCHW.square().sum(), unet.parameters())])
+    assert calls == 4 * [(16, 16)], "every residual block on the way up"
+    assert all(torch.equal(mine, expected) for mine, expected in zip(*outputs))
 
 
 # -------------------------------------------------------------------------------------------------------- compiler
@@ -162,7 +185,10 @@ def plain() -> UNetConfig:
 
 
 def test_what_has_no_effect_here_is_said():
-    said = speed.substitutions(speed.Speed(autotune=True, cuda_graphs=True, norms_in_turns=True), CPU)
+    said = speed.substitutions(
+        speed.Speed(autotune=True, cuda_graphs=True, norms_in_turns=True, norms_join_skips=True), CPU
+    )
+    assert any("speed.norms_join_skips has no effect without a CUDA device" in line for line in said)
     assert any("speed.norms_in_turns has no effect without a CUDA device" in line for line in said)
     assert any("speed.cuda_graphs has no effect without a CUDA device" in line for line in said)
     assert any("speed.autotune has no effect without speed.compile" in line for line in said)
@@ -226,7 +252,9 @@ def test_a_recording_follows_its_inputs():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "switches", [{"cuda_graphs": True}, {"autotune": True}, {"padded_ends": True}, {"norms_in_turns": True}], ids=str
+    "switches",
+    [{name: True} for name in ("cuda_graphs", "autotune", "padded_ends", "norms_in_turns", "norms_join_skips")],
+    ids=str,
 )
 def test_a_switch_changes_rounding_at_most(switches):
     """Two training steps of a compiled network with and without it, gradients and all."""

@@ -7,8 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from duotone.engine.model.blocks import GroupNormSiLU
+from duotone.engine.model.unet import UNetConfig
 from duotone.kernels import dispatch, group_norm_tiling
-from duotone.kernels.group_norm_silu import CASES, NAME, group_norm_silu, group_norm_silu_reference
+from duotone.kernels.group_norm_silu import (
+    CASES,
+    NAME,
+    group_norm_silu,
+    group_norm_silu_reference,
+    joined_group_norm_silu,
+)
 from duotone.kernels.group_norm_tiling import tiling
 
 CHECKED = [case for case in CASES if not case.timed]
@@ -281,6 +289,188 @@ def test_maps_that_no_cache_holds_take_two_launches(monkeypatch, in_turns, devic
     inputs = draw(case, device, torch.float32)
     with launching(NAME, launches=4):
         compare(case, inputs, torch.randn(case.shape, device=device), agree, launching, norm=in_turns)
+
+
+# ---------------------------------------------------------------------------------------------------------- joined
+
+BORDERS = [
+    ("four_per_group", 64, "the border between two programs"),
+    ("three_per_group", 40, "a border within a group, within a program"),
+    ("idle_lanes", 65, "a border that aligns with nothing"),
+    ("one_pixel", 24, "a 1x1 map"),
+    ("one_group", 1, "one channel, then 23"),
+    ("chunks", 32, "two launches"),
+    ("chunks_odd_groups", 61, "two launches, a border within a group"),
+]
+joined_in_turns = partial(joined_group_norm_silu, in_turns=True)
+
+
+def joined_reference(x_NCHW, skip_NCHW, weight_C, bias_C, groups, **options):
+    joined_NCHW = torch.cat([x_NCHW, skip_NCHW], dim=1)
+    return group_norm_silu_reference(joined_NCHW, weight_C, bias_C, groups, **options), joined_NCHW
+
+
+def in_parts(inputs, border):
+    """The same inputs with the image in two parts, each dense and channels-last."""
+    x_NCHW, skip_NCHW = (channels_last(part) for part in inputs["x_NCHW"].tensor_split([border], dim=1))
+    return {"x_NCHW": x_NCHW, "skip_NCHW": skip_NCHW} | {k: v for k, v in inputs.items() if k != "x_NCHW"}
+
+
+def differentiate_joined(function, inputs, case, gradients, silu=True, dtype=None):
+    """Both outputs and gradients of every input, by name."""
+    leaves = {name: (t.to(dtype) if dtype else t).detach().requires_grad_() for name, t in inputs.items()}
+    outputs = function(**leaves, groups=case.groups, silu=silu)
+    found = torch.autograd.grad(outputs, leaves.values(), [g.to(y.dtype) for g, y in zip(gradients, outputs)])
+    return {"y": outputs[0].detach(), "joined": outputs[1].detach()} | {f"d{n}": g for n, g in zip(leaves, found)}
+
+
+def compare_joined(case, inputs, agree, launching, norm=joined_group_norm_silu, gradients=None, launches=None, **silu):
+    drawn = (torch.randn(case.shape, device=inputs["x_NCHW"].device).to(inputs["x_NCHW"].dtype) for _ in range(2))
+    gradients = gradients or [channels_last(gradient) for gradient in drawn]
+    with launching(NAME, launches):
+        got = differentiate_joined(norm, inputs, case, gradients, **silu)
+    exact = differentiate_joined(joined_reference, inputs, case, gradients, dtype=torch.float64, **silu)
+    assert got["joined"].double().equal(exact["joined"])
+    for name, value in got.items():
+        scale = exact["dx_NCHW"].abs().sum(dim=(2, 3)).amax() if name == "dadd_NC" else None
+        agree(value, exact[name], name, scale=scale)
+    for name in ("y", "joined", "dx_NCHW", "dskip_NCHW"):
+        assert got[name].is_contiguous(memory_format=torch.channels_last), name
+    return got
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name,border,why", BORDERS, ids=lambda value: str(value).replace(" ", "_"))
+def test_joined_agrees_with_fp64(name, border, why, dtype, device, agree, launching):
+    case = BY_NAME[name]
+    inputs = in_parts(draw(case, device, dtype), border)
+    is_large = name.startswith("chunks")
+    compare_joined(case, inputs, agree, launching, launches=4 if is_large else 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name,border", [("chunks", 32), ("chunks_odd_groups", 61)])
+def test_joined_in_turns_agrees_with_fp64(name, border, dtype, in_turns, device, agree, launching):
+    case = BY_NAME[name]
+    inputs = in_parts(draw(case, device, dtype), border)
+    compare_joined(case, inputs, agree, launching, norm=joined_in_turns, launches=2)
+
+
+@pytest.mark.parametrize("add,scale,shift,silu", list(product([False, True], repeat=4)))
+def test_joined_with_every_switch(add, scale, shift, silu, device, agree, launching):
+    case = BY_NAME["three_per_group"]
+    inputs = in_parts(draw(case, device, torch.float32), 40)
+    for name, present in zip(MODULATION, (add, scale, shift)):
+        if not present:
+            del inputs[name]
+    compare_joined(case, inputs, agree, launching, silu=silu)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "cropped"])
+@pytest.mark.parametrize("name,border", [("odd_map", 24), ("chunks_odd_groups", 61)])
+def test_joined_with_gradients_of_any_stride(name, border, layout, device, agree, launching):
+    case = BY_NAME[name]
+    inputs = in_parts(draw(case, device, torch.float32), border)
+    gradients = [LAYOUTS[layout](torch.randn(case.shape, device=device)) for _ in range(2)]
+    compare_joined(case, inputs, agree, launching, gradients=gradients)
+
+
+def test_joined_gives_the_bits_of_the_norm_of_the_concatenation(device, launching):
+    case = BY_NAME["chunks"]
+    inputs = draw(case, device, torch.bfloat16)
+    inputs["x_NCHW"] = channels_last(inputs["x_NCHW"])
+    with launching(NAME, launches=4), torch.no_grad():
+        whole = group_norm_silu(**inputs, groups=case.groups)
+        y_NCHW, joined_NCHW = joined_group_norm_silu(**in_parts(inputs, 20), groups=case.groups)
+    assert y_NCHW.equal(whole) and joined_NCHW.equal(inputs["x_NCHW"])
+
+
+def test_joined_without_a_gradient_of_its_own(device, agree, launching):
+    """Nothing but the norm's output is used: the joined image adds nothing."""
+    case = BY_NAME["odd_map"]
+    inputs = in_parts(draw(case, device, torch.float32), 24)
+    dy_NCHW = torch.randn(case.shape, device=device)
+
+    def first(norm, dtype):
+        leaves = {name: value.to(dtype).detach().requires_grad_() for name, value in inputs.items()}
+        return torch.autograd.grad(norm(**leaves, groups=case.groups)[0], leaves.values(), dy_NCHW.to(dtype))
+
+    with launching(NAME, launches=2):
+        got = first(joined_group_norm_silu, torch.float32)
+    for name, mine, exact in zip(inputs, got, first(joined_reference, torch.float64)):
+        agree(mine, exact, name)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("in_turns", [False, True])
+def test_a_network_whose_norms_join_skips_is_the_same_network(in_turns, checkpointing, device, launching):
+    """Borders between groups and within one, on chip and in chunks."""
+    shape = {"channels": (16, 24), "attention": ("none",) * 2, "heads": (1, 1), "blocks": (1, 1), "depth": (1, 1)}
+    unet = UNetConfig(**shape, middle="absent", groups=8, zero_init=False).build().to(device)
+    unet.checkpointing = checkpointing
+    x_NCHW, dy_NCHW = (torch.randn(1, 3, 40, 40, device=device) for _ in range(2))
+    found, counts = [], []
+    for joins in (False, True):
+        for module in unet.modules():
+            if isinstance(module, GroupNormSiLU):
+                module.in_turns, module.joins_skips = in_turns, joins
+        before = dispatch.launches[NAME]
+        with launching(NAME):
+            y_NCHW = unet(x_NCHW, torch.zeros(1, device=device))
+            found.append([y_NCHW, *torch.autograd.grad(y_NCHW, unet.parameters(), dy_NCHW)])
+        counts.append(dispatch.launches[NAME] - before)
+    assert counts[0] == counts[1], "joining takes no launch of its own"
+    assert found[0][0].equal(found[1][0])
+    for mine, expected in zip(found[1], found[0]):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "change,reason",
+    [
+        (lambda skip: skip.contiguous(), "an image and a skip that are not both dense and channels-last"),
+        (lambda skip: sliced(skip), "an image and a skip that are not both dense and channels-last"),
+        (lambda skip: skip.half(), "an image and a skip of two types"),
+    ],
+    ids=["contiguous", "sliced", "other_type"],
+)
+def test_what_cannot_be_read_apart_is_joined_first_and_counted(change, reason, device, agree, monkeypatch):
+    monkeypatch.setattr(dispatch, "_fallbacks", {})
+    case = BY_NAME["odd_map"]
+    inputs = in_parts(draw(case, device, torch.float32), 24)
+    inputs["skip_NCHW"] = change(inputs["skip_NCHW"])
+    before = dispatch.launches[NAME]
+    got = differentiate_joined(joined_group_norm_silu, inputs, case, [torch.ones(case.shape, device=device)] * 2)
+    assert dispatch.launches[NAME] - before == 2, "the norm itself is still the kernel's"
+    assert [row["reason"] for row in dispatch.fallbacks()] == [reason]
+    exact = differentiate_joined(
+        joined_reference, inputs, case, [torch.ones(case.shape, device=device)] * 2, dtype=torch.float64
+    )
+    for name, value in got.items():
+        scale = exact["dx_NCHW"].abs().sum(dim=(2, 3)).amax() if name == "dadd_NC" else None
+        agree(value, exact[name], name, scale=scale)
+
+
+@pytest.mark.parametrize(
+    "change,argument",
+    [
+        ({"skip_NCHW": torch.ones(2, 40, 8, 7)}, "skip_NCHW"),
+        ({"skip_NCHW": torch.ones(1, 40, 8, 8)}, "skip_NCHW"),
+        ({"skip_NCHW": torch.ones(2, 0, 8, 8)}, "skip_NCHW"),
+        ({"skip_NCHW": torch.ones(2, 40, 8)}, "skip_NCHW"),
+        ({"x_NCHW": torch.ones(2, 24, 8)}, "x_NCHW"),
+        ({"groups": 5}, "groups"),
+        ({"weight_C": torch.ones(24)}, "weight_C"),
+        ({"scale_NC": torch.ones(2, 24)}, "scale_NC"),
+    ],
+)
+def test_joined_refuses_what_cannot_fit(change, argument, device):
+    given = {"x_NCHW": torch.ones(2, 24, 8, 8), "skip_NCHW": torch.ones(2, 40, 8, 8)}
+    given = {name: channels_last(part) for name, part in given.items()}
+    given |= {"weight_C": torch.ones(64), "bias_C": torch.ones(64), "groups": 8}
+    given = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in (given | change).items()}
+    with pytest.raises(ValueError, match=f"^{argument} must be"):
+        joined_group_norm_silu(**given)
 
 
 @pytest.mark.parametrize(

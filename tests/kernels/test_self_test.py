@@ -29,10 +29,26 @@ def test_norms_in_turns_are_tried_where_a_run_has_them(device):
     assert dispatch.launches[group_norm_silu.NAME] - between == between - before + 2, "one launch a pass"
 
 
+def test_norms_that_join_skips_are_tried_where_a_run_has_them(device, monkeypatch):
+    before = dispatch.launches[group_norm_silu.NAME]
+    assert self_test(device) == []
+    between = dispatch.launches[group_norm_silu.NAME]
+    assert self_test(device, joins_skips=True) == []
+    assert dispatch.launches[group_norm_silu.NAME] - between == 2 * (between - before)
+
+    def wrong(x_NCHW, skip_NCHW, *arguments, **options):
+        y_NCHW, joined_NCHW = right(x_NCHW, skip_NCHW, *arguments, **options)
+        return y_NCHW, joined_NCHW + 0 * skip_NCHW.sum() + 0.1 * x_NCHW.sum()
+
+    right = group_norm_silu.joined_group_norm_silu
+    monkeypatch.setattr(group_norm_silu, "joined_group_norm_silu", wrong)
+    assert len(self_test(device, joins_skips=True)) == 1
+
+
 def test_a_wrong_gradient_switches_its_kernel_off(device, monkeypatch):
     def wrong(*arguments):
-        dx_NCHW, dweight_bias, *small = right(*arguments)
-        return dx_NCHW, dweight_bias.flip(0), *small
+        dx_NCHW, dskip_NCHW, dweight_bias, *small = right(*arguments)
+        return dx_NCHW, dskip_NCHW, dweight_bias.flip(0), *small
 
     right = group_norm_silu._backward
     monkeypatch.setattr(group_norm_silu, "_backward", wrong)
