@@ -4,6 +4,7 @@ N images, L query tokens, M key and value tokens, H heads, D channels per head. 
 a free view, so nothing is transposed or copied around the call. Vaswani et al. 2017, equation 1.
 """
 
+import operator
 from dataclasses import dataclass
 from functools import cache
 
@@ -429,8 +430,7 @@ def attention(q_NLHD, k_NMHD, v_NMHD, *, mask_NM=None, scale=None):
     Raises ValueError on shapes, types or devices that do not fit.
     """
     _validate(q_NLHD, k_NMHD, v_NMHD, mask_NM)
-    images, queries, heads, width = q_NLHD.shape
-    keys = k_NMHD.shape[1]
+    keys, width = k_NMHD.shape[1], q_NLHD.shape[3]
     if keys <= MOST_KEYS and runs_kernel(NAME, q_NLHD):
         reason = _unsupported(q_NLHD, keys)
         if reason is None:
@@ -440,8 +440,14 @@ def attention(q_NLHD, k_NMHD, v_NMHD, *, mask_NM=None, scale=None):
         return _imagined(q_NLHD, k_NMHD, v_NMHD)
     if not q_NLHD.is_cuda:
         return _on_a_cpu(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale)
-    shape = (images, queries, keys, heads, width, q_NLHD.dtype, mask_NM is not None)
-    backend = _backend(torch.compiler.is_compiling(), *shape)
+    return _by_measurement(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale)
+
+
+def _by_measurement(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale):
+    images, queries, heads, width = q_NLHD.shape
+    # operator.index: a graph traced for any batch is here fixed to the one that is measured.
+    sizes = (operator.index(size) for size in (images, queries, k_NMHD.shape[1], heads, width))
+    backend = _backend(torch.compiler.is_compiling(), *sizes, q_NLHD.dtype, mask_NM is not None)
     return BACKENDS[backend](q_NLHD, k_NMHD, v_NMHD, mask_NM, scale)
 
 

@@ -34,7 +34,7 @@ ONE_GRAPH = """
 import torch, triton
 from torch._dynamo.backends.common import aot_autograd
 from triton.backends.compiler import GPUTarget
-from duotone.kernels import attention, group_norm_silu
+from duotone.kernels import adamw_ema, attention, group_norm_silu, guided_step, squared_norm
 
 class Driver:
     get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
@@ -43,7 +43,8 @@ class Stop(BaseException):
     pass
 
 triton.runtime.driver.set_active(Driver())
-group_norm_silu.runs_kernel = attention.runs_kernel = lambda *_: True
+for module in (adamw_ema, attention, group_norm_silu, guided_step, squared_norm):
+    module.runs_kernel = lambda *_: True
 
 def kernels_seen(function, *inputs, dynamic=False):
     seen = []
@@ -55,9 +56,12 @@ def kernels_seen(function, *inputs, dynamic=False):
     try:
         backend = aot_autograd(fw_compiler=count, bw_compiler=count)
         compiled = torch.compile(function, fullgraph=True, backend=backend, dynamic=dynamic)
-        compiled(*inputs).sum().backward()
+        result = compiled(*inputs).sum()
+        if torch.is_grad_enabled():
+            result.backward()
     except Stop:
-        return seen
+        pass
+    return seen
 
 def empty(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
@@ -68,11 +72,88 @@ def norm(x_NCHW, row_C, row_NC):
 for side, launches in ((8, [1, 1]), (40, [2, 2])):
     x_NCHW = empty(2, 64, side, side).detach().to(memory_format=torch.channels_last).requires_grad_()
     assert kernels_seen(norm, x_NCHW, empty(64), empty(2, 64)) == launches
+def guide(prediction, x_NCHW, row_N):
+    return guided_step.guided_step(prediction.sin(), x_NCHW.detach(), row_N, row_N, row_N, rescale=0.7).cos()
+
+def update(flat_P, numbers):
+    adamw_ema.adamw_ema_(
+        flat_P[0], flat_P[1], flat_P[2], flat_P[3], [flat_P[4]], lr=numbers[0], step=numbers[1], betas=(0.9, 0.99),
+        eps=1e-8, weight_decay=0.1, grad_scale=1 / squared_norm.squared_norm(flat_P[1]), ema_decays=[numbers[2]],
+    )
+    return flat_P[0].sin()
+
 attend = lambda q, k: attention.attention(q.sin(), k, k).cos()
+with torch.no_grad():
+    image_NCHW = empty(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    pair_NCHW = empty(4, 3, 8, 8).to(memory_format=torch.channels_last)
+    assert kernels_seen(guide, pair_NCHW, image_NCHW, empty(2)) == [2]
+    assert kernels_seen(update, empty(5, 100, dtype=torch.float32), empty(3, dtype=torch.float32)) == [2]
 assert kernels_seen(attend, empty(2, 100, 4, 64), empty(2, 77, 4, 64)) == [1, 1]
 torch.compiler.reset()
 assert kernels_seen(norm, x_NCHW, empty(64), empty(2, 64), dynamic=True) == [2, 2]
 assert kernels_seen(attend, empty(3, 90, 4, 32), empty(3, 70, 4, 32), dynamic=True) == [1, 1]
+"""
+# Everything of opcheck but the values, which a kernel would have to run for: what it leaves unwritten is NaN on both sides.
+OPERATORS_ARE_SOUND = """
+import functools, torch, triton
+from triton.backends.compiler import GPUTarget
+from duotone.kernels import adamw_ema, attention, diffuse, group_norm_silu, guided_step, squared_norm
+
+class Driver:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+
+triton.runtime.driver.set_active(Driver())
+triton.runtime.jit.JITFunction.run = lambda *_, **__: None
+torch.use_deterministic_algorithms(True)
+torch.testing.assert_close = functools.partial(torch.testing.assert_close, equal_nan=True)
+
+def last(*shape):
+    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
+
+def check(name, *arguments):
+    found = torch.library.opcheck(getattr(torch.ops.duotone, name).default, arguments)
+    assert set(found.values()) == {"SUCCESS"}, (name, found)
+
+def tokens(images, queries, keys, heads, width):
+    return [torch.randn(images, n, heads, width, requires_grad=True) for n in (queries, keys, keys)]
+
+for channels, side in ((32, 8), (64, 40)):
+    inputs = (last(2, channels, side, side), *torch.randn(2, channels).unbind(), *torch.randn(3, 2, channels).unbind())
+    check("group_norm_silu", *[t.requires_grad_() for t in inputs], 8, 1e-5, True, False)
+check("attention", *tokens(3, 40, 77, 4, 64), torch.arange(77) < torch.tensor([[0], [5], [77]]), 0.125)
+check("attention", *tokens(1, 300, 20, 1, 16), None, 0.125)
+for rescale in (0.0, 0.7):
+    check("guided_step", last(4, 3, 8, 8), last(2, 3, 8, 8), *torch.ones(3, 2).unbind(), rescale)
+flat = [torch.rand(5000) for _ in range(5)]
+check("adamw_ema_", *flat[:4], flat[4:], flat[0].bfloat16(), torch.rand(5), 0.9, 0.999, 1e-8, 0.1)
+check("squared_norm", flat[0])
+which = torch.zeros(2, dtype=torch.bool), torch.ones(2, 4), 3, torch.zeros(2, dtype=torch.int64)
+check("diffuse", torch.zeros(2, 8, 8, 3, dtype=torch.uint8), *which, 1, torch.bfloat16)
+"""
+# As on a GPU with more keys than our kernel takes, but for the chip: measured while the graph is traced, in any shape.
+MANY_KEYS_ARE_ONE_GRAPH = """
+import torch
+from duotone.kernels import attention
+
+seen = []
+def measure(*shape):
+    seen.append(shape)
+    return {"backend": "xformers", "milliseconds": {"xformers": 1.0, "cudnn": 2.0, "flash": 3.0}, "refused": {}}
+
+torch.cuda.is_current_stream_capturing = lambda: False
+attention._measure, attention._on_a_cpu = measure, attention._by_measurement
+# A CPU has no cuDNN to be restricted to: what the graph restricts itself to is kept.
+attention.BACKENDS["cudnn"] = attention._restricted(attention.SDPBackend.MATH)
+for dynamic in (False, True):
+    torch._dynamo.reset()
+    attend = torch.compile(attention.attention, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for images in (2, 3):
+        q, k = (torch.randn(images, n, 2, 16, requires_grad=True) for n in (64, 150))
+        out = attend(q, k, k)
+        torch.testing.assert_close(out, attention.attention_reference(q, k, k), rtol=1e-4, atol=1e-4)
+        out.sum().backward()
+assert [shape[0] for shape in seen] == [2, 3], seen
+assert all(type(part) is not torch.SymInt for shape in seen for part in shape)
 """
 ON_A_CPU = """
 import sys, torch
@@ -101,8 +182,8 @@ def run(*command, interpret="0"):
 
 @pytest.mark.parametrize(
     "program",
-    [WITHOUT_TRITON, ON_A_CPU, KERNELS_ARE_FOUND, ONE_GRAPH],
-    ids=["without_triton", "on_a_cpu", "kernels_are_found", "one_graph"],
+    [WITHOUT_TRITON, ON_A_CPU, KERNELS_ARE_FOUND, ONE_GRAPH, OPERATORS_ARE_SOUND, MANY_KEYS_ARE_ONE_GRAPH],
+    ids=["without_triton", "on_a_cpu", "kernels_are_found", "one_graph", "operators_are_sound", "many_keys"],
 )
 def test_references_alone(program):
     result = run("-c", program)
