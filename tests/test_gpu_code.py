@@ -10,13 +10,23 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    path = tmp_path_factory.mktemp("gpu_code") / "out.json"
-    command = [sys.executable, "bench/gpu_code.py", "--case", "residual_32", "--images", "2", "--json", str(path)]
+def read(case, folder) -> dict[str, dict]:
+    path = folder / f"{case}.json"
+    command = [sys.executable, "bench/gpu_code.py", "--case", case, "--images", "2", "--json", str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return {row["who"]: row for row in json.loads(path.read_text())["results"]}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return read("residual_32", tmp_path_factory.mktemp("gpu_code"))
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory):
+    """A block that takes a skip; the border between the two runs through a group."""
+    return read("up_32", tmp_path_factory.mktemp("gpu_code"))
 
 
 def whole_maps(row, which) -> list[str]:
@@ -44,3 +54,21 @@ def test_nothing_is_filled_and_less_is_moved_than_by_a_compiled_diffusers_block(
     for which in ("forward", "backward"):
         moved = [rows[who][f"{which}_mebibytes"] for who in ("diffusers", "ours", "ours, norms in turns")]
         assert moved == sorted(moved, reverse=True) and len(set(moved)) == 3
+
+
+def test_a_skip_joined_within_the_block_is_copied_once_and_its_gradient_never(up):
+    outside, inside = up["ours, joined outside"], up["ours"]
+    assert [launch["name"] for launch in inside["launches"]["forward"] if "cat" in launch["name"]] == ["cat"]
+    x_mebibytes = 2 * 384 * 32 * 32 * 2 / 2**20
+    saved = outside["backward_mebibytes"] - inside["backward_mebibytes"]
+    assert abs(saved - 2 * x_mebibytes) < 0.02
+
+
+@pytest.mark.parametrize("turns", ["", " in turns"])
+def test_norms_that_join_skips_leave_no_pass_for_it(up, turns):
+    joins, without = (up[f"ours, norms{turns}{also}"] if turns or also else up["ours"] for also in (" join skips", ""))
+    forward, backward = (whole_maps(joins, which) for which in ("forward", "backward"))
+    assert not any("cat" in name for name in forward) and not any(name.startswith("fused") for name in backward)
+    joined_mebibytes = 2 * 640 * 32 * 32 * 2 / 2**20
+    assert abs(without["forward_mebibytes"] - joins["forward_mebibytes"] - joined_mebibytes) < 0.02
+    assert abs(without["backward_mebibytes"] - joins["backward_mebibytes"] - 2 * joined_mebibytes) < 0.02
