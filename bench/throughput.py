@@ -10,32 +10,32 @@ on this CPU, marked as such; the GPU's columns say "not yet measured", and nothi
 
 import argparse
 import functools
-import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import peers
 import torch
-import torch.nn.functional as F
 from harness import (
     CHIPS,
     RESULTS,
     copy_bandwidth,
+    installed,
+    interleaved,
     machine,
     recorded,
     resources,
     spread,
     table,
-    time_interleaved,
     time_on_cpu,
     write_json,
 )
+from torch.utils._pytree import tree_leaves
 
 from duotone.kernels import adamw_ema, attention, diffuse, group_norm_silu, guided_step, squared_norm
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MODULATION = ("add_NC", "scale_NC", "shift_NC")
 NOT_MEASURED = "not yet measured"
 
 # -------------------------------------------------------------------------------------------------------- subjects
@@ -66,7 +66,7 @@ class Subject:
 
 def forward_backward(call, inputs):
     """The call, and where the kernel is trained the gradients of every leaf."""
-    leaves = [value for value in inputs.values() if isinstance(value, torch.Tensor) and value.requires_grad]
+    leaves = _leaves(inputs)
 
     def run():
         out = call(inputs)
@@ -81,14 +81,14 @@ def _draw_norm(case, dtype, device):
     gradient = torch.randn(case.shape, dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
     named = {"x": x_NCHW.requires_grad_(), "weight": weights[0], "bias": weights[1]}
     named |= {"groups": case.groups, "gradient": gradient}
-    for name in MODULATION if case.modulated else ():
+    for name in peers.MODULATION if case.modulated else ():
         named[name] = torch.randn(case.shape[:2], dtype=dtype, device=device, requires_grad=True)
     return named
 
 
 def _norm(function):
     def call(i):
-        modulation = {name: i[name] for name in MODULATION if name in i}
+        modulation = {name: i[name] for name in peers.MODULATION if name in i}
         return function(i["x"], i["weight"], i["bias"], i["groups"], **modulation)
 
     return call
@@ -100,32 +100,6 @@ _in_turns = functools.partial(group_norm_silu.group_norm_silu, in_turns=True)
 def _has_turns(case):
     """Maps larger than one program holds."""
     return case.timed and case.shape[2] * case.shape[3] >= 32 * 32
-
-
-def _eager_norm(i):
-    if "scale_NC" in i:
-        return group_norm_silu.group_norm_silu_reference(
-            *list(i.values())[:4], **{name: i[name] for name in MODULATION}
-        )
-    weight, bias = i["weight"].to(i["x"].dtype), i["bias"].to(i["x"].dtype)
-    return F.silu(F.group_norm(i["x"], i["groups"], weight, bias))
-
-
-def _apex_norm():
-    group_norm_nhwc = importlib.import_module("apex.contrib.group_norm").cuda_group_norm_nhwc_one_pass
-    return lambda i: group_norm_nhwc(i["x"], i["groups"], i["weight"], i["bias"], 1e-5, "silu")
-
-
-def _liger_norm():
-    function = importlib.import_module("liger_kernel.ops.group_norm").LigerGroupNormFunction
-    return lambda i: F.silu(
-        function.apply(i["x"], i["weight"], i["bias"], i["x"].shape[1], i["groups"], 1e-5).view_as(i["x"])
-    )
-
-
-def _channels_last_norm():
-    function = importlib.import_module("gnNHWC.custom_gn").GN_NHWC_Func
-    return lambda i: function.apply(i["x"], i["weight"], i["bias"], i["groups"], 1e-5, "silu")
 
 
 def _draw_attention(case, dtype, device):
@@ -143,10 +117,6 @@ def _draw_attention(case, dtype, device):
 
 def _attend(function):
     return lambda i: function(i["q"], i["k"], i["v"], mask_NM=i["mask"])
-
-
-def _backend(name):
-    return lambda: lambda i: attention.BACKENDS[name](i["q"], i["k"], i["v"], i["mask"], None)
 
 
 def _draw_diffuse(case, dtype, device):
@@ -195,28 +165,12 @@ def _update(function):
     return call
 
 
-def _torch_update():
-    """torch's own fused AdamW, foreach EMA and cast: three passes."""
-
-    def call(i):
-        master, gradient, average, square = i["state"]
-        options = i["options"]
-        torch._fused_adamw_(
-            [master], [gradient.float()], [average], [square], [], [options["step"]],
-            lr=options["lr"], beta1=0.9, beta2=0.999, weight_decay=0.01, eps=1e-8,
-            amsgrad=False, maximize=False, grad_scale=None, found_inf=None,
-        )  # fmt: skip
-        for ema, decay in zip(i["emas"], options["ema_decays"]):
-            torch._foreach_lerp_([ema], [master], 1 - decay)
-        if options["weights_out"] is not None:
-            options["weights_out"].copy_(master)
-        return master
-
-    return call
-
-
 def _draw_gradient(case, dtype, device):
     return {"grad": torch.randn(case.parameters, device=device).to(case.grad)}
+
+
+def _second(function):
+    return lambda i: function(i)[1]
 
 
 def _sum_of_squares(function):
@@ -226,7 +180,9 @@ def _sum_of_squares(function):
 def _one_image(case):
     if hasattr(case, "parameters"):
         return replace(case, parameters=min(case.parameters, 2**18))
-    return replace(case, images=1) if hasattr(case, "images") else replace(case, shape=(1, *case.shape[1:]))
+    if hasattr(case, "queries"):
+        return replace(case, images=1, queries=min(case.queries, 1024), keys=min(case.keys, 1024))
+    return replace(case, shape=(1, *case.shape[1:]))
 
 
 def _one_small_map(case):
@@ -269,11 +225,11 @@ SUBJECTS = {
             _one_small_map,
             {
                 "in turns": lambda: _norm(_in_turns),
-                "eager": lambda: _eager_norm,
-                "compiled": lambda: torch.compile(_eager_norm),
-                "apex": _apex_norm,
-                "liger": _liger_norm,
-                "channels-last-groupnorm": _channels_last_norm,
+                "eager": lambda: peers.eager_norm,
+                "compiled": peers.compiled(peers.eager_norm),
+                "apex": peers.apex_norm,
+                "liger": peers.liger_norm,
+                "channels-last-groupnorm": peers.channels_last_norm,
             },
         ),
         Subject(
@@ -293,7 +249,11 @@ SUBJECTS = {
             _attend(attention.attention_reference),
             _attention_floor,
             _one_image,
-            {name: _backend(name) for name in attention.BACKENDS},
+            {name: peers.backend(name) for name in attention.BACKENDS}
+            | {
+                "eager": lambda: peers.definition_of_attention,
+                "compiled": peers.compiled(peers.definition_of_attention),
+            },
         ),
         Subject(
             diffuse,
@@ -302,7 +262,11 @@ SUBJECTS = {
             lambda i: diffuse.diffuse_reference(*i["arguments"], dtype=i["dtype"])[1],
             _diffuse_floor,
             _one_image,
-            peers={"eager": lambda: lambda i: diffuse.diffuse_reference(*i["arguments"], dtype=i["dtype"])[1]},
+            peers={
+                "eager": lambda: peers.definition_of_diffuse,
+                "eager, torch's noise": lambda: lambda i: peers.diffuse_with_torchs_noise(i)[1],
+                "compiled, torch's noise": lambda: _second(peers.compiled(peers.diffuse_with_torchs_noise)()),
+            },
         ),
         Subject(
             guided_step,
@@ -312,8 +276,9 @@ SUBJECTS = {
             _guided_floor,
             _one_image,
             peers={
-                "eager": lambda: _guide(guided_step.guided_step_reference),
-                "compiled": lambda: _guide(torch.compile(guided_step.guided_step_reference)),
+                "eager": lambda: peers.definition_of_guidance,
+                "compiled": peers.compiled(peers.definition_of_guidance),
+                "diffusers": peers.diffusers_guidance,
             },
         ),
         Subject(
@@ -323,7 +288,11 @@ SUBJECTS = {
             _update(adamw_ema.adamw_ema_reference_),
             _update_floor,
             _one_image,
-            peers={"torch fused + EMA + cast": _torch_update},
+            peers={
+                "torch fused + EMA + cast": peers.torch_update,
+                "torch fused + diffusers' EMA + cast": peers.diffusers_update,
+                "apex FusedAdamSWA": peers.apex_update,
+            },
         ),
         Subject(
             squared_norm,
@@ -332,7 +301,7 @@ SUBJECTS = {
             _sum_of_squares(squared_norm.squared_norm_reference),
             lambda case, dtype: case.grad.itemsize * case.parameters,
             _one_image,
-            peers={"torch vector_norm": lambda: lambda i: torch.linalg.vector_norm(i["grad"], dtype=torch.float32)},
+            peers={"torch vector_norm": lambda: peers.torch_squared_norm},
         ),
     ]
 }
@@ -362,41 +331,80 @@ def measure_on_cpu(subject, case, dtype, chips):
     return {"launches": rows, "cpu_reference_ms_small_fp32": milliseconds, "gpu": NOT_MEASURED}
 
 
-def measure_on_gpu(subject, case, dtype, rounds):
-    """Every contender on the same inputs; one that gives a wrong result is not timed."""
-    inputs = subject.draw(case, dtype, "cuda")
-    contenders, absent = {"ours": forward_backward(subject.ours, inputs)}, {}
+def measure_on_gpu(subject, case, dtype, rounds, device="cuda"):
+    """Every contender on the same inputs; one that gives a wrong result, or that no graph can hold, is not timed."""
+    apart = difference(subject, subject.ours, case, dtype, device)
+    if not apart < _ALLOWED:
+        return {"failed": f"differs from its definition by {apart:.3g} of its size; nothing was timed"}
+    inputs = subject.draw(case, dtype, device)
+    contenders, absent = contenders_for(subject, case, dtype, inputs, device)
+    forwards = {f"{name}, forward": _forward(call, inputs) for name, call in contenders.items() if _leaves(inputs)}
+    runs = {name: forward_backward(call, inputs) for name, call in contenders.items()}
+    times = {name: spread(values) for name, values in interleaved(runs | forwards, rounds, device).items()}
+    floor = subject.floor(case, dtype)
+    return {
+        "milliseconds": {name: times[name] for name in runs},
+        "forward_milliseconds": {name: times[f"{name}, forward"] for name in runs if forwards},
+        "absent": absent,
+        "difference": apart,
+        "floor_bytes": floor,
+        "gigabytes_per_second": {name: floor / times[name]["median"] / 1e6 for name in runs},
+    }
+
+
+def contenders_for(subject, case, dtype, inputs, device) -> tuple[dict, dict]:
+    """Calls that can be timed, ours first, and why each of the others cannot."""
+    contenders, absent = {"ours": subject.ours}, {}
     for name, factory in subject.peers.items():
         try:
-            contenders[name] = forward_backward(factory(), inputs)
-            contenders[name]()
+            call = factory()
+            if "torch's noise" not in name:
+                _refuse_wrong(subject, call, case, dtype, device)
+            interleaved({name: forward_backward(call, inputs)}, 1, device)
+            contenders[name] = call
         except Exception as error:
-            contenders.pop(name, None)
             absent[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    _refuse_wrong(subject, case, dtype)
-    times = {name: spread(values) for name, values in time_interleaved(contenders, rounds).items()}
-    floor = subject.floor(case, dtype)
-    achieved = {name: floor / time["median"] / 1e6 for name, time in times.items()}
-    return {"milliseconds": times, "absent": absent, "floor_bytes": floor, "gigabytes_per_second": achieved}
+    return contenders, absent
 
 
-def _refuse_wrong(subject, case, dtype):
+_ALLOWED = 0.02
+_ALLOWED_TO_PEERS = 0.1  # another's roundings are its own affair; another's result is not the same job
+
+
+def _refuse_wrong(subject, call, case, dtype, device):
+    apart = difference(subject, call, case, dtype, device)
+    if not apart < _ALLOWED_TO_PEERS:
+        raise ValueError(f"its result differs from the definition by {apart:.3g} of its size")
+
+
+def difference(subject, call, case, dtype, device) -> float:
+    """The largest error of a call's results on a small case, relative to the definition's norm."""
     torch.manual_seed(0)
-    small = subject.shrink(case)
-    inputs = subject.draw(small, dtype, "cuda")
+    inputs = subject.draw(subject.shrink(case), dtype, device)
     clones = {name: _clone(value) for name, value in inputs.items()}
-    mine, truth = (
-        forward_backward(call, given)() for call, given in ((subject.ours, inputs), (subject.reference, clones))
-    )
-    for a, b in zip(mine, truth):
-        error = (a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-20)
-        if not error < 0.02:
-            sys.exit(f"{subject.name} {case.name}: differs from its definition by {error:.3g}; nothing was timed")
+    mine = (*forward_backward(call, inputs)(), *_numbers(inputs))  # some are updated in place
+    truth = (*forward_backward(subject.reference, clones)(), *_numbers(clones))
+    errors = [(a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-20) for a, b in zip(mine, truth)]
+    return max(float(error) for error in errors)
+
+
+def _numbers(inputs):
+    return [leaf.detach() for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+
+
+def _leaves(inputs):
+    return [value for value in inputs.values() if isinstance(value, torch.Tensor) and value.requires_grad]
+
+
+def _forward(call, inputs):
+    return lambda: call(inputs)
 
 
 def _clone(value):
     if isinstance(value, torch.Tensor):
         return value.detach().clone().requires_grad_(value.requires_grad)
+    if isinstance(value, dict):
+        return {name: _clone(item) for name, item in value.items()}
     return type(value)(_clone(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
@@ -426,18 +434,98 @@ def _print_cpu(results):
 def _print_gpu(results, ceiling):
     print(f"copy bandwidth of this process: {ceiling:.0f} GB/s\n")
     rows = []
-    for result in results:
+    for result in timed(results):
         ours = result["milliseconds"]["ours"]["median"]
         for name, time in result["milliseconds"].items():
             share = result["gigabytes_per_second"][name] / ceiling
             row = {"kernel": result["kernel"], "case": result["case"], "who": name, "ms": time["median"]}
-            rows.append(
-                row | {"low": time["low"], "high": time["high"], "of ceiling": share, "ours is": time["median"] / ours}
-            )
+            row |= {"low": time["low"], "high": time["high"], "of ceiling": share, "ours is": time["median"] / ours}
+            rows.append(row | {"backward ms": _backward_median(result, name) or ""})
     print(table(rows))
     for result in results:
-        for name, reason in result["absent"].items():
+        if "failed" in result:
+            print(f"{result['kernel']} {result['case']}: FAILED: {result['failed']}")
+        for name, reason in result.get("absent", {}).items():
             print(f"{result['kernel']} {result['case']}: without {name}: {reason}")
+    for choice in _attention_choices():
+        print(f"attention chose {choice}")
+    print("\n" + table(bars(results, ceiling)))
+
+
+def timed(results) -> list[dict]:
+    return [result for result in results if "milliseconds" in result]
+
+
+def _backward_median(result, name):
+    """What forward and backward take beyond forward alone, both replayed in the same rounds."""
+    forward = result["forward_milliseconds"].get(name)
+    return forward and result["milliseconds"][name]["median"] - forward["median"]
+
+
+def _attention_choices() -> list[dict]:
+    """Measured for shapes that PyTorch's and xformers' kernels serve, in words that JSON has."""
+    return [choice | {"dtype": str(choice["dtype"])} for choice in attention.choices()]
+
+
+# ------------------------------------------------------------------------------------------------------------ bars
+
+
+def bars(results, ceiling) -> list[dict]:
+    """What was promised for a data-centre GPU, as ratios of this run; a bar whose cases did not run has no row."""
+    rows = [_norm_bar(results, ceiling)]
+    rows += [_norm_ratio(results, "compiled", 2.5), _norm_ratio(results, "apex", 1.4)]
+    words = [r for r in _of(results, "attention") if "words" in r["case"] and _backward_median(r, "ours")]
+    others = [r for r in _of(results, "attention") if "words" not in r["case"]]
+    if words:
+        rows.append(
+            _bar("attention, backward over 77 keys, times the best peer", min(map(_backward_ratio, words)), 2.0)
+        )
+    if others:
+        rows.append(_bar("attention elsewhere, times the best peer", min(map(_ratio, others)), 0.98))
+    updates = [r["gigabytes_per_second"]["ours"] / ceiling for r in _of(results, "adamw_ema")]
+    if updates:
+        rows.append(_bar("adamw_ema, share of copy bandwidth", min(updates), 0.9))
+    return [row for row in rows if row]
+
+
+def _of(results, kernel):
+    return [result for result in timed(results) if result["kernel"] == kernel]
+
+
+def _network_norms(results):
+    """The reference network's own shapes, each once."""
+    return [r for r in _of(results, "group_norm_silu") if r["case"].startswith(("level_", "skip_"))]
+
+
+def _norm_bar(results, ceiling):
+    norms = _network_norms(results)
+    ideal = sum(r["floor_bytes"] for r in norms) / ceiling / 1e6
+    found = sum(r["milliseconds"]["ours"]["median"] for r in norms)
+    return _bar("group_norm_silu, times the ideal bytes", found / ideal, 1.25, at_most=True) if norms else None
+
+
+def _norm_ratio(results, peer, wanted):
+    both = [r["milliseconds"] for r in _network_norms(results) if peer in r["milliseconds"]]
+    found = [sum(times[name]["median"] for times in both) for name in (peer, "ours")]
+    return _bar(f"group_norm_silu, times {peer} ({len(both)} shapes)", found[0] / found[1], wanted) if both else None
+
+
+def _ratio(result):
+    """The fastest peer's time over ours."""
+    times = {name: time["median"] for name, time in result["milliseconds"].items()}
+    ours = times.pop("ours")
+    return min(times.values(), default=ours) / ours
+
+
+def _backward_ratio(result):
+    times = {name: _backward_median(result, name) for name in result["milliseconds"]}
+    ours = times.pop("ours")
+    return min(times.values(), default=ours) / ours
+
+
+def _bar(what, found, wanted, at_most=False):
+    holds = found <= wanted if at_most else found >= wanted
+    return {"bar": what, "found": found, "wanted": f"{'<=' if at_most else '>='} {wanted}", "holds": holds}
 
 
 def _draw_chart(results, ceiling, path):
@@ -446,6 +534,7 @@ def _draw_chart(results, ceiling, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    results = timed(results)
     names = list(dict.fromkeys(name for result in results for name in result["milliseconds"]))
     figure, axes = pyplot.subplots(figsize=(10, 1 + 0.35 * len(results) * len(names)))
     for index, name in enumerate(names):
@@ -489,30 +578,37 @@ def _chosen(kernel, case):
 
 
 def main():
-    """Measure what was asked for, print it, and leave a record."""
+    """Measure what was asked for, print it, and leave a record, written after every case."""
     options = _parse()
-    dtype, on_gpu = DTYPES[options.dtype], torch.cuda.is_available()
-    results = []
-    for subject, case in _chosen(options.kernel, options.case):
-        print(f"{subject.name} {case.name} ...", file=sys.stderr, flush=True)
-        run = (
-            measure_on_gpu(subject, case, dtype, options.rounds)
-            if on_gpu
-            else measure_on_cpu(subject, case, dtype, options.chips)
-        )
-        results.append({"kernel": subject.name, "case": case.name, "why": case.why, "dtype": options.dtype} | run)
-    record = {"machine": machine(), "results": results}
+    dtype, on_gpu, results = DTYPES[options.dtype], torch.cuda.is_available(), []
+    record = {"machine": machine() | {"peers": {name: installed(name) for name in peers.PACKAGES}}, "results": results}
     if on_gpu:
         record["copy_gigabytes_per_second"] = ceiling = copy_bandwidth()
-        _print_gpu(results, ceiling)
-    else:
-        _print_cpu(results)
     name = record["machine"]["device"].replace(" ", "-").lower()
     path = options.json or RESULTS / f"throughput-{name}-{record['machine']['date']}.json"
-    write_json(path, record)
+    for subject, case in _chosen(options.kernel, options.case):
+        print(f"{subject.name} {case.name} ...", file=sys.stderr, flush=True)
+        named = {"kernel": subject.name, "case": case.name, "why": case.why, "dtype": options.dtype}
+        results.append(named | _measured(subject, case, dtype, on_gpu, options))
+        if on_gpu:
+            record |= {"attention_choices": _attention_choices(), "bars": bars(results, ceiling)}
+        write_json(path, record)
     if on_gpu:
+        _print_gpu(results, ceiling)
         _draw_chart(results, ceiling, path.with_suffix(".png"))
+    else:
+        _print_cpu(results)
     print(f"\nrecord: {path}")
+    sys.exit(1 if any("failed" in result for result in results) else 0)
+
+
+def _measured(subject, case, dtype, on_gpu, options) -> dict:
+    if not on_gpu:
+        return measure_on_cpu(subject, case, dtype, options.chips)
+    try:
+        return measure_on_gpu(subject, case, dtype, options.rounds)
+    except Exception as error:  # the other cases are worth their time
+        return {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
 if __name__ == "__main__":
