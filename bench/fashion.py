@@ -9,8 +9,9 @@ import torch
 from duotone.data.prepare.idx import PrepareIdx
 from duotone.data.shards import Shards
 from duotone.engine.evaluate.classifier import ClassifierConfig, Judge, judge_of
+from duotone.engine.evaluate.composition import Composition, composition
 from duotone.engine.evaluate.distances import Statistics, frechet
-from duotone.engine.evaluate.features import FeaturesConfig, choose, real_features
+from duotone.engine.evaluate.features import FeaturesConfig, RealFeatures, choose, real_features
 from duotone.engine.evaluate.images import Splits, read_splits
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -25,6 +26,7 @@ class Course:
 
     splits: Splits
     judge: Judge
+    real: RealFeatures
     statistics: Statistics
     floor: float
     """Frechet distance of as many test images from the training set."""
@@ -40,7 +42,8 @@ class Course:
         some_ND = real.held_out_ND[splits.held_out.spread()[:samples]]
         labels_N = np.arange(samples) * CLASSES // samples
         floor = frechet(Statistics.of(some_ND), statistics)
-        return cls(splits=splits, judge=judge, statistics=statistics, floor=floor, labels_N=labels_N)
+        found = {"splits": splits, "judge": judge, "real": real}
+        return cls(**found, statistics=statistics, floor=floor, labels_N=labels_N)
 
     def measured(self, images_NHWC: np.ndarray) -> dict:
         accuracy, by_name = self.judge.shares(images_NHWC, self.labels_N)
@@ -51,6 +54,20 @@ class Course:
             "frechet": distance,
             "ratio_to_floor": distance / self.floor,
         }
+
+    def composed(self, images_NHWC: np.ndarray) -> Composition:
+        """What their distance from the training set consists of."""
+        return self._composition(self.judge.features(images_NHWC).astype(np.float64), self.labels_N)
+
+    def composed_of_real(self) -> Composition:
+        """The same of the test images that give the floor."""
+        held_out = self.splits.held_out
+        some = held_out.spread()[: len(self.labels_N)]
+        return self._composition(self.real.held_out_ND[some], held_out.labels_N[some])
+
+    def _composition(self, x_ND: np.ndarray, labels_N: np.ndarray) -> Composition:
+        train = self.splits.train
+        return composition(x_ND, labels_N, self.real.train_ND, train.labels_N, train.classes)
 
 
 def shards(scratch: Path, split: str) -> Path:

@@ -3,7 +3,6 @@
 python bench/speedrun.py --scratch DIR                 both sides, one after the other
 python bench/speedrun.py --scratch DIR --side engine   one of them
 python bench/speedrun.py --scratch DIR --side engine --again --checks 1    the last weights measured once more
-python bench/speedrun.py --scratch DIR --sweep         the last weights with other ways of sampling, 500 samples each
 
 The bar: 1,000 samples that a classifier of the data recognises in 90 % of cases, and whose Frechet distance from the training
 set, in that classifier's features, is at most 1.5 times that of 1,000 real test images. The clock runs from the start of
@@ -11,10 +10,8 @@ the training process to the moment when the weights that are measured lay on dis
 seconds that the process and its children had a core, which a busy machine disturbs least. Shards and classifier are made
 before, samples are drawn after, and their seconds are listed. Both sides see the same classifier and the same labels.
 
-The other side is Hugging Face's diffusion-models-class, unit 2, written here from its description: diffusers' UNet2DModel
-with the class as four embedded channels beside the image, DDPM with 1000 steps of the cosine schedule, Adam at 1e-3, batch
-128. Its own sampling takes 1000 steps an image; here its samples come from diffusers' DDIM in 25, or
-as many as --notebook-steps says, without guidance, since labels are never dropped in its training.
+The other side is a well-known notebook's loop (bench/speedrun_notebook.py), in as many DDIM steps as --notebook-steps says. What
+else the last weights of our side tell is in bench/speedrun_sampling.py.
 """
 
 import argparse
@@ -31,29 +28,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fashion import CLASSES, DATA, SAMPLES, SIDE, Course, shards
-from torch import nn
+from fashion import CLASSES, DATA, SAMPLES, Course, shards
+from record import machine, write_json
 
 from duotone.engine import Recipe, artifact, checkpoint, main, pictures
 from duotone.engine.checkpoint import Checkpoints
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.label import Label
-from duotone.engine.evaluate.composition import Composition, composition
-from duotone.engine.evaluate.features import FeaturesConfig, RealFeatures, choose, real_features
-from duotone.engine.evaluate.images import read_splits
+from duotone.engine.evaluate.composition import Composition
 from duotone.engine.log import Log
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.optimizer import AdamW, Ema
 from duotone.engine.preview import Previews
-from duotone.engine.sample import pixels, sample
+from duotone.engine.sample import sample
 from duotone.engine.speed import Speed
 
 RESULTS = Path(__file__).parent / "results" / "speedrun"
 CPU = torch.device("cpu")
 LEAST_ACCURACY, MOST_RATIO = 0.9, 1.5
 IMAGES, CHECKS = 480_000, 3
-SWEPT = 500  # samples of each setting of the sweep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,24 +73,6 @@ class Sampling:
 
 
 SAMPLING = Sampling()
-ONCE = Sampling(steps=12, interval=(0.0, math.inf), sigma_min=0.002)  # how the record of 2026-11-21 was measured
-SWEEP = [
-    ONCE,
-    replace(ONCE, guidance=1.0),
-    replace(ONCE, guidance=1.5),
-    replace(ONCE, guide=IMAGES // CHECKS),
-    replace(ONCE, interval=(0.3, 10.0)),
-    replace(ONCE, interval=(0.3, 3.0)),
-    replace(ONCE, interval=(0.3, 3.0), guidance=3.0),
-    replace(ONCE, interval=(0.0, 3.0)),
-    replace(ONCE, interval=(0.0, 3.0), steps=24),
-    replace(SAMPLING, steps=12),
-    SAMPLING,
-    replace(SAMPLING, sigma_min=0.1),
-    replace(SAMPLING, sigma_max=20.0),
-    replace(SAMPLING, sampler="heun", steps=9),
-    replace(SAMPLING, sampler="ancestral", steps=24),
-]
 
 recipe = Recipe(
     name="speedrun",
@@ -168,118 +144,38 @@ def posed(model: artifact.Model, how: Sampling) -> artifact.Model:
 
 
 def samples(
-    model: artifact.Model, labels_N: np.ndarray, how: Sampling, guide: artifact.Model | None = None, seed: int = 1
+    model: artifact.Model,
+    labels_N: np.ndarray,
+    how: Sampling,
+    guide: artifact.Model | None = None,
+    seed: int = 1,
+    **other,
 ) -> np.ndarray:
-    """A sample of each label."""
+    """A sample of each label; `other` arguments of `sample` count before what `how` says."""
     steering = {"guidance": how.guidance, "interval": how.interval, "guide": guide}
     solving = {"steps": how.steps, "sampler": how.sampler, "seed": seed, "chunk": 100}
-    return sample(model, labels=labels_N.tolist(), **steering, **solving)
-
-
-def sweep(scratch: Path) -> dict:
-    """The last weights sampled in several ways, in bf16, which is twice as fast here."""
-    course = Course.laid(scratch, SWEPT)
-    paths = sorted((scratch / "engine" / "checkpoints").glob("images-*"))
-    models = {model.images: model for model in (trained(path, course, torch.bfloat16) for path in paths)}
-    print(f"{SWEPT} samples of the model of {max(models):,} images in each way; floor {course.floor:.2f}")
-    rows = []
-    for how in SWEEP:
-        model, guide = posed(models[max(models)], how), posed(models[how.guide], how) if how.guide else None
-        # Other noise than the record's: what is best here is not best by that noise alone.
-        drawn = samples(model, course.labels_N, how, guide, seed=2)
-        found = course.measured(drawn)
-        made_of = composed(course, drawn)
-        spreads = {"means": made_of.whole.means, "within": made_of.within, "between": made_of.between}
-        rows.append({"sampling": str(how), "forwards": round(model.forwards, 1)} | found | spreads)
-        print(f"  {found['accuracy']['value']:6.1%}  Frechet {found['frechet']:6.2f}  {how}", flush=True)
-    about = {"images": max(models), "samples": SWEPT, "precision": "bf16", "floor": course.floor}
-    return {"command": "python bench/speedrun.py --scratch DIR --sweep"} | about | {"machine": machine(), "rows": rows}
+    return sample(model, labels=labels_N.tolist(), **(steering | solving | other))
 
 
 # ------------------------------------------------------------------------------------------------- the other side
 
 
-class ClassBesideImage(nn.Module):
-    """UNet2DModel on the image and four constant channels, the embedded class."""
-
-    def __init__(self):
-        from diffusers import UNet2DModel
-
-        super().__init__()
-        self.embedding = nn.Embedding(CLASSES, 4)
-        self.unet = UNet2DModel(
-            sample_size=SIDE,
-            in_channels=1 + 4,
-            out_channels=1,
-            layers_per_block=2,
-            block_out_channels=(32, 64, 64),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        )
-
-    def forward(self, x_NCHW, time_N, labels_N):
-        planes_N4HW = self.embedding(labels_N)[:, :, None, None].expand(-1, -1, *x_NCHW.shape[2:])
-        return self.unet(torch.cat([x_NCHW, planes_N4HW], dim=1), time_N).sample
-
-
-def notebook_training(scratch: Path, core_seconds: float) -> None:
-    """The notebook's loop for so many seconds of a core, its weights kept at equal distances."""
-    from diffusers import DDPMScheduler
-
-    torch.manual_seed(0)
-    train = read_splits(replace(DATA, shards=shards(scratch, "train")), shards(scratch, "t10k"), 60_000).train
-    x_NCHW = torch.from_numpy(train.images_NHWC).permute(0, 3, 1, 2)
-    labels_N, scheduler = torch.from_numpy(train.labels_N), DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2")
-    model = ClassBesideImage()
-    adam = torch.optim.Adam(model.parameters(), lr=1e-3)
-    images, kept = 0, 0
-    while kept < CHECKS:
-        for places_B in torch.randperm(len(x_NCHW)).split(128):
-            clean = x_NCHW[places_B].float() / 255 * 2 - 1
-            noise, t = torch.randn_like(clean), torch.randint(0, 999, (len(clean),))
-            loss = (model(scheduler.add_noise(clean, noise, t), t, labels_N[places_B]) - noise).square().mean()
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
-            images += len(places_B)
-            used = time.process_time()
-            if used >= core_seconds * (kept + 1) / CHECKS:
-                kept += 1
-                torch.save(model.state_dict(), scratch / "notebook" / f"images-{images:012d}-{used:.0f}.pt")
-                print(f"{used:6.0f} core-seconds  {images:,} images  loss {loss.item():.4f}", flush=True)
-                if kept == CHECKS:
-                    return
-
-
-@torch.inference_mode()
-def notebook_samples(model: ClassBesideImage, labels_N: np.ndarray) -> np.ndarray:
-    from diffusers import DDIMScheduler
-
-    random, parts = torch.Generator().manual_seed(1), []
-    for labels_B in torch.from_numpy(labels_N).split(100):
-        # Clipping x0, as the notebook's own scheduler does: without it DPM-Solver++ saturates an epsilon model on this schedule.
-        solver = DDIMScheduler(1000, beta_schedule="squaredcos_cap_v2", clip_sample=True)
-        solver.set_timesteps(parsed().notebook_steps)
-        x_NCHW = torch.randn(len(labels_B), 1, SIDE, SIDE, generator=random)
-        for t in solver.timesteps:
-            x_NCHW = solver.step(model(x_NCHW, t, labels_B), t, x_NCHW).prev_sample
-        parts.append(pixels(x_NCHW))
-    return np.concatenate(parts)
-
-
 def notebook_side(scratch: Path, course: Course, core_seconds: float) -> dict:
+    import speedrun_notebook
+
     out = scratch / "notebook"
     out.mkdir(exist_ok=True)
     for old in [] if "--again" in sys.argv else out.glob("images-*.pt"):
         old.unlink()
-    command = [sys.executable, __file__, "--scratch", str(scratch), "--notebook-seconds", str(core_seconds)]
+    command = [sys.executable, str(Path(__file__).with_name("speedrun_notebook.py")), "--scratch", str(scratch)]
+    command += ["--core-seconds", str(core_seconds), "--kept", str(CHECKS)]
     clock = clocked(command, scratch / "notebook.log")
     checks = []
     for path in last(out, "images-*.pt"):
-        model = ClassBesideImage().eval()
+        model = speedrun_notebook.ClassBesideImage().eval()
         model.load_state_dict(torch.load(path, weights_only=True))
         began = time.monotonic()
-        drawn = notebook_samples(model, course.labels_N)
+        drawn = speedrun_notebook.samples(model, course.labels_N, parsed().notebook_steps)
         took, at = time.monotonic() - began, path.stat().st_mtime - clock["began"]
         _, images, used = path.stem.split("-")
         checks.append(check(course, drawn, (at, float(used)), int(images), took))
@@ -321,7 +217,7 @@ def check(course: Course, drawn: np.ndarray, clock: tuple[float, float], images:
     seconds, core_seconds = clock
     found = {"seconds": round(seconds, 1), "core_seconds": round(core_seconds, 1), "images": images}
     found |= course.measured(drawn)
-    made_of = composed(course, drawn)
+    made_of = course.composed(drawn)
     found["composition"] = asdict(made_of)
     found["reached"] = reached(found)
     found["sampling_seconds"] = round(sampling_seconds, 1)
@@ -332,35 +228,6 @@ def check(course: Course, drawn: np.ndarray, clock: tuple[float, float], images:
     )
     print(table(made_of), flush=True)
     return found
-
-
-@cache
-def laid(scratch: Path) -> Course:
-    return Course.laid(scratch)
-
-
-@cache
-def real(scratch: Path) -> RealFeatures:
-    course = laid(scratch)
-    return real_features(choose(FeaturesConfig(), course.judge, CPU), course.splits, scratch / "cache")
-
-
-def composed(course: Course, drawn: np.ndarray) -> Composition:
-    """What the samples' distance from the training set consists of."""
-    return of_features(course.judge.features(drawn).astype(np.float64), course.labels_N)
-
-
-def composed_of_real(course: Course) -> Composition:
-    """The same of the test images that give the floor."""
-    held_out = course.splits.held_out
-    some = held_out.spread()[:SAMPLES]
-    return of_features(real(parsed().scratch).held_out_ND[some], held_out.labels_N[some])
-
-
-def of_features(x_ND: np.ndarray, labels_N: np.ndarray) -> Composition:
-    scratch = parsed().scratch
-    train = laid(scratch).splits.train
-    return composition(x_ND, labels_N, real(scratch).train_ND, train.labels_N, train.classes)
 
 
 def table(made_of: Composition) -> str:
@@ -392,15 +259,9 @@ def record(side: str, course: Course, checks: list[dict], clock: dict, sampling:
         "sampling": sampling,
         "classifier": course.judge.accuracy.to_json(),
         "floor": course.floor,
-        "composition_of_real": asdict(composed_of_real(course)),
+        "composition_of_real": asdict(course.composed_of_real()),
         "machine": machine() | {"load_average_5_minutes": clock["load"]},
     }
-
-
-def machine() -> dict:
-    git = ["git", "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    return {"cores": os.cpu_count(), "torch": torch.__version__, "commit": commit}
 
 
 def again(said: str) -> str:
@@ -416,7 +277,7 @@ def picture(drawn: np.ndarray, side: str, name: str) -> None:
 
 
 def race(arguments: argparse.Namespace) -> None:
-    course = laid(arguments.scratch)
+    course = Course.laid(arguments.scratch)
     print(f"classifier {course.judge.accuracy}; floor {course.floor:.3f}, bar {MOST_RATIO * course.floor:.3f}")
     for side in ("engine", "notebook") if arguments.side == "both" else (arguments.side,):
         print(f"{side}:", flush=True)
@@ -424,12 +285,7 @@ def race(arguments: argparse.Namespace) -> None:
             found = engine_side(arguments.scratch, course, arguments.images)
         else:
             found = notebook_side(arguments.scratch, course, arguments.core_seconds)
-        write(f"{side}{again('-again')}", found)
-
-
-def write(name: str, found: dict) -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        write_json(RESULTS / f"{side}{again('-again')}.json", found)
 
 
 @cache
@@ -440,19 +296,13 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=IMAGES, help="budget of our side")
     parser.add_argument("--core-seconds", type=float, default=1000, help="budget of the notebook's side")
     parser.add_argument("--again", action="store_true", help="measure what was trained before once more")
-    parser.add_argument("--sweep", action="store_true", help="sample the last weights of our side in several ways")
     parser.add_argument("--checks", type=int, default=CHECKS, help="measure only the last so many of what was kept")
     parser.add_argument("--notebook-steps", type=int, default=25, help="DDIM steps of the notebook's side")
-    parser.add_argument("--notebook-seconds", type=float, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 if __name__ == "__main__":
     if "LOCAL_RANK" in os.environ:  # started by deepspeed: this is the training process itself
         main(recipe)
-    elif (arguments := parsed()).notebook_seconds:
-        notebook_training(arguments.scratch, arguments.notebook_seconds)
-    elif arguments.sweep:
-        write("sweep", sweep(arguments.scratch))
     else:
-        race(arguments)
+        race(parsed())

@@ -13,7 +13,7 @@ from duotone.data import captioned_shapes
 from duotone.data.prepare.idx import GARMENTS, PrepareIdx
 from duotone.data.shards import Shards
 from duotone.data.write_shards import Sample, write_shards
-from duotone.engine import artifact, cli
+from duotone.engine import artifact, cli, pictures
 from duotone.engine.conditioning.attributes import Attributes
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.image import Hole, LowResolution
@@ -525,17 +525,28 @@ def test_the_parser_takes_the_documented_flags():
     assert parsed.test == Path("b") and parsed.per_caption == 2
 
 
-def test_the_speedrun_is_ready_to_start(tmp_path, monkeypatch):
+def bench_script(name, monkeypatch):
+    folder = Path(__file__).parents[2] / "bench"
+    monkeypatch.syspath_prepend(str(folder))
+    return importlib.import_module(name)
+
+
+def test_the_speedrun_is_ready_to_start(monkeypatch):
     """Its recipe is one that training takes, and the other side's network draws what the classifier is shown."""
     pytest.importorskip("diffusers")
-    path = Path(__file__).parents[2] / "bench" / "speedrun.py"
-    monkeypatch.syspath_prepend(str(path.parent))
-    spec = importlib.util.spec_from_file_location("speedrun", path)
-    speedrun = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(speedrun)
+    speedrun = bench_script("speedrun", monkeypatch)
     speedrun.recipe.check()
     assert speedrun.IMAGES % (speedrun.CHECKS * speedrun.recipe.batch_size) == 0
-    monkeypatch.setattr("sys.argv", ["speedrun.py", "--scratch", str(tmp_path), "--notebook-steps", "2"])
+    notebook = bench_script("speedrun_notebook", monkeypatch)
     torch.manual_seed(0)
-    drawn = speedrun.notebook_samples(speedrun.ClassBesideImage().eval(), np.array([0, 9]))
+    drawn = notebook.samples(notebook.ClassBesideImage().eval(), np.array([0, 9]), steps=2)
     assert drawn.shape == (2, 28, 28, 1) and drawn.dtype == np.uint8
+
+
+def test_the_way_back_from_noise_begins_at_the_given_images_chunk_by_chunk(monkeypatch):
+    sampling = bench_script("speedrun_sampling", monkeypatch)
+    images_NHWC = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 1), dtype=np.uint8)
+    under = sampling.Under(images_NHWC, lambda denoise, x_NCHW, sigmas: x_NCHW)
+    noise_NCHW = torch.randn(5, 1, 4, 4)
+    begun = torch.cat([under(None, part_NCHW, None) for part_NCHW in noise_NCHW.split(3)])
+    assert np.array_equal(pictures.pixels(begun - noise_NCHW), images_NHWC)
