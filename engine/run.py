@@ -18,6 +18,7 @@ from duotone.engine.recipe import Recipe
 from duotone.engine.recipe_json import differences, to_json
 from duotone.engine.sharded import Sharded
 from duotone.engine.starting_weights import begin_from
+from duotone.engine.whole_step import WholeStep
 from duotone.kernels.self_test import self_test
 
 
@@ -32,6 +33,7 @@ class Run:
     facts: Facts
     network: Network
     sharded: Sharded
+    whole_step: WholeStep | None = None
     images: int = 0
     log: Logger | None = None
     graphs_at_step_2: int = 0

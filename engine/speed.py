@@ -28,6 +28,8 @@ class Speed:
     """Try cuDNN and the compiler's own templates on every convolution and matrix product and keep the faster: minutes, once."""
     cuda_graphs: bool = False
     """Replay launches instead of repeating them: each compiled block in training, the whole network in sampling; on CUDA."""
+    whole_step: bool = False
+    """Record a whole step, update included, as one CUDA graph and replay it, on one GPU without accumulation; the first step holds the recording against an eager one, with two copies of the state in the CPU's memory."""
     padded_ends: bool = False
     """Carry the image's few channels as eight, the others zero: what tensor cores want of the first and last convolution."""
     norms_in_turns: bool = False
@@ -99,7 +101,7 @@ def compiler_options(speed: Speed) -> dict[str, bool] | None:
     """What the switches ask of Inductor; no other backend is given options."""
     if speed.backend != "inductor":
         return None
-    return {"max_autotune": speed.autotune, "triton.cudagraphs": speed.cuda_graphs}
+    return {"max_autotune": speed.autotune, "triton.cudagraphs": speed.cuda_graphs and not speed.whole_step}
 
 
 def make_ready(unet: UNet, speed: Speed, choice: Choice) -> int:
@@ -109,6 +111,20 @@ def make_ready(unet: UNet, speed: Speed, choice: Choice) -> int:
     for norm in (m for m in unet.modules() if isinstance(m, GroupNormSiLU)):
         norm.in_turns, norm.joins_skips = speed.norms_in_turns, speed.norms_join_skips
     return compile_blocks(unet, speed) if choice.compile else 0
+
+
+def what_keeps_a_step_apart(speed: Speed, choice: Choice, stage: int, ranks: int, accumulation: int) -> str | None:
+    """Why steps are not recorded whole, or None: what a replay cannot do, it would do wrongly without a word."""
+    reasons = {
+        "unless asked for": not speed.whole_step,
+        "without a CUDA device": choice.device == "cpu",
+        "with several ranks, which exchange gradients": ranks > 1,
+        "with accumulation, whose steps differ": accumulation > 1,
+        "at ZeRO-3, which gathers weights on the way": stage == 3,
+        "in fp16, whose loss scale waits for every step": choice.precision == "fp16",
+        "with gradient checkpointing, which stores the random generator's state": speed.gradient_checkpointing,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def substitutions(speed: Speed, choice: Choice) -> list[str]:

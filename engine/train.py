@@ -5,7 +5,8 @@ N images of a micro-batch, C channels, H x W pixels.
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from torch import Tensor
 from duotone.data.batch import Batch
 from duotone.engine import artifact, checkpoint, draws, model_card, preview, run_folder, speed, zero
 from duotone.engine.conditioning.dropout import conditioned
+from duotone.engine.objectives.base import Objective
 from duotone.engine.recipe import Recipe
 from duotone.engine.run import Run, plans, save, set_up
+from duotone.engine.whole_step import WholeStep
 from duotone.kernels.diffuse import diffuse
 from duotone.kernels.dispatch import fallbacks
 
@@ -28,6 +31,7 @@ def train(recipe: Recipe) -> Path:
     """
     recipe.check()
     run = set_up(recipe)
+    run.whole_step = whole_step(run)
     try:
         run.examples = examples(run)  # before the reading thread: one decoder serves one reader
         batches = run.data.batches(plans(run))
@@ -45,6 +49,19 @@ def train(recipe: Recipe) -> Path:
     return recipe.folder
 
 
+def whole_step(run: Run) -> WholeStep | None:
+    """Steps as one recording each, where that was asked for and holds."""
+    recipe = run.recipe
+    held = speed.what_keeps_a_step_apart(
+        recipe.speed, run.choice, run.sharded.stage, run.ranks.count, recipe.accumulation
+    )
+    if held is None:
+        return WholeStep(run.sharded, partial(loss_of, recipe.objective), run.log.say)
+    if recipe.speed.whole_step:
+        run.log.say(f"speed.whole_step has no effect {held}")
+    return None
+
+
 def train_step(run: Run, batches: Iterator[Batch]) -> None:
     """One optimizer step: `accumulation` micro-batches on every rank, then the update of weights and EMA."""
     recipe, began = run.recipe, run.images
@@ -57,9 +74,8 @@ def train_step(run: Run, batches: Iterator[Batch]) -> None:
         waiting = time.monotonic()
         batch = next(batches)
         run.log.waited(time.monotonic() - waiting)
-        loss, input_NCHW = micro_step(run, batch)
+        loss, input_NCHW = whole_or_micro_step(run, batch)
         losses.append(loss.detach())
-        run.sharded.step()
         if recipe.log.trace:
             traced += fingerprints(batch, input_NCHW)
 
@@ -78,8 +94,35 @@ def train_step(run: Run, batches: Iterator[Batch]) -> None:
         run.graphs_at_step_2 = speed.compiled_graphs()
 
 
+def whole_or_micro_step(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
+    """A micro-batch and, with the last of them, the update: the loss, and the network's input for the trace."""
+    if run.whole_step is not None:
+        inputs = inputs_of(run, batch)
+        return run.whole_step(inputs), inputs["input_NCHW"]
+    loss, input_NCHW = micro_step(run, batch)
+    run.sharded.step()
+    return loss, input_NCHW
+
+
 def micro_step(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
     """Forward and backward of one micro-batch: the loss, and the network's input for the trace."""
+    inputs = inputs_of(run, batch)
+    if run.recipe.speed.cuda_graphs:
+        # What the last replay left behind is used up: its memory may be written again.
+        torch.compiler.cudagraph_mark_step_begin()
+    loss = loss_of(run.recipe.objective, run.sharded, inputs)
+    run.sharded.backward(loss)
+    return loss, inputs["input_NCHW"]
+
+
+def loss_of(objective: Objective, network: Callable, inputs: dict) -> Tensor:
+    """Of inputs that lie on the device already: nothing here asks the CPU."""
+    output_NCHW, log_scale_N = network(*(inputs[name] for name in ("input_NCHW", "time_N", "tensors", "keep")))
+    return objective.mean_loss(output_NCHW, inputs["target_NCHW"], inputs["weight_N"], log_scale_N)
+
+
+def inputs_of(run: Run, batch: Batch) -> dict:
+    """All that loss_of takes, on the device: a tree of tensors."""
     recipe, device = run.recipe, run.sharded.device
     objective, positions_N = recipe.objective, batch.positions_N
     sigma_N = noise_levels(recipe, positions_N)
@@ -92,15 +135,15 @@ def micro_step(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
         int(draws.Purpose.NOISE),
         dtype=run.choice.dtype,
     )
-    time_N = objective.scalings(sigma_N).noise_N.float().to(device)
     tensors, keep = conditions(run, batch)
-    if recipe.speed.cuda_graphs:
-        # What the last replay left behind is used up: its memory may be written again.
-        torch.compiler.cudagraph_mark_step_begin()
-    output_NCHW, log_scale_N = run.sharded(input_NCHW, time_N, tensors, keep)
-    loss = objective(output_NCHW, target_NCHW, sigma_N.to(device), log_scale_N)
-    run.sharded.backward(loss)
-    return loss, input_NCHW
+    return {
+        "input_NCHW": input_NCHW,
+        "target_NCHW": target_NCHW,
+        "time_N": objective.scalings(sigma_N).noise_N.float().to(device),
+        "weight_N": objective.loss_weight(sigma_N).float().to(device),
+        "tensors": tensors,
+        "keep": keep,
+    }
 
 
 def noise_levels(recipe: Recipe, positions_N: np.ndarray) -> Tensor:

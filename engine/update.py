@@ -5,6 +5,8 @@ EMA and the network's own weights. Whether a step is skipped is known on the dev
 P parameters of one rank's shard of one group.
 """
 
+import itertools
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -28,16 +30,33 @@ class Update:
 
     @torch.no_grad()
     def __call__(self, closure=None) -> None:
-        gradients = [self.gradient(group) for group in range(len(self.partitioned.bit16_groups))]
-        squares = sum(squared_norm(grad_P) for grad_P in gradients)
-        dist.all_reduce(squares, group=self.partitioned.dp_process_group)
-        scale = self.scale(squares)
-        for group, grad_P in enumerate(gradients):
-            self.update(group, grad_P, scale)
+        self.set_rates()
+        squares = self.apply([self.gradient(group) for group in self.groups()])
+        for group in self.groups():
             self.release(group)
         if dist.get_world_size() > 1:
             zero.gather_weights(self.partitioned)
         self.tell(squares)
+
+    def groups(self) -> range:
+        return range(len(self.partitioned.bit16_groups))
+
+    def set_rates(self) -> None:
+        """Learning rate and EMA decay, which are the same for every group, to the device."""
+        options = self.optimizer.param_groups[0]
+        self.lr.fill_(options["lr"])
+        self.decay.fill_(options["ema_decay"])
+
+    @torch.no_grad()
+    def apply(self, gradients: list[Tensor]) -> Tensor:
+        """The update itself, of all that it takes tensors on the device; the gradients' squared norm."""
+        squares = sum(squared_norm(grad_P) for grad_P in gradients)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(squares, group=self.partitioned.dp_process_group)
+        scale = self.scale(squares)
+        for group, grad_P in enumerate(gradients):
+            self.update(group, grad_P, scale)
+        return squares
 
     def gradient(self, group: int) -> Tensor:
         """grad_P: flat already where DeepSpeed adds micro-batches up in fp32, else its pieces in a row."""
@@ -49,6 +68,33 @@ class Update:
             self.flats[group] = pieces[0].new_zeros(self.shard(group).numel())
         torch.cat(pieces, out=self.flats[group][: sum(piece.numel() for piece in pieces)])
         return self.flats[group]
+
+    # One rank's shards hold every parameter, so that gradients can also come from autograd itself.
+
+    def parameters(self) -> list[Tensor]:
+        return [p for parameters in self.partitioned.params_in_partition for p in parameters]
+
+    def laid_flat(self, gradients: tuple[Tensor | None, ...]) -> list[Tensor]:
+        """What `gradient` gives for each group, of the gradients of `parameters`: zeros where there is none."""
+        rows, following = [], iter(zip(self.parameters(), gradients))
+        for group, parameters in enumerate(self.partitioned.params_in_partition):
+            pieces = [
+                (p.new_zeros(p.shape) if gradient is None else gradient).reshape(-1)
+                for p, gradient in itertools.islice(following, len(parameters))
+            ]
+            missing = self.shard(group).numel() - sum(piece.numel() for piece in pieces)
+            rows.append(torch.cat([*pieces, pieces[0].new_zeros(missing)]))
+        return rows
+
+    def state(self) -> dict[str, Tensor]:
+        """All that an update changes, by name."""
+        named = {"steps": self.steps, "skipped": self.skipped}
+        for group in self.groups():
+            shard = self.shard(group)
+            state = self.optimizer.state_of(shard)
+            named |= {f"{kind} {group}": state[kind] for kind in self.optimizer.STATE}
+            named |= {f"master {group}": shard.data, f"weight {group}": self.partitioned.bit16_groups_flat[group].data}
+        return named
 
     def shard(self, group: int) -> Tensor:
         return self.partitioned.single_partition_of_fp32_groups[group]
@@ -66,8 +112,6 @@ class Update:
     def update(self, group: int, grad_P: Tensor, scale: Tensor) -> None:
         shard, options = self.shard(group), self.optimizer.param_groups[group]
         state = self.optimizer.state_of(shard)
-        self.lr.fill_(options["lr"])
-        self.decay.fill_(options["ema_decay"])
         adamw_ema_(
             shard.data,
             grad_P,

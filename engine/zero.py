@@ -163,6 +163,14 @@ def start(network: nn.Module, optimizer: Optimizer, config: dict):
     return deepspeed.initialize(model=network, optimizer=optimizer, config=config)[0]
 
 
+def count_step(engine) -> None:
+    """What DeepSpeed's engine keeps of a step of one micro-batch that its optimizer has taken."""
+    engine._global_grad_norm = engine.optimizer._global_grad_norm
+    engine.micro_steps += 1
+    engine.global_steps += 1
+    engine.global_samples += engine.train_batch_size()
+
+
 def gather_weights(partitioned) -> None:
     """Stages 1 and 2: every rank's part of the network's weights to all the others."""
     from deepspeed.runtime.utils import all_gather_dp_groups

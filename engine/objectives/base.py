@@ -97,8 +97,14 @@ class Objective(ABC):
     def __call__(
         self, output_NCHW: Tensor, target_NCHW: Tensor, sigma_N: Tensor, log_scale_N: Tensor | None = None
     ) -> Tensor:
-        """The mean loss of a batch; with the network's uncertainty u, loss / exp(u) + u."""
-        loss_N = self.loss_weight(sigma_N).float() * self.penalty(output_NCHW, target_NCHW)
+        """The mean loss of a batch at these noise levels; with the network's uncertainty u, loss / exp(u) + u."""
+        return self.mean_loss(output_NCHW, target_NCHW, self.loss_weight(sigma_N).float(), log_scale_N)
+
+    def mean_loss(
+        self, output_NCHW: Tensor, target_NCHW: Tensor, weight_N: Tensor, log_scale_N: Tensor | None = None
+    ) -> Tensor:
+        """The same from each image's loss weight, which tables that may lie on another device have given."""
+        loss_N = weight_N * self.penalty(output_NCHW, target_NCHW)
         return (loss_N if log_scale_N is None else loss_N / log_scale_N.exp() + log_scale_N).mean()
 
 
