@@ -1,6 +1,6 @@
 """Everything that a GPU is needed for, in order of value, each stage in its own time box and its own files.
 
-    python bench/gpu_day.py                       # all stages, about an hour and a half
+    python bench/gpu_day.py                       # all stages, less than two hours
     python bench/gpu_day.py --minutes 10          # the same order, boxes shrunk to fit
     python bench/gpu_day.py --only correctness kernels
     python bench/gpu_day.py --dry-run             # the plan, and whether every command can start; needs no GPU
@@ -77,6 +77,8 @@ def stages(out: Path) -> list[Stage]:
         Stage("demo", (*recipe, "--out", str(out / "captioned_shapes")), 5, TRAINING),
         Stage("guidance", bench("sampling", "guidance", "--run", str(out / "captioned_shapes"), "--quality"), 5, TRAINING),
         Stage("reference", (*recipe, "--small", "--out", str(out / "reference"), *reference(out)), 25, TRAINING),
+        Stage("whole step", (python, "-m", "pytest", "tests/engine/test_whole_step.py", "-m", "gpu", "-q"), 3, ("pytest", *TRAINING)),
+        Stage("reference whole", (*recipe, "--small", "--out", str(out / "reference_whole"), *reference(out), "--speed.whole-step"), 10, TRAINING),
     ]  # fmt: skip
 
 
@@ -135,7 +137,7 @@ def start(stage: Stage) -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=101, help="for all stages together")
+    parser.add_argument("--minutes", type=float, default=114, help="for all stages together")
     parser.add_argument("--only", nargs="*", help="names of stages")
     parser.add_argument("--out", type=Path, help="where results go (default: bench/results/gpu-DATE)")
     parser.add_argument("--dry-run", action="store_true", help="run nothing; say what would be run")

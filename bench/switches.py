@@ -45,6 +45,7 @@ def settings(usual: Choice) -> list[Setting]:
         Setting("speed.autotune = True", usual, Speed(autotune=True), why_not=minutes),
         Setting("speed.cuda_graphs = True", usual, Speed(cuda_graphs=True), why_not=no_gpu),
         Setting("speed.norms_in_turns = True", usual, Speed(norms_in_turns=True), why_not=no_gpu),
+        Setting("speed.norms_join_skips = True", usual, Speed(norms_join_skips=True), why_not=no_gpu),
         Setting("speed.padded_ends = True", usual, Speed(padded_ends=True)),
         Setting("speed.gradient_checkpointing = True", usual, Speed(gradient_checkpointing=True)),
     ]
