@@ -15,6 +15,8 @@ from duotone.kernels.attention import attention
 from duotone.kernels.group_norm_silu import group_norm_silu
 
 SUPPORTED = ("UNet2DModel", "UNet2DConditionModel")
+PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor")
+"""Of diffusers, that compute attention and nothing else; any other is somebody's own, and is kept."""
 
 
 @dataclass
@@ -39,7 +41,7 @@ def fuse(unet: nn.Module, *, quiet: bool = False) -> Fused:
     Says what was replaced, what was left and why; raises Refused on anything but the two supported classes.
     """
     kind = type(unet).__name__
-    if kind not in SUPPORTED:
+    if not any(parent.__name__ in SUPPORTED for parent in type(unet).__mro__):
         raise Refused(f"fuse() takes {' or '.join(SUPPORTED)} of diffusers, not {kind}")
     if is_fused(unet):
         return report(Fused(left={kind: "it is fused already: nothing was done"}), quiet)
@@ -122,6 +124,9 @@ def why_not_attention(block: nn.Module) -> str | None:
     ]
     if extras:
         return f"it has {', '.join(extras)}"
+    processor = type(getattr(block, "processor", None)).__name__
+    if processor not in PLAIN_PROCESSORS:
+        return f"its processor is {processor}"
     if getattr(block, "only_cross_attention", False) or getattr(block, "added_kv_proj_dim", None):
         return "its keys are projected in another way"
     return None
@@ -154,8 +159,19 @@ class FusedPart:
         """The subclass of `original` with this fused forward; made once."""
         key = (cls, original)
         if key not in cls.made:
-            cls.made[key] = type(cls.__name__, (cls, original), {"__module__": __name__, "original": original})
+            facts = {"__module__": __name__, "part": cls, "original": original}
+            cls.made[key] = type(cls.__name__, (cls, original), facts)
         return cls.made[key]
+
+    def __reduce__(self):
+        """Pickled as what it is made of: its class has no name under which another process would find it."""
+        return blank, (self.part, self.original), self.__dict__
+
+
+def blank(part: type, original: type) -> nn.Module:
+    """An instance of a fused class whose state is yet to come."""
+    cls = part.of(original)
+    return cls.__new__(cls)
 
 
 class ChannelsLast(FusedPart):

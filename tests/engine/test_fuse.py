@@ -1,10 +1,13 @@
 """fuse(unet) against the same diffusers UNet: outputs, gradients, state dict, undone, copied, cast, saved, compiled."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -223,6 +226,66 @@ def test_it_can_be_moved():
     ghost = ghost.to_empty(device="cpu")
     ghost.load_state_dict(unet.state_dict())
     assert (call(ghost) - expected).abs().max() <= 1e-5
+
+
+class Halved(AttnProcessor2_0):
+    """A processor of a user's own, as adapters bring them."""
+
+    def __call__(self, *arguments, **options):
+        return super().__call__(*arguments, **options) / 2
+
+
+def test_a_processor_of_ones_own_is_kept():
+    unet = conditioned()
+    unet.set_attn_processor(Halved())
+    expected, expected_grads = call(unet), gradients(unet)
+    fused = fuse(unet, quiet=True)
+    assert list(fused.left.values()) == 8 * ["its processor is Halved"]
+    assert (call(unet) - expected).abs().max() <= 1e-5
+    for name, gradient in gradients(unet).items():
+        torch.testing.assert_close(gradient, expected_grads[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("processor", [AttnProcessor(), SlicedAttnProcessor(2)], ids=lambda p: type(p).__name__)
+def test_every_plain_processor_is_replaced_and_given_back(processor):
+    unet = conditioned()
+    unet.set_attn_processor(processor)
+    expected = call(unet)
+    assert not fuse(unet, quiet=True).left
+    assert (call(unet) - expected).abs().max() <= 1e-5
+    unfuse(unet)
+    assert {type(p) for p in unet.attn_processors.values()} == {type(processor)}
+
+
+class Own(UNet2DModel):
+    """A user's own subclass."""
+
+
+def test_a_subclass_is_an_instance_too():
+    unet = plain()
+    expected = call(unet)
+    unet.__class__ = Own
+    fuse(unet, quiet=True)
+    assert is_fused(unet) and (call(unet) - expected).abs().max() <= 1e-5
+
+
+def test_it_can_be_pickled_and_sent_to_another_process(tmp_path):
+    """Whole, as torch.save and a spawned worker take it; it is fused there as well, and can be unfused."""
+    unet = conditioned()
+    fuse(unet, quiet=True)
+    torch.save(unet, tmp_path / "unet.pt")
+    torch.save(call(unet), tmp_path / "expected.pt")
+    there = f"""
+import runpy, torch
+call = runpy.run_path({__file__!r})["call"]
+from duotone.engine.fuse import is_fused, unfuse
+unet, expected = (torch.load({str(tmp_path)!r} + f"/{{name}}.pt", weights_only=False) for name in ("unet", "expected"))
+assert is_fused(unet) and (call(unet) - expected).abs().max() <= 1e-6
+unfuse(unet)
+assert not is_fused(unet) and (call(unet) - expected).abs().max() <= 1e-5
+"""
+    done = subprocess.run([sys.executable, "-c", there], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_anything_else_is_refused_by_name():
