@@ -25,9 +25,6 @@ from throughput import NOT_MEASURED, SUBJECTS, forward_backward, launches_of
 
 from duotone.kernels import attention
 
-# Bytes are counted on one image, which must be cut into programs as the whole batch is.
-attention._ENOUGH_PROGRAMS = 1
-
 DTYPE = torch.bfloat16
 COUNTED = torch.float16  # as wide, and many times faster to interpret
 GATED_CHIP = 90
@@ -183,6 +180,8 @@ def main():
     parser.add_argument("--json", type=Path, default=RECORD)
     parser.add_argument("--count-traffic", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    # Bytes are counted on one image, which must be cut into programs as the whole batch is.
+    attention._ENOUGH_PROGRAMS = 1
     if options.count_traffic:
         print(json.dumps(count_traffic()))
         return

@@ -82,6 +82,7 @@ CASES = [
     Case("plain", 1024, "AdamW alone", tracks=0, weights=None),
     Case("half_gradients", 3000, "bf16 gradients, as they leave the backward pass", grad=torch.bfloat16),
     Case("one", 1, "a shard of one parameter", tracks=1, weights=torch.float16),
+    Case("one_short", 2047, "one short of two programs: the last may not take itself for full"),
     Case("network", 109_466_115, "the reference network on one device", grad=torch.bfloat16, timed=True),
     Case("two_tracks", 109_466_115, "with a second EMA track", tracks=2, grad=torch.bfloat16, timed=True),
     Case("shard_of_8", 13_683_265, "an eighth of it: ZeRO stage 1 on 8 devices", grad=torch.bfloat16, timed=True),

@@ -41,6 +41,7 @@ CASES = [
     Case("half_gradients", 9000, "bf16 gradients, as they leave the backward pass", grad=torch.bfloat16),
     Case("scaled_gradients", 9000, "fp16 gradients", grad=torch.float16),
     Case("one", 1, "a shard of one parameter"),
+    Case("one_short", 8191, "one short of a program: it may not take itself for full"),
     Case("network", 109_466_115, "the reference network on one device", grad=torch.bfloat16, timed=True),
     Case("shard_of_8", 13_683_265, "an eighth of it: ZeRO stage 1 on 8 devices", grad=torch.bfloat16, timed=True),
 ]

@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items):
     if here and not (dispatch.INTERPRETED or torch.cuda.is_available()):
         raise pytest.UsageError(HOW)
     for item in here if not dispatch.INTERPRETED else ():
-        if "device" in item.fixturenames:
+        if "device" in item.fixturenames and not item.get_closest_marker("long"):
             item.add_marker("gpu")
 
 
@@ -57,28 +57,54 @@ def poisoned_and_fresh(request):
 
 
 @pytest.fixture(autouse=True)
-def one_writer(monkeypatch):
-    """Every address is stored once per launch: the interpreter's order of programs would hide a race of two."""
+def one_writer_within_bounds(monkeypatch):
+    """Every address is stored once per launch: the interpreter's order of programs would hide a race of two.
+
+    And every access lies within one of the launch's tensors: beside them it would go unseen, or end the process.
+    """
     if not dispatch.INTERPRETED:
         return
     from triton.runtime import interpreter
 
-    store, run = interpreter.InterpreterBuilder.create_masked_store, interpreter.GridExecutor.__call__
-    written = []
+    builder, run = interpreter.InterpreterBuilder, interpreter.GridExecutor.__call__
+    load, store = builder.create_masked_load, builder.create_masked_store
+    written, extents = [], []
+
+    def note(pointers, mask):
+        addresses = pointers.data[mask.data]
+        inside = numpy.zeros(addresses.shape, bool)
+        for first, end in extents:
+            inside |= (first <= addresses) & (addresses < end)
+            if inside.all():
+                return addresses
+        assert not extents, "a kernel reads or writes outside of its tensors"
+        return addresses  # started by a test's own executor, whose tensors are its affair
+
+    def noting_load(self, pointers, mask, *rest):
+        note(pointers, mask)
+        return load(self, pointers, mask, *rest)
 
     def noting_store(self, pointers, value, mask, *rest):
-        written.append(pointers.data[mask.data])
+        written.append(note(pointers, mask))
         return store(self, pointers, value, mask, *rest)
 
     def checked_run(self, *arguments, **options):
         written.clear()
+        extents[:] = [extent(t) for t in (*arguments, *options.values()) if isinstance(t, torch.Tensor)]
         run(self, *arguments, **options)
         addresses = numpy.concatenate([*written, numpy.empty(0, int)])
         twice = addresses.size - numpy.unique(addresses).size
         assert not twice, f"{self.fn.__name__} stores {twice} elements twice"
 
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", noting_store)
+    monkeypatch.setattr(builder, "create_masked_load", noting_load)
+    monkeypatch.setattr(builder, "create_masked_store", noting_store)
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", checked_run)
+
+
+def extent(tensor) -> tuple[int, int]:
+    """The first address of a tensor, and the one behind its last element."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 @pytest.fixture

@@ -62,6 +62,19 @@ def test_bias_correction_at_every_age(step, device, agree, launching):
     agree(master - before, exact[0] - before.double(), "update", 3e-6)
 
 
+def test_eps_is_added_behind_the_bias_correction(device, agree, launching):
+    """Gradients about as small as eps, early in a run: where it is added decides the update."""
+    (master, grad, *_), _, _ = draw(CASES[1], device)
+    grad, average, square = grad * 1e-6, torch.zeros_like(grad), torch.zeros_like(grad)
+    exact = [t.double() for t in (master, grad, average, square)]
+    options = OPTIONS | {"step": 2, "weight_decay": 0.0, "lr": 1.0, "eps": 1e-6, "grad_scale": 1.0}
+    before = master.clone()
+    adamw_ema_reference_(*exact, **options)
+    with launching(NAME):
+        adamw_ema_(master, grad, average, square, **options)
+    agree(master - before, exact[0] - before.double(), "update", 3e-6)
+
+
 def test_follows_torch_over_many_steps(device, launching):
     start = torch.randn(513, device=device)
     theirs = torch.nn.Parameter(start.clone())
@@ -101,6 +114,13 @@ def test_what_no_kernel_covers_goes_to_the_reference_and_is_counted(device):
         ({"emas": [torch.ones(8)]}, "ema_decays"),
         ({"emas": [torch.ones(9)], "ema_decays": [0.9]}, "emas\\[0\\]"),
         ({"weights_out": torch.ones(9)}, "weights_out"),
+        ({"weights_out": torch.ones(8, dtype=torch.int32)}, "weights_out"),
+        ({"grad_P": torch.ones(8, dtype=torch.int64)}, "grad_P"),
+        ({"grad_P": torch.ones(8, device="meta")}, "grad_P"),
+        ({"step": 0}, "step"),
+        ({"lr": torch.ones(1)}, "lr"),
+        ({"step": torch.ones((), device="meta")}, "step"),
+        ({"betas": (0.9, 1.0)}, "betas"),
     ],
 )
 def test_refuses_what_cannot_fit(change, argument, device):

@@ -91,6 +91,15 @@ def test_packed_projection_is_read_in_place(device, agree, launching):
     compare(tokens, None, torch.randn(2, 49, 2, 16, device=device).to(FINEST), agree, launching)
 
 
+def test_each_token_tensor_has_strides_of_its_own(device, agree, launching):
+    """Rows with gaps, heads before tokens, channels before tokens: no two alike."""
+    q_NLHD = torch.randn(2, 40, 6, 24, device=device).to(FINEST)[:, :, ::2, :16]
+    k_NMHD = torch.randn(2, 3, 33, 16, device=device).to(FINEST).transpose(1, 2)
+    v_NMHD = torch.randn(2, 3, 16, 33, device=device).to(FINEST).permute(0, 3, 1, 2)
+    mask_NM = torch.rand(33, 2, device=device).t() < 0.7
+    compare([q_NLHD, k_NMHD, v_NMHD], mask_NM, torch.randn_like(q_NLHD), agree, launching, scale=0.3)
+
+
 @pytest.mark.parametrize("gradient", ["one_number", "transposed"])
 def test_gradients_of_any_stride(gradient, device, agree, launching):
     tokens, mask_NM = draw(BY_NAME["padded_words"], device, FINEST)
@@ -121,6 +130,20 @@ def test_large_tiles_go_elsewhere_on_chips_with_little_shared_memory():
     rtx, a100, h100 = 101_376, 166_912, 232_448
     assert not fits(77, 96, rtx) and fits(77, 64, rtx) and fits(64, 128, rtx)
     assert fits(77, 96, a100) and fits(128, 128, h100)
+
+
+@pytest.mark.parametrize(
+    "width,dtype,reason", [(136, FINEST, "more than 128 channels"), (16, torch.float64, "float64")]
+)
+def test_what_no_kernel_covers_goes_elsewhere_and_is_counted_once(width, dtype, reason, device):
+    tokens = [torch.randn(1, n, 2, width, device=device).to(dtype) for n in (32, 20, 20)]
+    launches, rows = dispatch.launches[NAME], len(dispatch.fallbacks())
+    for _ in range(2):
+        out_NLHD = attention(*tokens)
+    assert dispatch.launches[NAME] == launches and len(dispatch.fallbacks()) == rows + 1
+    row = [row for row in dispatch.fallbacks() if row["kernel"] == NAME][-1]
+    assert reason in row["reason"] and row["shape"] == [1, 32, 2, width, 20]
+    torch.testing.assert_close(out_NLHD, attention_reference(*tokens), rtol=2e-3, atol=2e-3)
 
 
 def test_many_keys_go_to_pytorch(device):

@@ -119,7 +119,8 @@ def tokens(images, queries, keys, heads, width):
 
 for channels, side in ((32, 8), (64, 40)):
     inputs = (last(2, channels, side, side), *torch.randn(2, channels).unbind(), *torch.randn(3, 2, channels).unbind())
-    check("group_norm_silu", *[t.requires_grad_() for t in inputs], 8, 1e-5, True, False)
+    x_NCHW, *rest = (t.requires_grad_() for t in inputs)
+    check("group_norm_silu", x_NCHW, None, *rest, 8, 1e-5, True, False)
 check("attention", *tokens(3, 40, 77, 4, 64), torch.arange(77) < torch.tensor([[0], [5], [77]]), 0.125)
 check("attention", *tokens(1, 300, 20, 1, 16), None, 0.125)
 for rescale in (0.0, 0.7):
@@ -203,3 +204,16 @@ def test_gpu_tests_fail_without_a_gpu():
     result = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "start_up", file, interpret="1")
     assert result.returncode == pytest.ExitCode.TESTS_FAILED
     assert "marked gpu and there is none" in result.stdout
+
+
+AS_IF_THERE_WERE_A_GPU = "import pytest, sys, torch; torch.cuda.is_available = lambda: True; sys.exit(pytest.main({}))"
+
+
+def test_on_a_gpu_the_comparisons_with_fp64_are_gpu_tests():
+    options = ["--collect-only", "-q", "-p", "no:cacheprovider", "-m", "gpu", str(HERE)]
+    result = run("-c", AS_IF_THERE_WERE_A_GPU.format(options))
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    taken = {line.split("::")[0].split("/")[-1] for line in result.stdout.splitlines() if "agrees_with_fp64" in line}
+    kernels = ("adamw_ema", "attention", "group_norm_silu", "guided_step", "squared_norm")
+    assert taken == {f"test_{kernel}.py" for kernel in kernels}
+    assert "test_campaign" not in result.stdout and "test_references_alone" not in result.stdout

@@ -81,6 +81,7 @@ def test_what_no_kernel_covers_goes_to_the_reference_and_is_counted(obstacle, de
     "change,argument",
     [
         ({"prediction_2NCHW": torch.ones(3, 3, 8, 8)}, "prediction_2NCHW"),
+        ({"prediction_2NCHW": torch.ones(4, 3, 8, 8, dtype=torch.int32)}, "prediction_2NCHW"),
         ({"x_NCHW": torch.ones(2, 3, 8)}, "x_NCHW"),
         ({"c_skip_N": torch.ones(3)}, "c_skip_N"),
         ({"c_out_N": torch.ones(())}, "c_out_N"),
