@@ -15,8 +15,6 @@ from unittest import mock
 
 import torch
 import triton
-from clocks import copy_bandwidth, interleaved, spread, time_on_cpu  # noqa: F401 - kernels' benches find all here
-from record import RESULTS, installed, machine, table, write_json  # noqa: F401
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import step_counters
 import torch
-from harness import CHIPS, RESULTS, compile_key, counted, machine, resources, table, write_json
-from throughput import NOT_MEASURED, SUBJECTS, forward_backward, launches_of
+from harness import CHIPS, compile_key, counted, resources
+from record import NOT_MEASURED, RESULTS, machine, table, write_json
+from subjects import SUBJECTS, forward_backward, launches_of
 
 from duotone.kernels import attention
 

@@ -112,7 +112,8 @@ def test_bars_are_ratios_of_one_run(bench):
     ]
     rows = {row["bar"]: (round(row["found"], 3), bool(row["holds"])) for row in bench.bars(results, 1000.0)}
     assert rows == {
-        "group_norm_silu, times the ideal bytes": (1.333, False),
+        # The network has 8 norms of the first shape and 17 of the second.
+        "group_norm_silu, times the ideal bytes": (1.407, False),
         "group_norm_silu, times compiled (2 shapes)": (3.0, True),
         "group_norm_silu, times apex (1 shapes)": (1.2, False),
         "attention, backward over 77 keys, times the best peer": (1.5, False),
