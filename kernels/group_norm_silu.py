@@ -239,16 +239,17 @@ def _forward(
     eps: float,
     silu: bool,
     in_turns: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, the joined image (empty without a skip), means and reciprocal deviations."""
+) -> list[Tensor]:
+    """y, means, reciprocal deviations, and with a skip the joined image."""
     shape = _shape(x_NCHW, skip_NCHW)
     images, channels = shape[:2]
     cut, in_turns = _cut(shape, x_NCHW.element_size(), groups, in_turns)
     memory_format = memory_format_of(x_NCHW) if skip_NCHW is None else torch.channels_last
     y, y_NCHW = _dense(shape, memory_format, x_NCHW)
-    joined, joined_NCHW = _dense((0,) * 4 if skip_NCHW is None else shape, memory_format, x_NCHW)
+    joined, joined_NCHW = (None, None) if skip_NCHW is None else _dense(shape, memory_format, x_NCHW)
     mean_NG = torch.empty(images, groups, dtype=torch.float32, device=x_NCHW.device)
     rstd_NG = torch.empty(images, groups, dtype=torch.float32, device=x_NCHW.device)
+    results = [y_NCHW, mean_NG, rstd_NG] if skip_NCHW is None else [y_NCHW, mean_NG, rstd_NG, joined_NCHW]
     modulation = _modulation(weight_C, add_NC, scale_NC, shift_NC)
     shared = _sizes(shape, groups) | _strides("x", x_NCHW) | _blocks(cut, channels // groups)
     shared |= {"x": x_NCHW, "FLAT": skip_NCHW is not None or _is_flat(x_NCHW), "BLOCK_G": cut.block_g}
@@ -259,21 +260,21 @@ def _forward(
     spans = math.ceil(channels / cut.span)
     if not cut.chunks:
         launch(NAME, wrap_triton(forward_whole), (spans, images), shared | parts | output)
-        return y_NCHW, joined_NCHW, mean_NG, rstd_NG
+        return results
     shared |= {"rows": cut.rows, "chunks": cut.chunks}
     shared["partial"] = torch.empty(images, cut.chunks, 2, groups, dtype=torch.float32, device=x_NCHW.device)
     output["BLOCK_K"] = power_of_2(cut.chunks)
     if in_turns:
         grid, turns = _turns(cut, shape, x_NCHW, spans)
         launch(NAME, wrap_triton(forward_in_turn), grid, shared | parts | output | turns)
-        return y_NCHW, joined_NCHW, mean_NG, rstd_NG
+        return results
     grid = (spans, cut.chunks, images)
     first = {name: modulation[name] for name in ("add", "add_n", "ADD")} | _dense_strides("y", y_NCHW)
     launch(NAME, wrap_triton(forward_statistics), grid, shared | parts | first)
     if skip_NCHW is not None:
         shared |= {"x": joined} | _strides("x", joined_NCHW)
     launch(NAME, wrap_triton(forward_apply), grid, shared | output)
-    return y_NCHW, joined_NCHW, mean_NG, rstd_NG
+    return results
 
 
 @triton_op("duotone::group_norm_silu_backward", mutates_args={})
@@ -292,15 +293,17 @@ def _backward(
     groups: int,
     silu: bool,
     in_turns: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, the skip (empty without one), weight and bias, and the modulation."""
+) -> list[Tensor]:
+    """Gradients of x, of weight and bias, of add, scale and shift (empty where absent), and of the skip where there is one."""
     images, channels, height, width = x_NCHW.shape
     is_plain = add_NC is None and scale_NC is None and shift_NC is None
     room = WHOLE_ELEMENTS if is_plain else WHOLE_ELEMENTS_MODULATED_BACKWARD
     cut, in_turns = _cut(x_NCHW.shape, x_NCHW.element_size(), groups, in_turns, room)
     first, second = (border, channels - border) if border else (channels, 0)
     dx, dx_NCHW = _dense((images, first, height, width), memory_format_of(x_NCHW), x_NCHW)
-    dskip, dskip_NCHW = _dense((images, second, height, width), memory_format_of(x_NCHW), x_NCHW)
+    dskip, dskip_NCHW = (
+        _dense((images, second, height, width), memory_format_of(x_NCHW), x_NCHW) if border else (None, None)
+    )
     per_image_N2C = torch.empty(images, 2, channels, dtype=torch.float32, device=x_NCHW.device)
     small = {f"d{name}": _gradient_like(value, x_NCHW) for name, value in _named(add_NC, scale_NC, shift_NC).items()}
     modulation = _modulation(weight_C, add_NC, scale_NC, shift_NC)
@@ -326,7 +329,8 @@ def _backward(
             grid = (spans, cut.chunks, images)
             launch(NAME, wrap_triton(backward_sums), grid, shared)
             launch(NAME, wrap_triton(backward_apply), grid, shared | output)
-    return dx_NCHW, dskip_NCHW, per_image_N2C.sum(dim=0), small["dadd"], small["dscale"], small["dshift"]
+    results = [dx_NCHW, per_image_N2C.sum(dim=0), small["dadd"], small["dscale"], small["dshift"]]
+    return [*results, dskip_NCHW] if border else results
 
 
 def _named(add_NC, scale_NC, shift_NC):
@@ -341,19 +345,21 @@ def _gradient_like(value_NC, x_NCHW):
 
 def _save(ctx, inputs, output):
     x_NCHW, skip_NCHW, weight_C, bias_C, add_NC, scale_NC, shift_NC, ctx.groups, _, ctx.silu, ctx.in_turns = inputs
-    _, joined_NCHW, mean_NG, rstd_NG = output
-    ctx.border = 0 if skip_NCHW is None else x_NCHW.shape[1]
-    whole_NCHW = joined_NCHW if ctx.border else x_NCHW
+    _, mean_NG, rstd_NG, *joined = output
+    ctx.border = x_NCHW.shape[1] if joined else 0
+    whole_NCHW = joined[0] if joined else x_NCHW
     ctx.save_for_backward(whole_NCHW, weight_C, bias_C, add_NC, scale_NC, shift_NC, mean_NG, rstd_NG)
 
 
-def _differentiate(ctx, dy_NCHW, djoined_NCHW, _dmean, _drstd):
+def _differentiate(ctx, gradients):
     saved, options = ctx.saved_tensors, (ctx.border, ctx.groups, ctx.silu, ctx.in_turns)
-    djoined_NCHW = djoined_NCHW.contiguous(memory_format=torch.channels_last) if ctx.border else None
-    dx_NCHW, dskip_NCHW, dweight_bias_2C, *small = _backward(dy_NCHW, djoined_NCHW, *saved, *options)
+    dy_NCHW, _, _, *djoined = gradients
+    djoined_NCHW = djoined[0].contiguous(memory_format=torch.channels_last) if djoined else None
+    dx_NCHW, dweight_bias_2C, *rest = _backward(dy_NCHW, djoined_NCHW, *saved, *options)
+    dskip_NCHW = rest.pop() if ctx.border else None
     dweight_C, dbias_C = dweight_bias_2C.to(saved[1].dtype)
-    dadd, dscale, dshift = (None if value is None else gradient for gradient, value in zip(small, saved[3:6]))
-    return dx_NCHW, dskip_NCHW if ctx.border else None, dweight_C, dbias_C, dadd, dscale, dshift, *4 * (None,)
+    dadd, dscale, dshift = (None if value is None else gradient for gradient, value in zip(rest, saved[3:6]))
+    return dx_NCHW, dskip_NCHW, dweight_C, dbias_C, dadd, dscale, dshift, *4 * (None,)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -408,7 +414,8 @@ def joined_group_norm_silu(
         modulation = {"add_NC": add_NC, "scale_NC": scale_NC, "shift_NC": shift_NC}
         _validate(_shape(x_NCHW, skip_NCHW), x_NCHW, weight_C, bias_C, groups, modulation)
         parameters = (weight_C, bias_C, *modulation.values(), groups, eps, silu, in_turns)
-        return _forward(x_NCHW, skip_NCHW, *parameters)[:2]
+        y_NCHW, _, _, joined_NCHW = _forward(x_NCHW, skip_NCHW, *parameters)
+        return y_NCHW, joined_NCHW
     if reason:
         count_fallback(NAME, reason, *x_NCHW.shape)
     joined_NCHW = torch.cat([x_NCHW, skip_NCHW], dim=1)
