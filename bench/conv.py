@@ -250,7 +250,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     small = asked.small or device == "cpu"
     network = asked.network or ("small" if small else "reference")
-    size, batch = asked.size or SIZES[network], asked.batch or (2 if small else 64)
+    size = SIZES[network] if asked.size is None else asked.size
+    batch = (2 if small else 64) if asked.batch is None else asked.batch
     if min(size, batch, asked.rounds) < 1 or (asked.shapes is not None and asked.shapes < 1):
         refuse("--size, --batch, --rounds and --shapes must be at least 1")
     torch.backends.cudnn.benchmark = True

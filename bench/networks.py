@@ -84,7 +84,7 @@ def one_line(error: Exception) -> str:
 
 def size_of(config, asked: int | None, otherwise: int) -> int:
     size = config.sample_size if isinstance(config.sample_size, int) else otherwise
-    return asked or size
+    return size if asked is None else asked
 
 
 def batches(config, size: int, count: int, batch: int, device: str):

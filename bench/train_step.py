@@ -31,7 +31,7 @@ from duotone.data.refusal import Refused
 from duotone.engine.fuse import fuse
 
 THEIRS, OURS = "diffusers eager", "fused eager"
-WARM_UP = 2
+WARM_UP, LEAST = 2, 5
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Setting:
     size: int
     batch: int
     steps: int
+    minutes: float
     device: str
     compiled: bool
 
@@ -101,8 +102,15 @@ def contenders(unet, setting: Setting) -> dict[str, Step]:
 
 
 def race(steps: dict[str, Step], config, setting: Setting) -> None:
-    """Every contender takes every batch; the order turns round each time, so that no one always follows another."""
-    for feed in batches(config, setting.size, setting.steps + WARM_UP, setting.batch, setting.device):
+    """Every contender takes every batch, until the minutes are spent; the order turns round each time, so that no one
+    always follows another."""
+    for number, feed in enumerate(
+        batches(config, setting.size, setting.steps + WARM_UP, setting.batch, setting.device)
+    ):
+        if number == WARM_UP:  # whatever compiles has compiled
+            began = time.monotonic()
+        if number >= WARM_UP + LEAST and time.monotonic() - began > 60 * setting.minutes:
+            break
         for step in steps.values():
             step(feed)
         steps = dict(reversed(steps.items()))
@@ -151,7 +159,8 @@ def row_of(step: Step, base: Step, setting: Setting, batch: dict, work: int, rat
         "times_within_a_round": statistics.median(a / b for a, b in zip(base.timed, step.timed)),
         "share_of_matmul_rate": work / median / 1e9 / rate,
         "gibibytes": step.gibibytes(batch),
-        "losses": [round(loss, 6) for loss in step.losses[: setting.steps + WARM_UP]],
+        "timed_steps": len(step.timed),
+        "losses": [round(loss, 6) for loss in step.losses],
     }
 
 
@@ -200,7 +209,10 @@ def draw_losses(result: dict, path: Path) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--unet", help="reference, small, tiny, sd15, or a diffusers UNet folder")
-    parser.add_argument("--steps", type=int, help="timed steps of each contender (100 on a GPU, 30 on a CPU)")
+    parser.add_argument("--steps", type=int, default=200, help="timed steps of each contender")
+    parser.add_argument(
+        "--minutes", type=float, default=2, help="fewer steps, at least 5, where these are spent before"
+    )
     parser.add_argument("--batch", type=int, help="images per step")
     parser.add_argument("--size", type=int, help="side in pixels")
     parser.add_argument("--no-compile", action="store_true", help="on a GPU, leave torch.compile out")
@@ -214,8 +226,9 @@ def setting_of(asked: argparse.Namespace, unet, network: str) -> Setting:
     setting = Setting(
         network=network,
         size=size_of(unet.config, asked.size, SIZES.get(network, 32)),
-        batch=asked.batch or ((8 if large else 64) if cuda else 2),
-        steps=asked.steps or (100 if cuda else 30),
+        batch=((8 if large else 64) if cuda else 2) if asked.batch is None else asked.batch,
+        steps=asked.steps,
+        minutes=asked.minutes,
         device="cuda" if cuda else "cpu",
         compiled=cuda and not asked.no_compile,
     )

@@ -125,10 +125,26 @@ def test_a_broken_folder_is_refused_in_one_line(how, bench, tmp_path):
     assert len(errors) == 1 and errors[0].startswith(f"duotone: refused: {folder}"), errors
 
 
+@pytest.mark.parametrize("value", [-1, 0])
 @pytest.mark.parametrize("flag", ["--steps", "--batch", "--size"])
-def test_a_number_out_of_range_is_refused(flag, bench):
-    code, _, errors = bench("train_step", "--unet", "tiny", flag, -1)
+def test_a_number_out_of_range_is_refused(flag, value, bench):
+    code, _, errors = bench("train_step", "--unet", "tiny", flag, value)
     assert code == 2 and len(errors) == 1 and flag in errors[0]
+
+
+@pytest.mark.parametrize("flag", ["--rounds", "--batch", "--size", "--shapes"])
+def test_no_convolutions_are_refused(flag, bench):
+    code, _, errors = bench("conv", "--network", "tiny", flag, 0)
+    assert code == 2 and len(errors) == 1 and flag in errors[0]
+
+
+def test_a_race_ends_with_its_minutes(bench, tmp_path):
+    code, _, errors = bench(
+        "train_step", "--unet", "tiny", "--size", 8, "--minutes", 0, "--json", tmp_path / "out.json"
+    )
+    assert code == 0, errors
+    rows = json.loads((tmp_path / "out.json").read_text())["contenders"]
+    assert {row["timed_steps"] for row in rows.values()} == {5}
 
 
 # ---------------------------------------------------------------------------------------------- convolutions, sampling
