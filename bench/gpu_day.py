@@ -65,7 +65,7 @@ def stages(out: Path) -> list[Stage]:
     recipe = (python, "recipes/coco_clip.py")
     tests = ("tests/kernels", "tests/engine/test_speed.py")
     return [
-        Stage("correctness", (python, "-m", "pytest", *tests, "-m", "gpu", "-q"), 12, ("pytest", "triton")),
+        Stage("correctness", (python, "-m", "pytest", *tests, "-m", "gpu", "-q"), 20, ("pytest", "triton")),
         Stage("ceilings", bench("ceilings", "ceilings"), 2),
         Stage("kernels", bench("throughput", "throughput"), 12, ("triton",)),
         Stage("convolution", bench("conv", "conv"), 10),
@@ -76,7 +76,7 @@ def stages(out: Path) -> list[Stage]:
         Stage("shards", (python, "bench/decoded_shapes.py", "--out", str(out / "shards"), "--size", "128"), 3, ("webdataset",)),
         Stage("demo", (*recipe, "--out", str(out / "captioned_shapes")), 5, TRAINING),
         Stage("guidance", bench("sampling", "guidance", "--run", str(out / "captioned_shapes"), "--quality"), 5, TRAINING),
-        Stage("reference", (*recipe, "--small", "--out", str(out / "reference"), *reference(out)), 25, TRAINING),
+        Stage("reference", (*recipe, "--small", "--out", str(out / "reference"), *reference(out)), 20, TRAINING),
         Stage("whole step", (python, "-m", "pytest", "tests/engine/test_whole_step.py", "-m", "gpu", "-q"), 3, ("pytest", *TRAINING)),
         Stage("reference whole", (*recipe, "--small", "--out", str(out / "reference_whole"), *reference(out), "--speed.whole-step"), 10, TRAINING),
     ]  # fmt: skip

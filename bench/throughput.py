@@ -153,14 +153,9 @@ def _print_gpu(results, ceiling):
             print(f"{result['kernel']} {result['case']}: FAILED: {result['failed']}")
         for name, reason in result.get("absent", {}).items():
             print(f"{result['kernel']} {result['case']}: without {name}: {reason}")
-    for choice in _attention_choices():
+    for choice in attention.choices():
         print(f"attention chose {choice}")
     print("\n" + table(bars(results, ceiling)))
-
-
-def _attention_choices() -> list[dict]:
-    """Measured for shapes that PyTorch's and xformers' kernels serve, in words that JSON has."""
-    return [choice | {"dtype": str(choice["dtype"])} for choice in attention.choices()]
 
 
 def _draw_chart(results, ceiling, path):
@@ -226,7 +221,7 @@ def main():
         named = {"kernel": subject.name, "case": case.name, "why": case.why, "dtype": options.dtype}
         results.append(named | _measured(subject, case, dtype, on_gpu, options))
         if on_gpu:
-            record |= {"attention_choices": _attention_choices(), "bars": bars(results, ceiling)}
+            record |= {"attention_choices": attention.choices(), "bars": bars(results, ceiling)}
         write_json(path, record)
     if on_gpu:
         _print_gpu(results, ceiling)

@@ -20,6 +20,7 @@ from duotone.engine.objectives.base import Objective
 from duotone.engine.recipe import Recipe
 from duotone.engine.run import Run, plans, save, set_up
 from duotone.engine.whole_step import WholeStep
+from duotone.kernels import attention
 from duotone.kernels.diffuse import diffuse
 from duotone.kernels.dispatch import fallbacks
 
@@ -220,6 +221,7 @@ def record(run: Run) -> dict:
         "ranks": run.ranks.count,
         "decoder": run.data.decoder,
         "fallbacks": fallbacks(),
+        "attention_choices": attention.choices(),
         "graph_breaks": speed.graph_breaks(),
         "recompiles_after_step_2": speed.compiled_graphs() - run.graphs_at_step_2 if run.step > 2 else 0,
     }

@@ -365,8 +365,8 @@ _choices: dict[tuple, dict] = {}
 
 
 def choices() -> list[dict]:
-    """What was measured for every shape so far: the chosen backend, milliseconds of each, why others cannot run."""
-    return [dict(zip(_KEY, key)) | choice for key, choice in _choices.items()]
+    """What was measured for every shape so far, in words that JSON has: the chosen backend, milliseconds, why others cannot run."""
+    return [{n: str(v) if n == "dtype" else v for n, v in zip(_KEY, key)} | choice for key, choice in _choices.items()]
 
 
 def choose(backend: str, **shape) -> None:
