@@ -313,7 +313,7 @@ def main() -> None:
         asked.batch or ([1, 4, 64] if device == "cuda" else [1, 2]),
         asked.steps or (18 if device == "cuda" else 3),
     )
-    if min(*sizes, steps, asked.rounds, asked.per_caption) < 1:
+    if min(*sizes, steps if asked.steps is None else asked.steps, asked.rounds, asked.per_caption) < 1:
         refuse("--batch, --steps, --rounds and --per-caption must be at least 1")
     try:
         model = model_of(asked, device)

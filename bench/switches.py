@@ -133,7 +133,7 @@ def main() -> None:
     asked = parser.parse_args()
     usual = choose(Speed())
     network = asked.network or ("reference" if usual.device == "cuda" else "small")
-    images = asked.batch or (32 if usual.device == "cuda" else 2)
+    images = (32 if usual.device == "cuda" else 2) if asked.batch is None else asked.batch
     if min(images, asked.rounds) < 1:
         refuse("--batch and --rounds must be at least 1")
     loads = [load_average()]

@@ -132,6 +132,12 @@ def test_a_number_out_of_range_is_refused(flag, value, bench):
     assert code == 2 and len(errors) == 1 and flag in errors[0]
 
 
+@pytest.mark.parametrize("script, flag", [("sampling", "--steps"), ("sampling", "--batch"), ("switches", "--batch")])
+def test_nothing_of_something_is_refused(script, flag, bench):
+    code, _, errors = bench(script, flag, 0)
+    assert code == 2 and len(errors) == 1 and flag in errors[0]
+
+
 @pytest.mark.parametrize("flag", ["--rounds", "--batch", "--size", "--shapes"])
 def test_no_convolutions_are_refused(flag, bench):
     code, _, errors = bench("conv", "--network", "tiny", flag, 0)
