@@ -107,7 +107,10 @@ class WithoutTheLast(DDPM):
 
 
 class BatchNormSiLU(nn.BatchNorm2d):
-    """Batch norm where group norm was, FiLM and SiLU behind it as before."""
+    """Batch norm where group norm was, FiLM and SiLU behind it as before; skips are joined before it."""
+
+    joins_skips = False
+    joining = GroupNormSiLU.joining
 
     def forward(self, x_NCHW: Tensor, *, silu: bool = True, add_NC=None, scale_NC=None, shift_NC=None) -> Tensor:
         h_NCHW = super().forward(x_NCHW if add_NC is None else x_NCHW + add_NC[:, :, None, None])
