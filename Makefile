@@ -33,7 +33,7 @@ demo: env
 
 test: env
 	$(BIN)/ruff check .
-	TRITON_INTERPRET=1 $(PYTEST) tests/kernels -m "not gpu and not long"
+	TRITON_INTERPRET=1 $(PYTEST) --dist worksteal tests/kernels -m "not gpu and not long"
 	$(PYTEST) tests --ignore tests/kernels -m "not gpu and not long"
 
 gpu: env

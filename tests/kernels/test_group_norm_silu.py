@@ -401,8 +401,8 @@ def test_joined_without_a_gradient_of_its_own(device, agree, launching):
         agree(mine, exact, name)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("in_turns", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.parametrize("in_turns", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_network_whose_norms_join_skips_is_the_same_network(in_turns, checkpointing, device, launching):
     """Borders between groups and within one, on chip and in chunks."""
     shape = {"channels": (16, 24), "attention": ("none",) * 2, "heads": (1, 1), "blocks": (1, 1), "depth": (1, 1)}
