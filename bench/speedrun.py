@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fashion import CLASSES, DATA, SAMPLES, Course, shards
-from record import machine, write_json
+from record import machine, refuse, write_json
 
 from duotone.engine import Recipe, artifact, checkpoint, main, pictures
 from duotone.engine.checkpoint import Checkpoints
@@ -196,7 +196,8 @@ def clocked(command: list[str], log: Path) -> dict:
     # One thread a process: threads that wait for each other on a busy machine burn what they wait for.
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     with log.open("w") as file:
-        subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=True)
+        if code := subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode:
+            refuse(f"the training ended with exit code {code}: what it said is in {log}")
     load = round(os.getloadavg()[1], 2)
     clock = {"began": began, "seconds": time.time() - began, "cpu_seconds": cpu_seconds() - before, "load": load}
     kept.write_text(json.dumps(clock))

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from fashion import CLASSES, DATA, SIDE, shards
+from record import refuse
 from torch import Tensor, nn
 
 from duotone.engine import pictures
@@ -93,5 +94,7 @@ if __name__ == "__main__":
     parser.add_argument("--core-seconds", type=float, default=1000, help="budget")
     parser.add_argument("--kept", type=int, default=3, help="how often the weights are kept on the way")
     arguments = parser.parse_args()
+    if arguments.core_seconds <= 0 or arguments.kept < 1:
+        refuse("--core-seconds must be above 0 and --kept at least 1")
     (arguments.scratch / "notebook").mkdir(parents=True, exist_ok=True)
     training(arguments.scratch, arguments.core_seconds, arguments.kept)

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from fashion import Course
-from record import machine, write_json
-from speedrun import CHECKS, IMAGES, RESULTS, SAMPLING, posed, samples, trained
+from record import machine, refuse, write_json
+from speedrun import RESULTS, SAMPLING, Sampling, posed, samples, trained
 from torch import Tensor
 
 from duotone.engine import artifact
@@ -29,26 +29,30 @@ from duotone.engine.sample import SAMPLERS
 
 SAMPLES, SEED = 500, 2
 NOWHERE, EVERYWHERE = replace(SAMPLING, guidance=1.0), replace(SAMPLING, interval=(0.0, math.inf))
-SWEEP = [
-    SAMPLING,
-    NOWHERE,
-    replace(SAMPLING, guidance=1.5),
-    replace(SAMPLING, guidance=3.0),
-    EVERYWHERE,
-    replace(EVERYWHERE, guidance=1.5),
-    replace(SAMPLING, interval=(0.0, 1.5)),
-    replace(SAMPLING, interval=(0.0, 6.0)),
-    replace(SAMPLING, guide=IMAGES // CHECKS),
-    replace(SAMPLING, steps=20),
-    replace(SAMPLING, sampler="heun", steps=9),
-    replace(SAMPLING, sampler="ancestral", steps=24),
-]
 LEVELS = [0.3, 1.0, 2.0, 4.0, 8.0]
+
+
+def ways(first: int) -> list[Sampling]:
+    """Ways of sampling, one of them led away from the checkpoint of the `first` so many images."""
+    return [
+        SAMPLING,
+        NOWHERE,
+        replace(SAMPLING, guidance=1.5),
+        replace(SAMPLING, guidance=3.0),
+        EVERYWHERE,
+        replace(EVERYWHERE, guidance=1.5),
+        replace(SAMPLING, interval=(0.0, 1.5)),
+        replace(SAMPLING, interval=(0.0, 6.0)),
+        replace(SAMPLING, guide=first),
+        replace(SAMPLING, steps=20),
+        replace(SAMPLING, sampler="heun", steps=9),
+        replace(SAMPLING, sampler="ancestral", steps=24),
+    ]
 
 
 def sweep(course: Course, models: dict[int, artifact.Model]) -> list[dict]:
     rows = []
-    for how in SWEEP:
+    for how in ways(min(models)):
         model, guide = posed(models[max(models)], how), posed(models[how.guide], how) if how.guide else None
         drawn = samples(model, course.labels_N, how, guide, seed=SEED)
         rows.append({"sampling": str(how), "forwards": round(model.forwards, 1)} | described(course, drawn))
@@ -105,8 +109,11 @@ def main() -> None:
     parser.add_argument("--from-real", action="store_true", help="only the way back from noise")
     arguments = parser.parse_args()
     both = arguments.sweep == arguments.from_real
+    checkpoints = arguments.scratch / "engine" / "checkpoints"
+    paths = sorted(checkpoints.glob("images-*"))
+    if not paths:
+        refuse(f"{checkpoints} holds no checkpoint: python bench/speedrun.py --scratch {arguments.scratch} makes them")
     course = Course.laid(arguments.scratch, SAMPLES)
-    paths = sorted((arguments.scratch / "engine" / "checkpoints").glob("images-*"))
     models = {model.images: model for model in (trained(path, course, torch.bfloat16) for path in paths)}
     last = models[max(models)]
     print(f"{SAMPLES} samples of the model of {last.images:,} images in each way; floor {course.floor:.2f}")

@@ -29,13 +29,15 @@ class Speed:
     cuda_graphs: bool = False
     """Replay launches instead of repeating them: each compiled block in training, the whole network in sampling; on CUDA."""
     whole_step: bool = False
-    """Record a whole step, update included, as one CUDA graph and replay it, on one GPU without accumulation; the first step holds the recording against an eager one, with two copies of the state in the CPU's memory."""
+    """Record a whole step, update included, as one CUDA graph and replay it, on one GPU without accumulation; the first
+    step holds the recording against an eager one, with two copies of the state in the CPU's memory."""
     padded_ends: bool = False
     """Carry the image's few channels as eight, the others zero: what tensor cores want of the first and last convolution."""
     norms_in_turns: bool = False
     """Group norms of large maps in one launch: an image is normalised while the cache holds what its statistics read."""
     norms_join_skips: bool = False
-    """On the way up a block's first norm reads x and its skip where they lie, writes them joined as it goes, and adds up their gradients; off until a GPU has measured it."""
+    """On the way up a block's first norm reads x and its skip where they lie, writes them joined as it goes, and adds up
+    their gradients; off until a GPU has measured it."""
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: about a third more work for much less memory."""
     threads: int | None = None

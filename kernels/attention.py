@@ -365,7 +365,7 @@ _choices: dict[tuple, dict] = {}
 
 
 def choices() -> list[dict]:
-    """What was measured for every shape so far, in words that JSON has: the chosen backend, milliseconds, why others cannot run."""
+    """What was measured for every shape so far, for JSON: the chosen backend, milliseconds, why others cannot run."""
     return [{n: str(v) if n == "dtype" else v for n, v in zip(_KEY, key)} | choice for key, choice in _choices.items()]
 
 
