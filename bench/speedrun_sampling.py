@@ -62,14 +62,14 @@ def sweep(course: Course, models: dict[int, artifact.Model]) -> list[dict]:
 
 def from_real(course: Course, model: artifact.Model) -> list[dict]:
     """Test images under noise of each level, sampled from there, without guidance and with it."""
-    held_out = course.splits.held_out
-    images_NHWC = held_out.images_NHWC[held_out.spread()[:SAMPLES]]
-    rows = [{"level": 0.0, "guidance": None} | described(course, images_NHWC)]
+    real = course.splits.held_out.drawn(SAMPLES)
+    course = replace(course, labels_N=real.labels_N)
+    rows = [{"level": 0.0, "guidance": None} | described(course, real.images_NHWC)]
     said(rows[-1], "test images")
     for how in (NOWHERE, SAMPLING):
         for level in LEVELS:
             down = replace(how, sigma_max=level)
-            under_noise = Under(images_NHWC, SAMPLERS[how.sampler])
+            under_noise = Under(real.images_NHWC, SAMPLERS[how.sampler])
             drawn = samples(posed(model, down), course.labels_N, down, seed=SEED, sampler=under_noise)
             rows.append({"level": level, "guidance": how.guidance} | described(course, drawn))
             said(rows[-1], f"from noise {level:g}, guidance {how.guidance:g}")

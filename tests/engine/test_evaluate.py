@@ -24,7 +24,7 @@ from duotone.engine.evaluate.classifier import ClassifierConfig, augmented, judg
 from duotone.engine.evaluate.composition import composition
 from duotone.engine.evaluate.distances import Statistics, frechet, frechet_terms, kernel_distance, precision_recall
 from duotone.engine.evaluate.features import FeaturesConfig, choose, real_features
-from duotone.engine.evaluate.images import read_splits, spread
+from duotone.engine.evaluate.images import Images, Splits, read_splits, spread
 from duotone.engine.evaluate.loss_table import loss_table
 from duotone.engine.evaluate.nearest import flat, nearest, pairs
 from duotone.engine.evaluate.shares import Share
@@ -550,3 +550,31 @@ def test_the_way_back_from_noise_begins_at_the_given_images_chunk_by_chunk(monke
     noise_NCHW = torch.randn(5, 1, 4, 4)
     begun = torch.cat([under(None, part_NCHW, None) for part_NCHW in noise_NCHW.split(3)])
     assert np.array_equal(pictures.pixels(begun - noise_NCHW), images_NHWC)
+
+
+def test_images_brought_back_from_noise_are_asked_for_and_judged_by_their_own_labels(monkeypatch):
+    """Never by the labels of the other rows, which follow class by class."""
+    sampling = bench_script("speedrun_sampling", monkeypatch)
+    labels_N = np.random.default_rng(0).permutation(np.arange(20) % 4)
+    images_NHWC = np.broadcast_to(labels_N[:, None, None, None], (20, 4, 4, 1)).astype(np.uint8)
+    held_out = Images(images_NHWC=images_NHWC, fingerprint="held out", labels_N=labels_N)
+    splits = Splits(train=held_out, held_out=held_out, held_out_is="test", seen=held_out)
+    course = sampling.Course(splits=splits, judge=None, real=None, statistics=None, floor=1.0, labels_N=labels_N * 0)
+    asked, judged = [], []
+
+    def samples(model, labels_N, how, sampler, **rest):
+        asked.append(labels_N)
+        return pictures.pixels(sampler.left_NCHW)
+
+    def described(course, drawn):
+        judged.append((drawn[:, 0, 0, 0], course.labels_N))
+        return {"accuracy": {"value": 1.0}, "frechet": 0.0, "within": 1.0, "between": 1.0}
+
+    monkeypatch.setattr(sampling, "SAMPLES", 10)
+    monkeypatch.setattr(sampling, "samples", samples)
+    monkeypatch.setattr(sampling, "posed", lambda model, how: model)
+    monkeypatch.setattr(sampling, "described", described)
+    rows = sampling.from_real(course, None)
+    assert len(judged) == len(asked) + 1 == len(rows)
+    assert all(np.array_equal(images_N, labels_N) and len(labels_N) == 10 for images_N, labels_N in judged)
+    assert all(np.array_equal(labels_N, judged[0][1]) for labels_N in asked)
