@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUN := runs/captioned_shapes
 # Tests keep to one thread each; a file stays in one process, since its tests share what is dear to set up.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: env demo test gpu lint
 .DEFAULT_GOAL := test
@@ -33,7 +33,7 @@ demo: env
 
 test: env
 	$(BIN)/ruff check .
-	TRITON_INTERPRET=1 $(PYTEST) --dist worksteal tests/kernels -m "not gpu and not long"
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels -m "not gpu and not long"
 	$(PYTEST) tests --ignore tests/kernels -m "not gpu and not long"
 
 gpu: env

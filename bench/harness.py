@@ -235,11 +235,24 @@ def counted():
 
 
 def _traffic(name, touched):
-    import numpy
 
     totals = {kind: sum(size * addresses.size for size, addresses in seen) for kind, seen in touched.items()}
-    distinct = 0
-    for seen in touched.values():
-        for size in {size for size, _ in seen}:
-            distinct += size * numpy.unique(numpy.concatenate([a.ravel() for s, a in seen if s == size])).size
+    distinct = sum(_distinct(seen) for seen in touched.values())
     return Traffic(name, totals["load"], totals["store"], distinct)
+
+
+PAGE = 2**20
+
+
+def _distinct(seen) -> int:
+    """Bytes at different addresses, marked page by page since a launch's tensors lie far apart."""
+    import numpy
+
+    pages = {}
+    for size, addresses in seen:
+        places, offsets = divmod(addresses.ravel(), PAGE)
+        for page in range(int(places.min()), int(places.max()) + 1) if places.size else ():
+            if (size, page) not in pages:
+                pages[size, page] = numpy.zeros(PAGE, bool)
+            pages[size, page][offsets[places == page]] = True
+    return sum(size * int(marked.sum()) for (size, _), marked in pages.items())

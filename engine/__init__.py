@@ -1,10 +1,33 @@
 """Duotone's engine: what a recipe, a notebook or a service needs."""
 
-from duotone.engine.artifact import Model, load
-from duotone.engine.entry import main
-from duotone.engine.fuse import fuse, unfuse
-from duotone.engine.recipe import Recipe
-from duotone.engine.sample import sample
-from duotone.engine.train import train
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from duotone.engine.artifact import Model, load
+    from duotone.engine.entry import main
+    from duotone.engine.fuse import fuse, unfuse
+    from duotone.engine.recipe import Recipe
+    from duotone.engine.sample import sample
+    from duotone.engine.train import train
 
 __all__ = ["Model", "Recipe", "fuse", "load", "main", "sample", "train", "unfuse"]
+
+HOMES = {"Model": "artifact", "load": "artifact", "main": "entry", "unfuse": "fuse", "Recipe": "recipe"}
+
+
+class Engine(ModuleType):
+    """Imports a public name when it is asked for, so that a command that needs no torch answers without its seconds.
+
+    The function comes before the file of its name: `duotone.engine.sample` is what samples.
+    """
+
+    def __getattribute__(self, name: str):
+        if name in __all__:
+            return getattr(importlib.import_module(f"{__name__}.{HOMES.get(name, name)}"), name)
+        return super().__getattribute__(name)
+
+
+sys.modules[__name__].__class__ = Engine

@@ -33,6 +33,10 @@ except ImportError:
 
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
+    from duotone.kernels.interpreted import redefine_once_a_launch
+
+    redefine_once_a_launch()
+
     # Nothing looks through an interpreted launch, and torch 2.11 refuses to wrap one.
     def wrap_triton(kernel):
         return kernel

@@ -1,6 +1,8 @@
 """The import picture of CONTRIBUTING.md, read from the code."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,21 @@ def test_recipes_are_data():
             ok = isinstance(node, ast.Import | ast.ImportFrom | ast.Assign | ast.Expr)
             starts = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
             assert ok or starts, f"{path.name}:{node.lineno}"
+
+
+def test_commands_answer_without_torch():
+    """Usage, a wrong command and the flags of `prepare` come at once: torch alone takes seconds to load."""
+    code = (
+        "import sys; from duotone.engine import cli; cli.main(['prepare', '--help']); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_public_function_comes_before_the_file_of_its_name():
+    """Whichever is imported first."""
+    code = "import duotone.engine.sample, duotone.engine as e; from duotone.engine import *; from duotone.engine import train; "
+    code += "assert callable(e.sample) and e.sample is sample and callable(train)"
+    code += "; assert [name for name in e.__all__ if not callable(getattr(e, name))] == []"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
