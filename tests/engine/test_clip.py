@@ -93,6 +93,7 @@ def check(out: Path, steps: int) -> None:
     assert (out / "ema.safetensors").stat().st_size == pytest.approx(4 * 109_466_115, rel=0.01)
 
 
+@pytest.mark.long
 def test_the_full_network_trains_on_captioned_photographs(shards, clip, tmp_path):
     """109.5 M parameters, frozen CLIP, two steps; at 32 px, so that it takes seconds."""
     recipe = recipe_of(flags(shards, clip, tmp_path / "run", 32, 2, 2))
