@@ -2,6 +2,7 @@
 
 python bench/speedrun.py --scratch DIR                 both sides, one after the other
 python bench/speedrun.py --scratch DIR --side engine   one of them
+python bench/speedrun.py --scratch DIR --side engine --minutes 60          in parts: the same command goes on, the clock adds up
 python bench/speedrun.py --scratch DIR --side engine --again --checks 1    the last weights measured once more
 
 The bar: 1,000 samples that a classifier of the data recognises in 90 % of cases, and whose Frechet distance from the training
@@ -98,7 +99,7 @@ recipe = Recipe(
     ema=Ema(half_life=6_400, rampup=0.1),
     batch_size=32,
     images=IMAGES,
-    checkpoint=Checkpoints(every=IMAGES // CHECKS, keep=CHECKS + 1),
+    checkpoint=Checkpoints(every=IMAGES // CHECKS, keep=CHECKS + 10),
     preview=Previews(every=0, rows=1, columns=1, steps=1, sampler="euler", strips=False),
     log=Log(every=100),
     speed=Speed(precision="bf16", threads=1),
@@ -110,18 +111,24 @@ recipe = Recipe(
 
 def engine_side(scratch: Path, course: Course, images: int) -> dict:
     """Trains by the recipe above, a rank on each core, and measures the EMA of every checkpoint."""
-    out = scratch / "engine"
+    out, between = scratch / "engine", images // CHECKS
     command = ["deepspeed", "--num_accelerators", "2", __file__, "--data.shards", str(shards(scratch, "train"))]
-    command += ["--images", str(images), "--checkpoint.every", str(images // CHECKS), "--out", str(out), "--fresh"]
-    clock = clocked(command, out.parent / "engine.log")
+    command += ["--images", str(images), "--checkpoint.every", str(between), "--out", str(out)]
+    command += ["--checkpoint.stop-after", str(parsed().minutes)]
+    log = scratch / "engine.log"
+    goes_on = log.with_suffix(".json").exists() and not (out / "ema.safetensors").exists()
+    clock = clocked([*command, *([] if goes_on else ["--fresh"])], log, goes_on)
+    if not (out / "ema.safetensors").exists():
+        print(f"{clock.seconds:.0f} s, {clock.cpu_seconds:.0f} core-s so far: the same command goes on")
+        sys.exit()
     checks = []
-    for path in last(out / "checkpoints", "images-*"):
+    for path in last(out / "checkpoints", "images-*", between):
         model = posed(trained(path, course), SAMPLING)
         began = time.monotonic()
         drawn = samples(model, course.labels_N, SAMPLING)
-        took, at = time.monotonic() - began, (path / "manifest.json").stat().st_mtime - clock["began"]
+        took, at = time.monotonic() - began, clock.at((path / "manifest.json").stat().st_mtime)
         # Steps cost alike, so a checkpoint's share of the run's core-seconds is its share of the images.
-        used = clock["cpu_seconds"] * model.images / images
+        used = clock.cpu_seconds * model.images / images
         checks.append(check(course, drawn, (at, used), model.images, took))
         picture(drawn, "engine", path.name)
     parameters = sum(p.numel() for p in model.network.parameters())
@@ -176,7 +183,7 @@ def notebook_side(scratch: Path, course: Course, core_seconds: float) -> dict:
         model.load_state_dict(torch.load(path, weights_only=True))
         began = time.monotonic()
         drawn = speedrun_notebook.samples(model, course.labels_N, parsed().notebook_steps)
-        took, at = time.monotonic() - began, path.stat().st_mtime - clock["began"]
+        took, at = time.monotonic() - began, clock.at(path.stat().st_mtime)
         _, images, used = path.stem.split("-")
         checks.append(check(course, drawn, (at, float(used)), int(images), took))
         picture(drawn, "notebook", path.stem)
@@ -187,26 +194,60 @@ def notebook_side(scratch: Path, course: Course, core_seconds: float) -> dict:
 # ------------------------------------------------------------------------------------------------------ the clock
 
 
-def clocked(command: list[str], log: Path) -> dict:
-    """Runs a training process to its end: when it began, its seconds, and the seconds that it had a core."""
+@dataclass(frozen=True)
+class Part:
+    """A training process from its start to its end."""
+
+    began: float
+    seconds: float
+    cpu_seconds: float
+    """In which it or a child had a core."""
+    load: float
+    """Average of the last five minutes at its end, its own included."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """All parts of one training."""
+
+    parts: list[Part]
+
+    @property
+    def seconds(self) -> float:
+        return sum(part.seconds for part in self.parts)
+
+    @property
+    def cpu_seconds(self) -> float:
+        return sum(part.cpu_seconds for part in self.parts)
+
+    def at(self, moment: float) -> float:
+        """Seconds of training before a moment of the day."""
+        return sum(min(part.seconds, max(0.0, moment - part.began)) for part in self.parts)
+
+
+def clocked(command: list[str], log: Path, goes_on: bool = False) -> Clock:
+    """Runs a training process to its end; the clock of one that goes on adds up."""
     kept = log.with_suffix(".json")
-    if "--again" in sys.argv:
-        return json.loads(kept.read_text())
+    parts = [Part(**part) for part in json.loads(kept.read_text())] if goes_on or parsed().again else []
+    if parsed().again:
+        return Clock(parts)
+    kept.unlink(missing_ok=True)  # a part that is killed leaves no clock: the next training begins anew
     before, began = cpu_seconds(), time.time()
     # One thread a process: threads that wait for each other on a busy machine burn what they wait for.
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    with log.open("w") as file:
+    with log.open("a" if goes_on else "w") as file:
         if code := subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode:
             refuse(f"the training ended with exit code {code}: what it said is in {log}")
     load = round(os.getloadavg()[1], 2)
-    clock = {"began": began, "seconds": time.time() - began, "cpu_seconds": cpu_seconds() - before, "load": load}
-    kept.write_text(json.dumps(clock))
-    return clock
+    parts.append(Part(began, time.time() - began, cpu_seconds() - before, load))
+    write_json(kept, [asdict(part) for part in parts])
+    return Clock(parts)
 
 
-def last(folder: Path, pattern: str) -> list[Path]:
-    """What was kept on the way, oldest first; with --checks, only the last of it."""
-    return sorted(folder.glob(pattern))[-parsed().checks :]
+def last(folder: Path, pattern: str, between: int = 1) -> list[Path]:
+    """What was kept on the way, oldest first, where a check was due; with --checks, only the last of it."""
+    paths = [path for path in sorted(folder.glob(pattern)) if int(path.stem.split("-")[1]) % between == 0]
+    return paths[-parsed().checks :]
 
 
 def cpu_seconds() -> float:
@@ -246,22 +287,25 @@ def reached(found: dict) -> bool:
     return found["accuracy"]["value"] >= LEAST_ACCURACY and found["ratio_to_floor"] <= MOST_RATIO
 
 
-def record(side: str, course: Course, checks: list[dict], clock: dict, sampling: str, parameters: int) -> dict:
+def record(side: str, course: Course, checks: list[dict], clock: Clock, sampling: str, parameters: int) -> dict:
     reached = next((c["seconds"] for c in checks if c["reached"]), None)
+    budget = "" if side == "notebook" or parsed().images == IMAGES else f" --images {parsed().images}"
     return {
-        "command": f"python bench/speedrun.py --scratch DIR --side {side}" + again(" --again --checks {checks}"),
+        "command": f"python bench/speedrun.py --scratch DIR --side {side}{budget}"
+        + again(" --again --checks {checks}"),
         "side": side,
         "bar": {"accuracy": LEAST_ACCURACY, "ratio_to_floor": MOST_RATIO, "samples": SAMPLES},
         "reached_after_seconds": reached,
         "checks": checks,
-        "training_seconds": round(clock["seconds"], 1),
-        "training_cpu_seconds": round(clock["cpu_seconds"], 1),
+        "training_seconds": round(clock.seconds, 1),
+        "training_cpu_seconds": round(clock.cpu_seconds, 1),
+        "training_parts": len(clock.parts),
         "parameters": parameters,
         "sampling": sampling,
         "classifier": course.judge.accuracy.to_json(),
         "floor": course.floor,
         "composition_of_real": asdict(course.composed_of_real()),
-        "machine": machine() | {"load_average_5_minutes": clock["load"]},
+        "machine": machine() | {"load_average_5_minutes": clock.parts[-1].load},
     }
 
 
@@ -295,6 +339,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, required=True, help="folder for shards, runs and the classifier")
     parser.add_argument("--side", choices=("engine", "notebook", "both"), default="both")
     parser.add_argument("--images", type=int, default=IMAGES, help="budget of our side")
+    parser.add_argument(
+        "--minutes", type=float, default=0, help="of our side's training before it stops; 0 = all it needs"
+    )
     parser.add_argument("--core-seconds", type=float, default=1000, help="budget of the notebook's side")
     parser.add_argument("--again", action="store_true", help="measure what was trained before once more")
     parser.add_argument("--checks", type=int, default=CHECKS, help="measure only the last so many of what was kept")

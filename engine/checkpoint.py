@@ -30,6 +30,9 @@ class Checkpoints:
     """Images between checkpoints; 0 = only at the end."""
     keep: int = 2
     """Newest checkpoints kept."""
+    stop_after: float = 0.0
+    """Minutes after which the run ends with a checkpoint, from which the same command goes on, as a queue with a time limit
+    wants it; 0 = never."""
 
 
 def publish(

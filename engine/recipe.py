@@ -72,7 +72,7 @@ class Recipe:
         """Refuses values out of range, naming the key, before anything heavy is loaded."""
         for name in ("batch_size", "images", *(["accumulation"] if self.accumulation is not None else [])):
             at_least(name, getattr(self, name), 1)
-        for name in ("checkpoint.every", "preview.every", "seed", "preview.steps"):
+        for name in ("checkpoint.every", "checkpoint.stop_after", "preview.every", "seed", "preview.steps"):
             at_least(name, value_at(self, name), 0)
         if self.images % self.batch_size:
             rounded = max(1, round(self.images / self.batch_size)) * self.batch_size

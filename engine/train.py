@@ -24,13 +24,17 @@ from duotone.kernels import attention
 from duotone.kernels.diffuse import diffuse
 from duotone.kernels.dispatch import fallbacks
 
+STEPS_BETWEEN_LOOKS = 10
+"""At the clock, where a run has only so many minutes."""
+
 
 def train(recipe: Recipe) -> Path:
-    """Runs a recipe to its end, or on from where it stopped; returns the run's folder.
+    """Runs a recipe to its end, or on from where it stopped, or until its minutes are over; returns the run's folder.
 
     Raises Refused on a recipe, data or run folder that cannot be used, before anything is written.
     """
     recipe.check()
+    began = time.monotonic()
     run = set_up(recipe)
     run.whole_step = whole_step(run)
     try:
@@ -42,6 +46,8 @@ def train(recipe: Recipe) -> Path:
                 draw_preview(run)
             if due(run, recipe.checkpoint.every):
                 save(run)
+            if over(run, began):
+                return interrupt(run)
         finish(run)
     finally:
         run.log.close()
@@ -173,6 +179,15 @@ def due(run: Run, every: int) -> bool:
     return every > 0 and run.images % every == 0 and run.images < run.recipe.images
 
 
+def over(run: Run, began: float) -> bool:
+    """Whether the run's minutes are over before its images, by the mean of all clocks: every rank stops at the same step."""
+    minutes = run.recipe.checkpoint.stop_after
+    if minutes <= 0 or run.step % STEPS_BETWEEN_LOOKS or run.images == run.recipe.images:
+        return False
+    seconds = torch.tensor(time.monotonic() - began, device=run.sharded.device)
+    return zero.mean(seconds).item() >= 60 * minutes
+
+
 # ----------------------------------------------------------------------------------------------------------- trace
 
 
@@ -196,11 +211,24 @@ def trace(run: Run, mine: list[tuple[int, str, str]], loss: float) -> None:
 # ------------------------------------------------------------------------------------------ pictures and the end
 
 
+def interrupt(run: Run) -> Path:
+    """A checkpoint where the run stands, for the same command to go on from."""
+    save_once(run)
+    minutes, images = run.recipe.checkpoint.stop_after, f"{run.images:,} of {run.recipe.images:,} images"
+    run.log.say(f"stopped after {minutes:g} minutes at {images}: the same command goes on from there")
+    return run.recipe.folder
+
+
+def save_once(run: Run) -> None:
+    """A checkpoint, unless the newest is of this very step."""
+    newest, _ = checkpoint.newest(run.recipe.folder / "checkpoints")
+    if newest is None or not newest.name.endswith(f"{run.images:012d}"):
+        save(run)
+
+
 def finish(run: Run) -> None:
     """The last checkpoint, picture and export."""
-    final, _ = checkpoint.newest(run.recipe.folder / "checkpoints")
-    if final is None or not final.name.endswith(f"{run.images:012d}"):
-        save(run)
+    save_once(run)
     ema = run.sharded.gather("ema")
     if run.ranks.rank == 0:
         path = run.recipe.folder / "ema.safetensors"

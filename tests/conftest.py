@@ -2,8 +2,18 @@
 
 import os
 
+import pytest
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidia0") else "cpu")
 # The tests' tensors are tiny: a second thread would only wait for the first.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+MINUTES_LONG = ("test_readme_commands.py", "test_ledger.py", "test_gpu_code.py")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """What one worker needs minutes for comes first, so that at the end the others do not wait for it."""
+    items.sort(key=lambda item: item.path.name not in MINUTES_LONG)

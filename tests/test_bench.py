@@ -144,6 +144,7 @@ def test_no_convolutions_are_refused(flag, bench):
     assert code == 2 and len(errors) == 1 and flag in errors[0]
 
 
+@pytest.mark.long
 def test_a_race_ends_with_its_minutes(bench, tmp_path):
     code, _, errors = bench(
         "train_step", "--unet", "tiny", "--size", 8, "--minutes", 0, "--json", tmp_path / "out.json"

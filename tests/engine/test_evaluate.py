@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -541,6 +542,18 @@ def test_the_speedrun_is_ready_to_start(monkeypatch):
     torch.manual_seed(0)
     drawn = notebook.samples(notebook.ClassBesideImage().eval(), np.array([0, 9]), steps=2)
     assert drawn.shape == (2, 28, 28, 1) and drawn.dtype == np.uint8
+
+
+def test_a_training_in_parts_has_one_clock_and_is_checked_where_it_was_due(monkeypatch, tmp_path):
+    """What lies between two parts does not count, nor is the checkpoint measured at which a part ended."""
+    monkeypatch.setattr(sys, "argv", ["speedrun.py", "--scratch", str(tmp_path)])
+    speedrun = bench_script("speedrun", monkeypatch)
+    clock = speedrun.Clock([speedrun.Part(100.0, 50.0, 60.0, 1.0), speedrun.Part(1000.0, 30.0, 40.0, 1.0)])
+    assert (clock.seconds, clock.cpu_seconds) == (80.0, 100.0)
+    assert [clock.at(moment) for moment in (100, 120, 150, 500, 1010, 1030, 2000)] == [0, 20, 50, 50, 60, 80, 80]
+    for images in (32, 40, 64):
+        (tmp_path / f"images-{images:012d}").mkdir()
+    assert [path.name[-2:] for path in speedrun.last(tmp_path, "images-*", 32)] == ["32", "64"]
 
 
 def test_the_way_back_from_noise_begins_at_the_given_images_chunk_by_chunk(monkeypatch):

@@ -117,6 +117,16 @@ def test_a_killed_run_resumes_bit_for_bit(whole, shards, tmp_path, at):
     assert checkpoint_counters(out) == checkpoint_counters(whole)
 
 
+@pytest.mark.launcher
+def test_two_ranks_stop_at_one_step_when_their_minutes_are_over(shards, tmp_path):
+    """At the first look at the clock, where no checkpoint was due; what is written there is what any run goes on from."""
+    out = tmp_path / "stopped"
+    done = run(shards, out, "--checkpoint.every", "0", "--checkpoint.stop-after", "0.01", ranks=2)
+    assert "stopped after 0.01 minutes at 80 of 96 images: the same command goes on" in done.stdout
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["images-000000000080"]
+    assert not (out / "ema.safetensors").exists()
+
+
 def checkpoint_counters(out: Path) -> dict:
     path, _ = checkpoint.newest(out / "checkpoints")
     return json.loads((path / "manifest.json").read_text())["counters"]
