@@ -69,13 +69,18 @@ def count_traffic() -> list[dict]:
     return rows
 
 
-def traffic_of_all() -> dict[tuple[str, str], list[dict]]:
+def begin_counting() -> subprocess.Popen:
+    """Counts in a process of its own, since the interpreter is chosen when kernels are imported; the compiler runs beside it."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, __file__, "--count-traffic"]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if result.returncode:
-        sys.exit(f"counting bytes failed:\n{result.stderr}")
-    return {(row["kernel"], row["case"]): row["launches"] for row in json.loads(result.stdout.splitlines()[-1])}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def traffic_of_all(counting: subprocess.Popen) -> dict[tuple[str, str], list[dict]]:
+    counted, said = counting.communicate()
+    if counting.returncode:
+        sys.exit(f"counting bytes failed:\n{said}")
+    return {(row["kernel"], row["case"]): row["launches"] for row in json.loads(counted.splitlines()[-1])}
 
 
 # ---------------------------------------------------------------------------------------------------------- ledger
@@ -83,10 +88,10 @@ def traffic_of_all() -> dict[tuple[str, str], list[dict]]:
 
 def ledger(chips) -> list[dict]:
     """One row per kernel and case."""
-    traffic, cases = traffic_of_all(), list(timed())
+    counting, cases = begin_counting(), list(timed())
     launches = [launches_of(subject, case, DTYPE) for subject, case in cases]
     used = resources_of_all([(chip, launch) for made in launches for launch in made for chip in chips])
-    rows = []
+    traffic, rows = traffic_of_all(counting), []
     for (subject, case), made in zip(cases, launches):
         small, moved = subject.shrink(case), traffic[subject.name, case.name]
         floor, ideal = path_floor(subject, small), subject.floor(small, DTYPE)
