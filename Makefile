@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := runs/captioned_shapes
-# Tests keep to one thread each; a file stays in one process, since its tests share what is dear to set up.
+# Tests keep to one thread each; a worker takes neighbours, since a file's tests share what is dear to set up.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 

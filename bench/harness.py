@@ -235,7 +235,6 @@ def counted():
 
 
 def _traffic(name, touched):
-
     totals = {kind: sum(size * addresses.size for size, addresses in seen) for kind, seen in touched.items()}
     distinct = sum(_distinct(seen) for seen in touched.values())
     return Traffic(name, totals["load"], totals["store"], distinct)

@@ -236,11 +236,12 @@ def clocked(command: list[str], log: Path, goes_on: bool = False) -> Clock:
     # One thread a process: threads that wait for each other on a busy machine burn what they wait for.
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     with log.open("a" if goes_on else "w") as file:
-        if code := subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode:
-            refuse(f"the training ended with exit code {code}: what it said is in {log}")
+        code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
     load = round(os.getloadavg()[1], 2)
     parts.append(Part(began, time.time() - began, cpu_seconds() - before, load))
-    write_json(kept, [asdict(part) for part in parts])
+    write_json(kept, [asdict(part) for part in parts])  # of a part that failed too: its time was spent
+    if code:
+        refuse(f"the training ended with exit code {code}: what it said is in {log}")
     return Clock(parts)
 
 
