@@ -23,6 +23,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -42,7 +43,8 @@ from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.optimizer import AdamW, Ema
 from duotone.engine.preview import Previews
-from duotone.engine.sample import sample
+from duotone.engine.sample import SAMPLERS, sample
+from duotone.engine.samplers.epsilon_scaling import epsilon_scaled
 from duotone.engine.speed import Speed
 
 RESULTS = Path(__file__).parent / "results" / "speedrun"
@@ -63,13 +65,20 @@ class Sampling:
     # The steps below would be spent on what no one sees.
     sigma_min: float = 0.05
     sigma_max: float = 40.0
+    epsilon: float = 1.0
+    """The predicted noise is divided by it."""
     guide: int = 0
     """The other branch is the checkpoint of so many images instead of the null label."""
+
+    def solver(self) -> Callable:
+        solver = SAMPLERS[self.sampler]
+        return solver if self.epsilon == 1 else epsilon_scaled(solver, self.epsilon)
 
     def __str__(self) -> str:
         said = f"{self.sampler}, {self.steps} steps from {self.sigma_max:g} to {self.sigma_min:g}, guidance {self.guidance:g}"
         bounded = self.guidance != 1 and self.interval != (0.0, math.inf)
         said += f" at noise {self.interval[0]:g} to {self.interval[1]:g}" if bounded else ""
+        said += f", noise divided by {self.epsilon:g}" if self.epsilon != 1 else ""
         return said + (f" away from the checkpoint of {self.guide:,} images" if self.guide else "")
 
 
@@ -160,7 +169,7 @@ def samples(
 ) -> np.ndarray:
     """A sample of each label; `other` arguments of `sample` count before what `how` says."""
     steering = {"guidance": how.guidance, "interval": how.interval, "guide": guide}
-    solving = {"steps": how.steps, "sampler": how.sampler, "seed": seed, "chunk": 100}
+    solving = {"steps": how.steps, "sampler": how.solver(), "seed": seed, "chunk": 100}
     return sample(model, labels=labels_N.tolist(), **(steering | solving | other))
 
 

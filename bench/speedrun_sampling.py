@@ -25,7 +25,6 @@ from speedrun import RESULTS, SAMPLING, Sampling, posed, samples, trained
 from torch import Tensor
 
 from duotone.engine import artifact
-from duotone.engine.sample import SAMPLERS
 
 SAMPLES, SEED = 500, 2
 NOWHERE, EVERYWHERE = replace(SAMPLING, guidance=1.0), replace(SAMPLING, interval=(0.0, math.inf))
@@ -43,6 +42,9 @@ def ways(first: int) -> list[Sampling]:
         replace(EVERYWHERE, guidance=1.5),
         replace(SAMPLING, interval=(0.0, 1.5)),
         replace(SAMPLING, interval=(0.0, 6.0)),
+        replace(SAMPLING, epsilon=1.0025),
+        replace(SAMPLING, epsilon=1.005),
+        replace(SAMPLING, epsilon=1.01),
         replace(SAMPLING, guide=first),
         replace(SAMPLING, steps=20),
         replace(SAMPLING, sampler="heun", steps=9),
@@ -69,7 +71,7 @@ def from_real(course: Course, model: artifact.Model) -> list[dict]:
     for how in (NOWHERE, SAMPLING):
         for level in LEVELS:
             down = replace(how, sigma_max=level)
-            under_noise = Under(real.images_NHWC, SAMPLERS[how.sampler])
+            under_noise = Under(real.images_NHWC, how.solver())
             drawn = samples(posed(model, down), course.labels_N, down, seed=SEED, sampler=under_noise)
             rows.append({"level": level, "guidance": how.guidance} | described(course, drawn))
             said(rows[-1], f"from noise {level:g}, guidance {how.guidance:g}")

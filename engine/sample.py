@@ -77,7 +77,7 @@ def sample(
     `guidance` is a number or one per image, or for attributes a scale of each by name (engine/guiding/composed.py): plain, or
     by a `rule` of engine/guiding. It leads away from the null state, from the `negative` condition, given by name as above, or,
     with a `guide`, from a weaker model of the same objective (autoguidance). `sampler` is a name or a function like those of
-    engine/samplers, as functools.partial(stochastic_heun, churn=40.0).
+    engine/samplers, as functools.partial(stochastic_heun, churn=40.0) or epsilon_scaled(heun, 1.005).
 
     `seed` is a number or one per image: image i of a single seed uses seed and i, and its noise does not depend on the batch.
     `chunk` images are drawn at once, by default as many as the free memory holds. `on_step(step, x_NCHW, denoised_NCHW)` is

@@ -21,6 +21,7 @@ from duotone.engine.objectives.edm import EDM
 from duotone.engine.objectives.flow import Flow
 from duotone.engine.samplers.ancestral import ancestral
 from duotone.engine.samplers.dpmpp_2m import dpmpp_2m
+from duotone.engine.samplers.epsilon_scaling import epsilon_scaled
 from duotone.engine.samplers.euler import euler
 from duotone.engine.samplers.heun import heun
 from duotone.engine.samplers.stochastic_heun import stochastic_heun
@@ -385,6 +386,45 @@ def test_stochastic_heun_without_churn_is_heun_and_with_it_keeps_the_distributio
     variance = (WEIGHTS * (MEANS**2 + SPREAD**2)).sum() - mean**2
     assert churned.mean().item() == pytest.approx(mean.item(), abs=0.03)
     assert churned.var().item() == pytest.approx(variance.item(), rel=0.05)
+
+
+def test_epsilon_scaling_divides_the_noise_of_ddim():
+    """Song et al. 2021, equation 12 without fresh noise, by hand, with epsilon / factor in both of its places."""
+    sigmas = torch.tensor([5.0, 2.0, 0.7, 0.1, 0.0], dtype=torch.float64)
+    start = torch.linspace(-8, 8, 33, dtype=torch.float64)
+    expected = start
+    for sigma, following in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
+        epsilon = (expected - mixture(expected, sigma)) / sigma / 1.03
+        expected = (expected - sigma * epsilon) + following * epsilon
+    torch.testing.assert_close(epsilon_scaled(euler, 1.03)(mixture, start, sigmas), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", [euler, heun, dpmpp_2m])
+def test_epsilon_scaling_undoes_what_a_network_overstates(solver):
+    """A denoiser that finds 3 % too much noise, scaled by 1.03, draws what the exact one draws; by 1, what it drew without."""
+    sigmas, start = EDM().sampling_sigmas(12), torch.linspace(-80, 80, 33, dtype=torch.float64)
+    overstating = lambda x, sigma: x - 1.03 * (x - mixture(x, sigma))  # noqa: E731
+    mended, exact = epsilon_scaled(solver, 1.03)(overstating, start, sigmas), solver(mixture, start, sigmas)
+    torch.testing.assert_close(mended, exact, rtol=1e-9, atol=1e-9)
+    worse = solver(overstating, start, sigmas)
+    assert (worse - exact).abs().mean() > 0.01
+    assert torch.equal(epsilon_scaled(solver, 1.0)(overstating, start, sigmas), worse)
+
+
+def test_epsilon_scaling_leaves_infinite_noise_alone():
+    """There x is the noise itself; at the next level, from the same x, the noise found is divided."""
+    x0, noise, _ = drawn(2)
+    seen = []
+    watch = lambda step, x, denoised: seen.append((x, denoised))  # noqa: E731
+    epsilon_scaled(euler, 1.25)(lambda x, s: x0, noise, torch.tensor([math.inf, 3.0, 1.0]), on_step=watch)
+    torch.testing.assert_close(seen[0][0], x0 + 3 * noise)
+    torch.testing.assert_close(seen[0][1], x0)
+    torch.testing.assert_close(seen[1][1], x0 + 0.2 * 3 * noise)
+
+
+def test_epsilon_scaling_refuses_what_it_cannot_divide_by():
+    with pytest.raises(Refused, match="factor = 0: epsilon scaling divides by it"):
+        epsilon_scaled(euler, 0)
 
 
 # ------------------------------------------------------------------------------------- flow, and infinite noise
