@@ -2,10 +2,12 @@
 
 duotone prepare idx --images train-images-idx3-ubyte.gz --labels train-labels-idx1-ubyte.gz --names fashion-mnist --out shards/fashion_mnist
 deepspeed recipes/fashion_mnist_edm.py --data.shards shards/fashion_mnist
+duotone evaluate runs/fashion_mnist_edm --test shards/fashion_mnist_test --samples 50000 --guidance 1 --steps 50 --sampler euler --features.network inception
 
 After Zenchiyu/diffusion: its objective, noise levels, batch, budget of 100 epochs and p_uncond. Its guidance scale is ours
-(0 = unconditional, 1 = conditional). Its published Frechet distance, with Inception features: 10.26 against the test set.
-Put right here: batch normalisation, whose statistics mix both branches of a guided batch, is group normalisation; an EMA is kept.
+(0 = unconditional, 1 = conditional). Its published Frechet distance, which the last command measures: 10.26 against the test set,
+9.17 against train, with Inception's TensorFlow weights. Put right here: batch normalisation, whose statistics mix both branches
+of a guided batch, is group normalisation; an EMA is kept.
 """
 
 from duotone.data.shards import Shards

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from diffusers import UNet2DModel
 
 from duotone.engine.command_line import parse
 from duotone.engine.recipe import Recipe
+from duotone.engine.recipe_json import to_json
+from duotone.engine.run_folder import write_json
 from duotone.engine.small import small_text
 
 ROOT = Path(__file__).parent.parent
@@ -152,6 +155,46 @@ def test_a_race_ends_with_its_minutes(bench, tmp_path):
     assert code == 0, errors
     rows = json.loads((tmp_path / "out.json").read_text())["contenders"]
     assert {row["timed_steps"] for row in rows.values()} == {5}
+
+
+# ---------------------------------------------------------------------------------------------- a run beside the notebook
+
+
+def run_by_epochs(folder: Path, names: str, losses: list[float]) -> Path:
+    """A run of batches of 2 on 10 images, a line of metrics.jsonl a batch."""
+    for name in ("shards", "run"):
+        (folder / name).mkdir()
+    write_json(folder / "shards" / "dataset.json", {"count": 10, "about": {"names": names}})
+    recipe = replace(small_text, data=replace(small_text.data, shards=folder / "shards"), batch_size=2)
+    write_json(folder / "run" / "recipe.json", to_json(recipe))
+    lines = [json.dumps({"images": 2 * number, "loss": loss}) for number, loss in enumerate(losses, 1)]
+    (folder / "run" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "run"
+
+
+@pytest.mark.parametrize("names, notebook", [("mnist", [0.0525, 0.0460]), ("fashion-mnist", [])])
+def test_losses_of_a_run_stand_beside_the_notebooks_on_mnist_alone(names, notebook, bench, tmp_path, monkeypatch):
+    """Only whole epochs, of each only the last batches."""
+    run = run_by_epochs(tmp_path, names, [9, 9, 1, 2, 3, 9, 9, 2, 4, 6, 9, 9, 9])
+    monkeypatch.syspath_prepend(str(BENCH))
+    monkeypatch.setattr(importlib.import_module("notebook_losses"), "BATCHES", 3)
+    code, out, errors = bench("notebook_losses", run, "--json", tmp_path / "out.json")
+    assert code == 0, errors
+    rows = result(tmp_path / "out.json")["epochs"]
+    assert [(row["epoch"], row["loss"], row["batches"]) for row in rows] == [(1, 2.0, 3), (2, 4.0, 3)]
+    assert rows[0]["half_95"] == pytest.approx(1.96 / 3**0.5)
+    assert [row["notebook"] for row in rows if "notebook" in row] == notebook
+
+
+@pytest.mark.parametrize("flags, said", [([], "no epoch of 10"), (["--epoch", "0"], "--epoch 0")])
+def test_a_run_shorter_than_an_epoch_is_refused(flags, said, bench, tmp_path):
+    code, _, errors = bench("notebook_losses", run_by_epochs(tmp_path, "mnist", [1.0]), *flags)
+    assert code == 2 and len(errors) == 1 and said in errors[0]
+
+
+def test_what_is_no_run_is_refused(bench, tmp_path):
+    code, _, errors = bench("notebook_losses", tmp_path)
+    assert code == 2 and len(errors) == 1 and "no run's folder" in errors[0]
 
 
 # ---------------------------------------------------------------------------------------------- convolutions, sampling
