@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from duotone.data.dataset import REMEDY, Dataset
 from duotone.data.framing import Crop, Resize
+from duotone.data.held_out import Part, is_held_out, parted
 from duotone.data.manifest import NAME, read_manifest
 from duotone.data.pillow import PillowDecoder
 from duotone.data.refusal import Refused
@@ -39,6 +40,8 @@ class Shards:
     """Threads that decode on the CPU."""
     on_bad: Literal["refuse", "replace"] = "refuse"
     """An image that cannot be read: stop, or take the next sample and count it."""
+    held_out: float = 0.0
+    """Share of the images that is never trained on, chosen by their keys; `duotone evaluate` measures against it too."""
 
     def __post_init__(self):
         if self.channels not in (1, 3):
@@ -47,23 +50,34 @@ class Shards:
             raise Refused(f"data.size is {self.size} with data.pad {self.pad}: at least one pixel must remain")
         if self.threads < 1:
             raise Refused(f"data.threads is {self.threads}: use at least 1")
+        if not 0 <= self.held_out < 1:
+            raise Refused(f"data.held_out is {self.held_out}: it is a share of the images, at least 0 and below 1")
 
     @property
     def side(self) -> int:
         """Side of the image inside its border, pixels."""
         return self.size - 2 * self.pad
 
-    def open(self, device: torch.device, require_captions: bool = False) -> "Dataset":
-        """Checks every shard and indexes those without an index; raises Refused naming shard, key and remedy."""
+    def open(self, device: torch.device, require_captions: bool = False, part: Part = "training") -> "Dataset":
+        """Checks every shard and indexes those without an index; raises Refused naming shard, key and remedy.
+
+        Only the samples of one part can be read: those that are trained on, those that are held out, or all.
+        """
         paths = _shard_paths(self.shards)
         manifest = read_manifest(self.shards, paths)
         indexes = _open_indexes(paths)
         manifest.check(paths, indexes)
+        indexes = _parted(indexes, self, part)
         dataset = Dataset(self, torch.device(device), paths, indexes, manifest)
         _check(dataset, require_captions)
         if not dataset.all_stored:
             dataset.decode_with(*_decoder(self, dataset.device))
         return dataset
+
+    def held_out_keys(self) -> list[str]:
+        """Keys of the samples that are never trained on, in the order of the shards."""
+        keys = (key for index in _open_indexes(_shard_paths(self.shards)) for key in index.keys)
+        return [key for key in keys if is_held_out(key, self.held_out)]
 
 
 def _shard_paths(folder: Path | None) -> list[Path]:
@@ -83,6 +97,15 @@ def _open_indexes(paths: list[Path]) -> list[TarIndex]:
     missing = sum(not index_path(path).exists() for path in paths)
     progress = tqdm(paths, desc="indexing shards", unit="shard", leave=False, disable=None if missing > 1 else True)
     return [open_index(path) for path in progress]
+
+
+def _parted(indexes: list[TarIndex], shards: Shards, part: Part) -> list[TarIndex]:
+    kept = [parted(index, shards.held_out, part) for index in indexes]
+    before, after = (sum(len(index.keys) for index in some) for some in (indexes, kept))
+    if before and not after:
+        does = "leaves nothing to train on" if part == "training" else "holds out nothing"
+        raise Refused(f"{shards.shards}: data.held_out {shards.held_out} {does} of {before:,} images; choose another")
+    return kept
 
 
 def _check(dataset: Dataset, require_captions: bool) -> None:

@@ -39,7 +39,7 @@ def told(recipe: Recipe, facts: Facts, images: int, samples: int | None) -> list
         f"| conditions | {conditions(recipe)} |",
         f"| objective | {named(objective)} |",
         f"| network | UNet, channels {', '.join(map(str, model.channels))}, attention {', '.join(model.attention)} |",
-        f"| trained on | {seen}, batches of {recipe.batch_size}, seed {recipe.seed} |",
+        f"| trained on | {seen}, batches of {recipe.batch_size}, seed {recipe.seed}{held_out(recipe)} |",
         f"| weights | moving average, {average(recipe)} |",
         f"| as a diffusers folder | {exported(recipe)} |",
     ]
@@ -47,6 +47,10 @@ def told(recipe: Recipe, facts: Facts, images: int, samples: int | None) -> list
         if names:
             lines.append(f"| {what} | {', '.join(names[:40])}{' ...' if len(names) > 40 else ''} |")
     return [*lines, "", "## Use", "", *usage(recipe, facts), "", "## Limits", "", LIMITS]
+
+
+def held_out(recipe: Recipe) -> str:
+    return f"; {recipe.data.held_out:.2%} of the data never" if recipe.data.held_out else ""
 
 
 def conditions(recipe: Recipe) -> str:

@@ -66,7 +66,7 @@ def set_up(recipe: Recipe) -> Run:
     predicted = estimate(network, recipe, micro, choice, ranks.count)
     with zero.rank_0_first(ranks):
         if ranks.rank == 0:
-            begin_folder(recipe, stored)
+            begin_folder(recipe, stored, data.count)
     recipe = replace(recipe, objective=recipe.objective.fitted(data))
     if blocks:
         say(f"compiling {blocks} blocks on first use")
@@ -126,11 +126,14 @@ def refuse_other_run(recipe: Recipe, stored: dict | None) -> None:
         )
 
 
-def begin_folder(recipe: Recipe, stored: dict | None) -> None:
+def begin_folder(recipe: Recipe, stored: dict | None, samples: int) -> None:
     if recipe.fresh:
         run_folder.move_aside(recipe.folder)
     recipe.folder.mkdir(parents=True, exist_ok=True)
     if recipe.fresh or stored is None:
+        if recipe.data.held_out:
+            split = {"training": samples, "held_out": recipe.data.held_out_keys()}
+            run_folder.write_json(recipe.folder / "splits.json", split)
         run_folder.write_json(recipe.folder / "recipe.json", to_json(replace(recipe, fresh=False)))
 
 

@@ -32,9 +32,12 @@ class Evaluate:
 
     data: Data = Data()
     test: Path | None = None
-    """Shards of the test set; by default DIR/test where it exists, else a tenth of the training set is held out."""
+    """Shards of the test set; by default DIR/test where it exists, else what the run held out (data.held_out), else a tenth
+    of the training set."""
     samples: int = 1000
     """Pictures drawn, with the conditions of as many training images."""
+    floor: int | None = None
+    """Real images whose own distance is the floor; by default as many as samples: the fewer, the larger the floor."""
     guidance: float = 2.0
     steps: int = 18
     sampler: str = "heun"
@@ -97,7 +100,10 @@ class Evaluate:
     def command(self) -> str:
         """The command without the paths of this machine."""
         test = " --test DIR" if self.test else ""
-        numbers = f"--samples {self.samples} --guidance {self.guidance} --steps {self.steps} --sampler {self.sampler}"
+        floor = f" --floor {self.floor}" if self.floor else ""
+        numbers = (
+            f"--samples {self.samples}{floor} --guidance {self.guidance} --steps {self.steps} --sampler {self.sampler}"
+        )
         return f"duotone evaluate RUN --data.shards DIR{test} {numbers} --seed {self.seed}"
 
     def obedience(self, model) -> None:

@@ -121,6 +121,6 @@ def refuse_too_few(samples: int, width: int) -> None:
     """A covariance of no more vectors than features is singular, and the distance mostly its bias."""
     if samples <= width:
         raise Refused(
-            f"samples = {samples}: a Frechet distance over {width} features needs more samples than features; "
-            f"give --samples {width + 1} or more"
+            f"{samples} samples, or that many for the floor: a Frechet distance over {width} features needs more images than "
+            f"features; give --samples {width + 1} or more, and no smaller --floor"
         )

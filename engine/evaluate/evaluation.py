@@ -36,12 +36,18 @@ class Settings:
     steps: int = 18
     sampler: str = "heun"
     seed: int = 1
+    floor: int | None = None
     loss_images: int = 512
     loss_levels: int = 8
     features: FeaturesConfig = FeaturesConfig()
     classifier: ClassifierConfig = ClassifierConfig()
     cache: Path = Path(".")
     """Folder of trained classifiers and of features."""
+
+    @property
+    def real(self) -> int:
+        """Real images of the floor."""
+        return self.samples if self.floor is None else self.floor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +81,7 @@ class Evaluation:
     features: str
     width: int
     distances: dict[str, Against]
-    """From "train" and from "held_out"."""
+    """From "train", from "held_out" and, where the run has one beside it, from "validation"."""
     accuracy: Share | None
     by_name: dict[str, Share]
     losses: list[Loss]
@@ -88,8 +94,8 @@ def evaluate(model: Model, splits: Splits, settings: Settings) -> Evaluation:
     refuse_unfit(model, splits, settings)
     network, judge = judges(model, splits, settings)
     real = real_features(network, splits, settings.cache)
-    refuse_too_few(settings.samples, real.train_ND.shape[1])
-    asked_for = splits.train.drawn(settings.samples)
+    refuse_too_few(min(settings.samples, settings.real), real.train_ND.shape[1])
+    asked_for = as_asked(splits.train, settings.samples)
     samples_NHWC = drawn(model, asked_for, settings)
     made_ND = network(samples_NHWC, "features of the samples")
     accuracy, by_name = judge.shares(samples_NHWC, wanted(asked_for)) if judge and conditioned(model) else (None, {})
@@ -102,7 +108,7 @@ def evaluate(model: Model, splits: Splits, settings: Settings) -> Evaluation:
         judge=judge,
         features=network.name,
         width=made_ND.shape[1],
-        distances=distances_of(made_ND, real, splits),
+        distances=distances_of(made_ND, real, splits, settings.real),
         accuracy=accuracy,
         by_name=by_name,
         losses=loss_table(model, held_out, levels=settings.loss_levels, seed=settings.seed) if len(held_out) else [],
@@ -130,16 +136,19 @@ def refuse_unfit(model: Model, splits: Splits, settings: Settings) -> None:
     """Settings, model and data that do not go together."""
     if settings.loss_images < 0:
         raise Refused(f"loss_images = {settings.loss_images}: it must not be negative (0 = no table of losses)")
+    if settings.real < 2:
+        raise Refused(f"floor = {settings.real}: give at least 2 real images")
     if settings.loss_levels < 1:
         raise Refused(f"loss_levels = {settings.loss_levels}: it must be at least 1")
     settings.classifier.check()
     if has_names(splits) and settings.features.network in ("auto", "classifier"):
-        refuse_too_few(settings.samples, settings.classifier.width)
-    for name, images in (("training set", splits.train), ("held-out set", splits.held_out)):
-        if len(images) < settings.samples:
+        refuse_too_few(min(settings.samples, settings.real), settings.classifier.width)
+    for part, images in splits.parts.items():
+        name = {"train": "training set", "held_out": "held-out set"}.get(part, f"{part} set")
+        if len(images) < settings.real:
             raise Refused(
-                f"the {name} has {len(images)} images and samples = {settings.samples}: the floor needs as many real "
-                f"images as samples; give --samples {len(images)} or less, or more images with --test"
+                f"the {name} has {len(images)} images, and the floor is to have {settings.real}, as many as samples where "
+                f"--floor says nothing; give --samples {len(images)} or less, more images with --test, or --floor"
             )
     asked(model, splits.train.take(np.arange(1)), settings)  # what sample() refuses, it refuses for one image
 
@@ -187,6 +196,12 @@ def conditions(model: Model, images: Images) -> dict:
     return {name: said[name] for name in takes(model)} or {"count": len(images)}
 
 
+def as_asked(train: Images, count: int) -> Images:
+    """`count` training images, every class with its share; where there are fewer, from the first again."""
+    order_N = train.spread()
+    return train.take(order_N[np.arange(count) % len(order_N)])
+
+
 def drawn(model: Model, asked_for: Images, settings: Settings) -> np.ndarray:
     """One sample for each image, asked for as that one is."""
     say(f"drawing {len(asked_for):,} samples, guidance {settings.guidance}, {settings.steps} {settings.sampler} steps")
@@ -211,23 +226,16 @@ def asked(model: Model, asked_for: Images, settings: Settings, on_step: Callable
 # ------------------------------------------------------------------------------------------------------- measures
 
 
-def distances_of(made_ND: np.ndarray, real: RealFeatures, splits: Splits) -> dict[str, Against]:
-    """From both sets of real images, with the other set's own distance as the floor."""
-    n = len(made_ND)
-    train_ND, held_out_ND = (some(features, n, images) for features, images in pairs_of(real, splits))
+def distances_of(made_ND: np.ndarray, real: RealFeatures, splits: Splits, floor: int) -> dict[str, Against]:
+    """From every set of real images, with that of `floor` images of another set as the floor."""
+    some_ND = {name: some(real.parts[name], floor, images) for name, images in splits.parts.items()}
     return {
-        "train": Against(
-            samples=distance(made_ND, real.train_ND, train_ND), real=distance(held_out_ND, real.train_ND, train_ND)
-        ),
-        "held_out": Against(
-            samples=distance(made_ND, real.held_out_ND, held_out_ND),
-            real=distance(train_ND, real.held_out_ND, held_out_ND),
-        ),
+        name: Against(
+            samples=distance(made_ND, real.parts[name], some_ND[name]),
+            real=distance(some_ND["held_out" if name == "train" else "train"], real.parts[name], some_ND[name]),
+        )
+        for name in splits.parts
     }
-
-
-def pairs_of(real: RealFeatures, splits: Splits) -> list[tuple[np.ndarray, Images]]:
-    return [(real.train_ND, splits.train), (real.held_out_ND, splits.held_out)]
 
 
 def some(features_MD: np.ndarray, count: int, images: Images) -> np.ndarray:
@@ -238,13 +246,12 @@ def some(features_MD: np.ndarray, count: int, images: Images) -> np.ndarray:
 def copies_of(samples_NHWC: np.ndarray, made_ND: np.ndarray, splits: Splits, real: RealFeatures) -> dict[str, Copies]:
     say(f"looking for the nearest of {len(splits.seen):,} training images")
     n = len(made_ND)
-    unseen = splits.held_out_is == "test"
     spaces = {
         "pixels": (flat(samples_NHWC), flat(splits.seen.images_NHWC), flat(splits.held_out.images_NHWC[:n])),
         "features": (made_ND, real.seen_ND, real.held_out_ND[:n]),
     }
     return {
-        name: Copies(samples=nearest(made, seen), real=nearest(held_out, seen).closer if unseen else None)
+        name: Copies(samples=nearest(made, seen), real=nearest(held_out, seen).closer if splits.is_apart else None)
         for name, (made, seen, held_out) in spaces.items()
     }
 
@@ -263,8 +270,7 @@ def to_json(result: Evaluation, splits: Splits, model: Model) -> dict:
         "settings": settings,
         "forwards_per_sample": result.forwards,
         "data": {
-            "train": len(splits.train),
-            "held_out": len(splits.held_out),
+            **{name: len(images) for name, images in splits.parts.items()},
             "held_out_is": splits.held_out_is,
             "fingerprint": splits.fingerprint,
         },

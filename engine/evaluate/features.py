@@ -177,9 +177,17 @@ def resized(network: Callable, side: int, device: torch.device) -> Callable[[np.
 class RealFeatures:
     """Features of the real images, float64."""
 
-    train_ND: np.ndarray
-    held_out_ND: np.ndarray
+    parts: dict[str, np.ndarray]
+    """(N, D) of every set that samples are measured against, as Splits.parts names them."""
     seen_ND: np.ndarray
+
+    @property
+    def train_ND(self) -> np.ndarray:
+        return self.parts["train"]
+
+    @property
+    def held_out_ND(self) -> np.ndarray:
+        return self.parts["held_out"]
 
 
 def real_features(network: FeatureNetwork, splits: Splits, cache: Path) -> RealFeatures:
@@ -187,18 +195,16 @@ def real_features(network: FeatureNetwork, splits: Splits, cache: Path) -> RealF
     said = f"{splits.fingerprint} {network.key}"
     path = cache / f"features-{hashlib.sha256(said.encode()).hexdigest()[:16]}.safetensors"
     found = load_file(path) if path.exists() else made(network, splits, path)
-    train_ND, held_out_ND = found["train"].double().numpy(), found["held_out"].double().numpy()
-    is_apart = splits.held_out_is == "test"
-    seen_ND = train_ND if is_apart else np.concatenate([train_ND, held_out_ND])
-    return RealFeatures(train_ND=train_ND, held_out_ND=held_out_ND, seen_ND=seen_ND)
+    parts = {name: found[name].double().numpy() for name in splits.parts}
+    seen_ND = parts["train"] if splits.is_apart else np.concatenate([parts["train"], parts["held_out"]])
+    return RealFeatures(parts=parts, seen_ND=seen_ND)
 
 
 def made(network: FeatureNetwork, splits: Splits, path: Path) -> dict[str, Tensor]:
-    say(f"features of {len(splits.train) + len(splits.held_out):,} real images: once for this data and network")
-    parts = {"train": splits.train, "held_out": splits.held_out}
+    say(f"features of {sum(map(len, splits.parts.values())):,} real images: once for this data and network")
     found = {
         name: torch.from_numpy(network(images.images_NHWC, f"features, {name.replace('_', ' ')}")).float()
-        for name, images in parts.items()
+        for name, images in splits.parts.items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft")

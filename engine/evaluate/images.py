@@ -11,13 +11,15 @@ import torch
 
 from duotone.data.batch import Batch, Plan
 from duotone.data.dataset import Dataset
+from duotone.data.held_out import Part
 from duotone.data.order import samples_at
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
 from duotone.engine.evaluate.progress import Progress
 
 CHUNK = 512
-SHARE_HELD_OUT = 10  # one in so many, where there is no test set
+STAND_IN = "a tenth of the training set (seen in training)"
+SHARE_OF_STAND_IN = 10  # one in so many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,16 +74,29 @@ class Splits:
     """What the model was trained on, and real images to compare with."""
 
     train: Images
-    """The reference: training images, without those that are held out."""
+    """The reference: training images, without those that stand in for a test set."""
     held_out: Images
     held_out_is: str
-    """"test", or that these are training images too."""
+    """"test", "validation", or that these are training images too."""
     seen: Images
     """Every image that the model may have seen."""
+    validation: Images | None = None
+    """What the run held out, beside a test set."""
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether no held-out image was trained on."""
+        return self.held_out_is != STAND_IN
+
+    @property
+    def parts(self) -> dict[str, Images]:
+        """Every set that samples are measured against."""
+        between = {} if self.validation is None else {"validation": self.validation}
+        return {"train": self.train, **between, "held_out": self.held_out}
 
     @property
     def fingerprint(self) -> str:
-        return f"{self.train.fingerprint}-{len(self.train)}-{self.held_out.fingerprint}-{len(self.held_out)}"
+        return "-".join(f"{images.fingerprint}-{len(images)}" for images in self.parts.values())
 
 
 def spread(labels_N: np.ndarray) -> np.ndarray:
@@ -94,19 +109,23 @@ def spread(labels_N: np.ndarray) -> np.ndarray:
 
 
 def read_splits(shards: Shards, test: Path | None, most: int) -> Splits:
-    """Both sets, at most `most` images of each; without a test set a tenth of the training set stands in for it."""
+    """Every set, at most `most` images of each.
+
+    Without a test set what the run held out takes its place, and where it held out nothing, a tenth of the training set.
+    """
     inside = shards.shards / "test" if shards.shards and (shards.shards / "test").is_dir() else None
     seen = read_images(shards, most, "training set")
+    validation = read_images(shards, most, "validation set", "held out") if shards.held_out else None
     folder = test or inside
-    if folder is None:
-        middle = len(seen) - len(seen) // SHARE_HELD_OUT
-        order_N = np.arange(len(seen))
-        held_out = seen.take(order_N[middle:])
-        name = "a tenth of the training set (seen in training)"
-        return Splits(train=seen.take(order_N[:middle]), held_out=held_out, held_out_is=name, seen=seen)
-    held_out = read_images(replace(shards, shards=folder), most, "test set")
-    refuse_other_names(shards.shards, seen, folder, held_out)
-    return Splits(train=seen, held_out=held_out, held_out_is="test", seen=seen)
+    if folder is not None:
+        held_out = read_images(replace(shards, shards=folder, held_out=0.0), most, "test set")
+        refuse_other_names(shards.shards, seen, folder, held_out)
+        return Splits(train=seen, held_out=held_out, held_out_is="test", seen=seen, validation=validation)
+    if validation is not None:
+        return Splits(train=seen, held_out=validation, held_out_is="validation", seen=seen)
+    middle = len(seen) - len(seen) // SHARE_OF_STAND_IN
+    train, stand_in = (seen.take(order_M) for order_M in np.split(np.arange(len(seen)), [middle]))
+    return Splits(train=train, held_out=stand_in, held_out_is=STAND_IN, seen=seen)
 
 
 def refuse_other_names(folder: Path, train: Images, test_folder: Path, test: Images) -> None:
@@ -116,9 +135,9 @@ def refuse_other_names(folder: Path, train: Images, test_folder: Path, test: Ima
             raise Refused(f"{test_folder} has other {name} than {folder} ({theirs} and {ours}): give matching sets")
 
 
-def read_images(shards: Shards, most: int, what: str) -> Images:
+def read_images(shards: Shards, most: int, what: str, part: Part = "training") -> Images:
     """At most `most` images in the order of a shuffle of their own; raises Refused on data that cannot be used."""
-    data = shards.open(torch.device("cpu"))
+    data = shards.open(torch.device("cpu"), part=part)
     try:
         count = min(data.count, most)
         order_N = samples_at(0, np.arange(count), data.count)

@@ -21,10 +21,12 @@ def table(result: Evaluation, splits: Splits) -> str:
 
 
 def distance_lines(result: Evaluation, splits: Splits) -> list[str]:
-    n = result.settings.samples
-    lines = [f"{n:,} samples, {result.forwards:.1f} forward passes each; features: {result.features}"]
+    n = result.settings.real
+    lines = [
+        f"{result.settings.samples:,} samples, {result.forwards:.1f} forward passes each; features: {result.features}"
+    ]
     for name, against in result.distances.items():
-        there = "training set" if name == "train" else splits.held_out_is
+        there = {"train": "training set", "held_out": splits.held_out_is}.get(name, name)
         other = splits.held_out_is if name == "train" else "training set"
         lines.append(f"  {'from the ' + there:34} {'samples':>10} {'real':>10}   (real: {n:,} of the {other})")
         for field, title in MEASURES.items():

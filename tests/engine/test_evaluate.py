@@ -299,6 +299,18 @@ def test_without_a_test_set_a_tenth_is_held_out(clothes):
     assert "seen in training" in splits.held_out_is
 
 
+def test_held_out_images_stand_beside_a_test_set_or_in_its_place(clothes):
+    held_out = replace(FRAME, shards=clothes, held_out=0.2)
+    splits = read_splits(held_out, None, 60_000)
+    assert list(splits.parts) == ["train", "validation", "held_out"] and splits.held_out_is == "test"
+    assert len(splits.train) + len(splits.validation) == 2000 and 340 < len(splits.validation) < 460
+    rows = {image.tobytes() for image in splits.train.images_NHWC}
+    assert sum(image.tobytes() in rows for image in splits.validation.images_NHWC) <= 2  # the data has a few twice
+    alone = read_splits(replace(FRAME, shards=clothes / "test", held_out=0.2), None, 60_000)
+    assert list(alone.parts) == ["train", "held_out"] and alone.held_out_is == "validation" and alone.is_apart
+    assert len(alone.train) + len(alone.held_out) == 400 and len(alone.train) == len(alone.seen)
+
+
 def evaluated(run: Path, cache: Path, out: Path, *flags: str) -> dict:
     cli.main(["evaluate", str(run), "--cache", str(cache), "--out", str(out), "--data.threads", "1", *QUICK, *flags])
     return json.loads((out / "evaluation.json").read_text())
@@ -325,6 +337,34 @@ def test_a_trained_run_is_measured_end_to_end(run, cache, tmp_path, capsys):
     for line in ("features: the data's own classifier", "Frechet distance", "precision", "ankle boot", "loss at sigma"):
         assert line in said
     assert str(tmp_path) not in json.dumps(found)
+
+
+def test_a_run_that_held_images_out_is_measured_against_three_sets(clothes, cache, tmp_path, capsys):
+    """The split lies in the run's folder, none of its keys was ever read, and fewer real images may make the floor."""
+    recipe = Recipe(
+        name="held_out",
+        data=replace(FRAME, shards=clothes, held_out=0.2),
+        objective=EDM(sigma_data=0.7),
+        model=TINY,
+        batch_size=400,
+        images=2000,
+        preview=Previews(every=0, rows=1, columns=1, steps=1, sampler="euler", strips=False),
+        log=Log(every=1, trace=True),
+        speed=Speed(threads=1),
+        out=tmp_path / "run",
+    )
+    folder = train(recipe)
+    split = json.loads((folder / "splits.json").read_text())
+    rows = [json.loads(line) for line in (folder / "trace.jsonl").read_text().splitlines()]
+    keys = [key for row in rows for key in row["keys"]]
+    assert split["training"] + len(split["held_out"]) == 2000 and len(set(keys)) == split["training"]
+    assert not set(keys) & set(split["held_out"])
+    assert "20.00% of the data never" in (folder / "MODEL_CARD.md").read_text()
+    found = evaluated(folder, cache, tmp_path / "out", "--floor", "30")
+    assert list(found["distances"]) == ["train", "validation", "held_out"]
+    assert found["data"]["validation"] == len(split["held_out"]) and "--floor 30" in found["command"]
+    said = capsys.readouterr().out
+    assert "from the validation" in said and "(real: 30 of the test)" in said
 
 
 def test_measuring_again_gives_the_same_and_trains_nothing(run, cache, tmp_path, monkeypatch):
@@ -472,6 +512,9 @@ def refused(capsys, *arguments: str) -> str:
         (["--data.shards", "nowhere"], "no such folder"),
         (["--samples", "500"], "held-out set has 400 images.*--samples 400"),
         (["--samples", "16"], "16 features.*--samples 17"),
+        (["--floor", "16"], "16 features.*no smaller --floor"),
+        (["--floor", "500"], "held-out set has 400 images.*500.*--floor"),
+        (["--floor", "-1"], "floor = -1"),
         (["--samples", "0"], "--samples 1 or more"),
         (["--loss-images", "-1"], "loss_images"),
         (["--loss-levels", "0"], "loss_levels"),
