@@ -20,6 +20,7 @@ import json
 import math
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -51,6 +52,7 @@ RESULTS = Path(__file__).parent / "results" / "speedrun"
 CPU = torch.device("cpu")
 LEAST_ACCURACY, MOST_RATIO = 0.9, 1.5
 IMAGES, CHECKS = 480_000, 3
+TOLD = ("loss", "grad_norm", "learning_rate", "images_per_second")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +143,19 @@ def engine_side(scratch: Path, course: Course, images: int) -> dict:
         checks.append(check(course, drawn, (at, used), model.images, took))
         picture(drawn, "engine", path.name)
     parameters = sum(p.numel() for p in model.network.parameters())
-    return record("engine", course, checks, clock, str(SAMPLING), parameters)
+    return record("engine", course, checks, clock, str(SAMPLING), parameters) | {"log": told(out / "metrics.jsonl")}
+
+
+def told(metrics: Path, parts: int = 48) -> list[dict]:
+    """The run's own log, the mean of its lines in each of so many equal parts."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    of_part = [math.ceil(line["images"] / lines[-1]["images"] * parts) for line in lines]
+    rows = []
+    for part in sorted(set(of_part)):
+        here = [line for line, its in zip(lines, of_part) if its == part]
+        means = {name: round(statistics.mean(line[name] for line in here), 6) for name in TOLD}
+        rows.append({"images": here[-1]["images"], **means})
+    return rows
 
 
 def trained(path: Path, course: Course, dtype: torch.dtype = torch.float32) -> artifact.Model:

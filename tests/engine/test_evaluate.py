@@ -599,6 +599,16 @@ def test_a_training_in_parts_has_one_clock_and_is_checked_where_it_was_due(monke
     assert [path.name[-2:] for path in speedrun.last(tmp_path, "images-*", 32)] == ["32", "64"]
 
 
+def test_a_records_log_is_the_runs_in_equal_parts(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["speedrun.py", "--scratch", str(tmp_path)])
+    speedrun = bench_script("speedrun", monkeypatch)
+    line = {"grad_norm": 1.0, "learning_rate": 1e-3, "images_per_second": 100.0}
+    lines = [line | {"images": images, "loss": float(images)} for images in (1, 10, 20, 30, 40)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    rows = speedrun.told(tmp_path / "metrics.jsonl", parts=2)
+    assert [(row["images"], row["loss"]) for row in rows] == [(20, pytest.approx(31 / 3, abs=1e-5)), (40, 35.0)]
+
+
 def test_the_way_back_from_noise_begins_at_the_given_images_chunk_by_chunk(monkeypatch):
     sampling = bench_script("speedrun_sampling", monkeypatch)
     images_NHWC = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 1), dtype=np.uint8)
