@@ -30,6 +30,7 @@ class Purpose(IntEnum):
     ATTRIBUTE_DROP = 9
     HOLE = 10
     TEMPERATURE = 11
+    DROPOUT = 12
 
 
 def uniform(seed: int, positions_N: np.ndarray, purpose: Purpose, count: int = 1) -> Tensor:
@@ -52,6 +53,14 @@ def stratified(u_N: Tensor, positions_N: np.ndarray, batch: int) -> Tensor:
 def normal(seed: int, positions_N: np.ndarray, purpose: Purpose, count: int) -> Tensor:
     """`count` standard normal numbers for each position, (N, count) fp32."""
     return normal_reference(seed, torch.as_tensor(positions_N, dtype=torch.int64), int(purpose), count)
+
+
+def seed_dropout(seed: int, positions_N: np.ndarray) -> None:
+    """Seeds torch's generators, which dropout inside the network draws from, by where a micro-batch begins.
+
+    A run so goes on as it would have; unlike all other draws these depend on how a batch is divided.
+    """
+    torch.manual_seed(int(uniform(seed, positions_N[:1], Purpose.DROPOUT).item() * 2**53))
 
 
 def plan(seed: int, positions_N: np.ndarray, samples: int) -> Plan:

@@ -103,6 +103,8 @@ def train_step(run: Run, batches: Iterator[Batch]) -> None:
 
 def whole_or_micro_step(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
     """A micro-batch and, with the last of them, the update: the loss, and the network's input for the trace."""
+    if run.recipe.model.dropout:
+        draws.seed_dropout(run.recipe.seed, batch.positions_N)
     if run.whole_step is not None:
         inputs = inputs_of(run, batch)
         return run.whole_step(inputs), inputs["input_NCHW"]

@@ -62,7 +62,7 @@ class UNetConfig:
     film_shared: bool = False
     """One projection of the embedding for all blocks, each taking as many scales and shifts as it has channels."""
     dropout: float = 0.0
-    """Dropout inside residual blocks."""
+    """Dropout inside residual blocks, whose draws, unlike all others, depend on how a batch is divided among ranks."""
     down_pads_ends: bool = False
     """Downsampling borders the image with zeros at its right and lower ends alone, as Ho et al. 2020's networks do."""
     linear_projection: bool = False

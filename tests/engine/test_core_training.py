@@ -1,7 +1,10 @@
 """One overfit per objective, and every two conditionings together: real draws, loss and sampling in a plain loop."""
 
 import itertools
+import json
 import math
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,14 +25,18 @@ from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.temperature import Temperature
 from duotone.engine.conditioning.text import ByteText
 from duotone.engine.guidance import GuidedDenoiser
+from duotone.engine.log import Log
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.objectives.flow import Flow
 from duotone.engine.objectives.sigma_data import measured_sigma_data
+from duotone.engine.optimizer import AdamW
+from duotone.engine.preview import Previews
 from duotone.engine.recipe import Recipe
 from duotone.engine.sample import sample
-from duotone.engine.train import Run, micro_step, noise_levels
+from duotone.engine.speed import Speed
+from duotone.engine.train import Run, micro_step, noise_levels, train
 
 FACTS = Facts(classes=("cat", "dog", "bird"), attributes=("round", "red"))
 PICTURE = np.full((8, 8, 3), (220, 90, 30), dtype=np.uint8)
@@ -253,6 +260,36 @@ def test_sigma_data_is_measured_from_the_data(tmp_path):
     assert fitted.sigma_data == pytest.approx(every.std().item(), rel=1e-4)
     assert EDM(sigma_data=0.5).fitted(data).sigma_data == 0.5
     data.close()
+
+
+def test_a_run_with_dropout_inside_the_network_goes_on_bit_for_bit(tmp_path):
+    """Cut in the middle and with pictures drawn on the way, which use the same generator."""
+    captioned_shapes.write(tmp_path / "shapes", count=48, size=16, seed=0)
+    recipe = Recipe(
+        name="dropout",
+        data=Shards(shards=tmp_path / "shapes", size=16, decoder="pillow", threads=1),
+        model=replace(network_of(), dropout=0.3),
+        optimizer=AdamW(warmup=0, schedule="constant"),
+        batch_size=8,
+        accumulation=2,
+        images=64,
+        log=Log(every=1),
+        preview=Previews(every=0, rows=1, columns=1, steps=1, sampler="euler", strips=False),
+        speed=Speed(threads=1),
+        out=tmp_path / "whole",
+    )
+    train(recipe)
+    cut = replace(recipe, out=tmp_path / "cut", preview=replace(recipe.preview, every=8))
+    train(replace(cut, images=24))
+    train(cut)
+    whole, resumed = (losses_in(run.out) for run in (recipe, cut))
+    assert len(whole) == 8 and resumed == whole
+    still = replace(recipe, out=tmp_path / "still", model=network_of())
+    assert losses_in(train(still)) != whole, "it drops something"
+
+
+def losses_in(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 CONDITIONS = {
