@@ -67,6 +67,8 @@ class Logger:
             return
         keep_rows_up_to(folder / "metrics.jsonl", start)
         keep_rows_up_to(folder / "trace.jsonl", start)
+        # What is measured at the end is measured anew when a finished run is started once more.
+        keep_rows_up_to(folder / "validation.jsonl", start if start < total else start - 1)
         self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - closed by close()
         self.bar = Bar(total, start)
         self.listeners = [listen for listen in (tensorboard(config, folder), wandb(config, folder, recipe)) if listen]
@@ -109,6 +111,14 @@ class Logger:
         except Exception as error:  # noqa: BLE001 - whatever a tracker raises must not end a run
             self.listeners.remove(listener)
             self.say(f"a tracker failed and is dropped, metrics.jsonl goes on: {type(error).__name__}: {error}")
+
+    def validated(self, row: dict) -> None:
+        """A row of validation.jsonl, and its mean for whoever follows the run."""
+        with open(self.folder / "validation.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.say(f"loss on held-out images after {row['images']:,}: {row['loss']:.4f}")
+        for listener in list(self.listeners):
+            self.tell(listener, {"images": row["images"], "validation_loss": row["loss"]})
 
     def trace(self, row: dict) -> None:
         if self.speaks:

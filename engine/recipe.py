@@ -19,6 +19,7 @@ from duotone.engine.objectives.flow import Flow
 from duotone.engine.optimizer import AdamW, Ema
 from duotone.engine.preview import Previews
 from duotone.engine.speed import Speed
+from duotone.engine.validation import Validation
 from duotone.engine.zero import Zero
 
 Condition = ClipText | ByteText | EncoderText | Label | Attributes | ClassMap | LowResolution | Hole | Temperature
@@ -43,6 +44,7 @@ class Recipe:
     speed: Speed = Speed()
     checkpoint: Checkpoints = Checkpoints()
     preview: Previews = Previews()
+    validation: Validation = Validation()
     log: Log = Log()
     batch_size: int = 128
     """Images per optimizer step, over all ranks."""
@@ -72,14 +74,27 @@ class Recipe:
         """Refuses values out of range, naming the key, before anything heavy is loaded."""
         for name in ("batch_size", "images", *(["accumulation"] if self.accumulation is not None else [])):
             at_least(name, getattr(self, name), 1)
-        for name in ("checkpoint.every", "checkpoint.stop_after", "preview.every", "seed", "preview.steps"):
+        for name in (
+            "checkpoint.every",
+            "checkpoint.stop_after",
+            "preview.every",
+            "validation.every",
+            "seed",
+            "preview.steps",
+        ):
             at_least(name, value_at(self, name), 0)
         if self.images % self.batch_size:
             rounded = max(1, round(self.images / self.batch_size)) * self.batch_size
             raise Refused(
                 f"images = {self.images} is no multiple of batch_size = {self.batch_size}: {rounded} would be"
             )
-        for name in ("checkpoint.every", "preview.every"):
+        for name in ("validation.images", "validation.levels"):
+            at_least(name, value_at(self, name), 1)
+        if self.validation.every and not self.data.held_out:
+            raise Refused(
+                f"validation.every = {self.validation.every}, but no image is held out: set data.held_out, as 0.05"
+            )
+        for name in ("checkpoint.every", "preview.every", "validation.every"):
             if value_at(self, name) % self.batch_size:
                 raise Refused(f"{name} = {value_at(self, name)} is no multiple of batch_size = {self.batch_size}")
         self.model.check()

@@ -67,6 +67,7 @@ FREE = (
     "log.",
     "checkpoint.",
     "preview.",
+    "validation.",
     "speed.",
     "zero.",
     "accumulation",

@@ -8,8 +8,9 @@ import torch
 from duotone.data import captioned_shapes
 from duotone.data.refusal import Refused
 from duotone.data.shards import Dataset
-from duotone.engine import artifact, checkpoint, draws, probe, run_folder, speed, zero
+from duotone.engine import artifact, checkpoint, draws, probe, run_folder, speed, validation, zero
 from duotone.engine.conditioning.base import Facts
+from duotone.engine.evaluate.images import Images
 from duotone.engine.log import Logger, say
 from duotone.engine.memory import Estimate, estimate, fewest_micro_batches
 from duotone.engine.model.network import Network
@@ -38,6 +39,8 @@ class Run:
     log: Logger | None = None
     graphs_at_step_2: int = 0
     examples: Examples = Examples()
+    held_out: Images | None = None
+    """What rank 0 measures the loss on."""
 
     @property
     def step(self) -> int:
@@ -55,6 +58,7 @@ def set_up(recipe: Recipe) -> Run:
     with zero.rank_0_first(ranks):
         recipe = with_embedded_data(recipe)
         data = recipe.data.open(ranks.device, require_captions=wants_captions(recipe))
+        held_out = validation.held_out(recipe.validation, recipe.data) if ranks.rank == 0 else None
     facts = Facts(classes=as_tuple(data.classes), attributes=as_tuple(data.attributes))
     torch.manual_seed(recipe.seed)
     network = artifact.build(recipe, facts)
@@ -71,7 +75,7 @@ def set_up(recipe: Recipe) -> Run:
     if blocks:
         say(f"compiling {blocks} blocks on first use")
     sharded = start_sharded(recipe, network, choice, micro)
-    run = Run(recipe, choice, ranks, data, facts, network, sharded)
+    run = Run(recipe, choice, ranks, data, facts, network, sharded, held_out=held_out)
     resumed = resume(run)
     run.log = Logger(
         recipe.log, recipe.folder, recipe.images, run.images, speaks=ranks.rank == 0, recipe=to_json(recipe)

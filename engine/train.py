@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from duotone.data.batch import Batch
-from duotone.engine import artifact, checkpoint, draws, model_card, preview, run_folder, speed, zero
+from duotone.engine import artifact, checkpoint, draws, model_card, preview, run_folder, speed, validation, zero
 from duotone.engine.conditioning.dropout import conditioned
 from duotone.engine.objectives.base import Objective
 from duotone.engine.recipe import Recipe
@@ -44,6 +44,8 @@ def train(recipe: Recipe) -> Path:
             train_step(run, batches)
             if due(run, recipe.preview.every):
                 draw_preview(run)
+            if due(run, recipe.validation.every):
+                validate(run)
             if due(run, recipe.checkpoint.every):
                 save(run)
             if over(run, began):
@@ -238,6 +240,7 @@ def finish(run: Run) -> None:
         run_folder.write_json(run.recipe.folder / "record.json", record(run))
         model_card.write(run.recipe.folder / "MODEL_CARD.md", run.recipe, run.facts, run.data, run.images)
         written = draw_with(run, ema)
+        validate_with(run, ema)
         run.log.say(f"done: EMA weights in {path}, pictures in {written[0].parent}")
     zero.wait()
 
@@ -265,15 +268,31 @@ def draw_preview(run: Run) -> None:
 
 
 def draw_with(run: Run, ema: dict[str, Tensor]) -> list[Path]:
-    """Pictures from the EMA weights, in a copy of the network."""
+    folder = run.recipe.folder / "previews"
+    name = f"images-{run.images:012d}"
+    written = preview.draw(run.recipe.preview, averaged(run, ema), run.examples, folder, name)
+    preview.film_of_grids(folder)
+    return written
+
+
+def validate(run: Run) -> None:
+    ema = run.sharded.gather("ema")
+    if run.ranks.rank == 0:
+        validate_with(run, ema)
+    zero.wait()
+
+
+def validate_with(run: Run, ema: dict[str, Tensor]) -> None:
+    if run.held_out is not None:
+        run.log.validated(validation.measured(run.recipe.validation, averaged(run, ema), run.held_out))
+
+
+def averaged(run: Run, ema: dict[str, Tensor]) -> artifact.Model:
+    """The EMA weights in a copy of the network."""
     network = artifact.build(run.recipe, run.facts)
     artifact.fill(network, ema, run.recipe.folder)
     network.eval().requires_grad_(False).to(run.ranks.device, run.choice.dtype)
-    model = artifact.Model(network, run.recipe.objective, run.facts, run.recipe, run.images)
-    folder = run.recipe.folder / "previews"
-    written = preview.draw(run.recipe.preview, model, run.examples, folder, f"images-{run.images:012d}")
-    preview.film_of_grids(folder)
-    return written
+    return artifact.Model(network, run.recipe.objective, run.facts, run.recipe, run.images)
 
 
 def examples(run: Run) -> preview.Examples:

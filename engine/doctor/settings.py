@@ -73,7 +73,9 @@ def unread(recipe) -> Iterator[tuple[str, str]]:
         yield "drop_together", "there is no condition"
     if objective.stratified and recipe.batch_size == 1:
         yield "objective.stratified", "a batch holds one image"
-    for name in ("checkpoint", "preview"):
+    if not recipe.validation.every:
+        yield from ((f"validation.{n}", "validation.every is 0") for n in changed(recipe.validation))
+    for name in ("checkpoint", "preview", "validation"):
         if recipe.images < getattr(recipe, name).every != type(getattr(recipe, name))().every:
             yield f"{name}.every", f"the run ends at {recipe.images:,} images"
 
