@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,9 @@ from safetensors.torch import load_file
 
 from duotone.data import captioned_shapes
 from duotone.engine import artifact, checkpoint, cli
+from duotone.engine.command_line import parse
+from duotone.engine.recipe import Recipe
+from duotone.engine.train import train
 
 RECIPE = Path(__file__).with_name("tiny_recipe.py")
 BIN = Path(sys.executable).parent
@@ -41,6 +45,12 @@ def run(*arguments, **settings) -> subprocess.CompletedProcess:
     done = subprocess.run(command(*arguments, **settings), capture_output=True, text=True, env=environment, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
+
+
+def run_here(shards: Path, out: Path, *flags: str) -> None:
+    """The same without a process of its own, where nothing depends on how it is started."""
+    flags = ["--data.shards", str(shards), "--out", str(out), "--speed.threads", "1", *flags]
+    train(parse(Recipe, flags, default=runpy.run_path(str(RECIPE))["recipe"], name="tiny"))
 
 
 def rows(out: Path, name: str = "trace.jsonl") -> list[dict]:
@@ -157,7 +167,7 @@ def test_two_ranks_hand_over_to_one_and_back(whole, shards, tmp_path):
     before = state(out)
     run(shards, out, *first, "--images", "32", "--zero.stage", "3")
     assert_equal_states(before, state(out))
-    run(shards, out, *first, "--images", "64", "--zero.stage", "2")
+    run_here(shards, out, *first, "--images", "64", "--zero.stage", "2")
     run(shards, out, *first, "--images", "96", "--zero.stage", "3", ranks=2)
     assert [r["keys"] for r in rows(out)] == [r["keys"] for r in rows(whole)]
     assert [r["draws"] for r in rows(out)] == [r["draws"] for r in rows(whole)]
@@ -165,7 +175,7 @@ def test_two_ranks_hand_over_to_one_and_back(whole, shards, tmp_path):
 
 def test_accumulation_is_the_large_batch(whole, shards, tmp_path):
     out = tmp_path / "one"
-    run(shards, out, "--accumulation", "1")
+    run_here(shards, out, "--accumulation", "1")
     assert [r["loss"] for r in rows(out)] == pytest.approx([r["loss"] for r in rows(whole)], rel=1e-4)
 
 
@@ -173,16 +183,16 @@ def test_accumulation_is_the_large_batch(whole, shards, tmp_path):
 def twenty_steps(shards, tmp_path_factory):
     """20 steps in fp32, which are the same in one micro-batch and in two."""
     out = tmp_path_factory.mktemp("runs") / "fp32"
-    run(shards, out, "--images", "160")
+    run_here(shards, out, "--images", "160")
     return rows(out)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_bf16_follows_fp32_with_fp32_master_weights_and_ema(twenty_steps, shards, tmp_path, accumulation):
+def test_bf16_follows_fp32_with_fp32_master_weights_and_ema(twenty_steps, shards, tmp_path, accumulation, capsys):
     """20 steps in bf16 under ZeRO-1: losses within 5 %, and what is kept is fp32 with bits that bf16 does not have."""
     flags = ["--images", "160", "--accumulation", str(accumulation), "--speed.precision", "bf16"]
-    done = run(shards, tmp_path / "bf16", *flags)
-    assert ("runs as ZeRO-2" in done.stdout) == (accumulation > 1)
+    run_here(shards, tmp_path / "bf16", *flags)
+    assert ("runs as ZeRO-2" in capsys.readouterr().out) == (accumulation > 1)
     a, b = twenty_steps, rows(tmp_path / "bf16")
     assert len(b) == 20
     assert [r["loss"] for r in b] == pytest.approx([r["loss"] for r in a], rel=0.05)
@@ -198,7 +208,7 @@ def test_a_compiled_network_equals_eager_without_recompiling(whole, shards, tmp_
     flags = ["--images", "24", "--speed.compile", "True", "--optimizer.schedule", "constant"]
     done = run(shards, out, *flags)
     assert "compiled" in done.stdout
-    run(shards, tmp_path / "eager", "--images", "24", "--optimizer.schedule", "constant")
+    run_here(shards, tmp_path / "eager", "--images", "24", "--optimizer.schedule", "constant")
     assert [r["loss"] for r in rows(out)] == pytest.approx([r["loss"] for r in rows(tmp_path / "eager")], rel=1e-4)
     record = json.loads((out / "record.json").read_text())
     assert record["graph_breaks"] == 0 and record["recompiles_after_step_2"] == 0
@@ -212,7 +222,7 @@ def test_a_finished_run_says_so_and_changes_nothing(whole, shards):
 
 def test_fresh_moves_the_old_run_aside(whole, shards, tmp_path):
     out = shutil.copytree(whole, tmp_path / "again")
-    run(shards, out, "--images", "24", "--fresh")
+    run_here(shards, out, "--images", "24", "--fresh")
     assert rows(out)[-1]["images"] == 24
     assert rows(tmp_path / "again-before-1") == rows(whole)
 
