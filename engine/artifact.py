@@ -43,6 +43,14 @@ class Model:
     def device(self) -> torch.device:
         return self.network.device
 
+    @property
+    def can_be_guided(self) -> bool:
+        """Whether all its conditions together have a null state that was trained, or it is told the guidance instead."""
+        conditioners = self.network.conditioners
+        if "temperature" in conditioners or self.recipe.drop_together > 0:
+            return bool(conditioners)
+        return bool(conditioners) and all(conditioner.dropout > 0 for conditioner in conditioners.values())
+
 
 def build(recipe: Recipe, facts: Facts) -> Network:
     """The network of a recipe, freshly initialised."""

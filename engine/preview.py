@@ -89,21 +89,17 @@ def repeated(rows: dict, columns: int) -> dict:
     return {k: v * columns if isinstance(v, int) else [x for x in v for _ in range(columns)] for k, v in rows.items()}
 
 
-def guidance_of(config: Previews, model) -> float:
-    conditioners = model.network.conditioners
-    if "temperature" in conditioners or model.recipe.drop_together > 0:
-        return config.guidance
-    drops = [conditioner.dropout for conditioner in conditioners.values()]
-    return config.guidance if drops and min(drops) > 0 else 1.0
-
-
 def draw(config: Previews, model, examples: Examples, folder: Path, name: str) -> list[Path]:
     """Writes <name>.png and the strips; returns what was written. Where a row is given an image, that one comes first."""
     from duotone.engine.sample import sample  # sample knows artifacts, which know recipes, which hold Previews
 
     folder.mkdir(parents=True, exist_ok=True)
     rows = asked_for(config, model, examples)
-    settings = {"steps": config.steps, "sampler": config.sampler, "guidance": guidance_of(config, model)}
+    settings = {
+        "steps": config.steps,
+        "sampler": config.sampler,
+        "guidance": config.guidance if model.can_be_guided else 1.0,
+    }
     images = sample(model, **repeated(rows, config.columns), **settings, seed=0)
     zoom = max(1, 64 // images.shape[1])
     written = [folder / f"{name}.png"]

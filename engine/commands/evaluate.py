@@ -38,7 +38,8 @@ class Evaluate:
     """Pictures drawn, with the conditions of as many training images."""
     floor: int | None = None
     """Real images whose own distance is the floor; by default as many as samples: the fewer, the larger the floor."""
-    guidance: float = 2.0
+    guidance: float | None = None
+    """By default 2, and 1 where conditions were never dropped in training."""
     steps: int = 18
     sampler: str = "heun"
     """euler, heun, dpmpp_2m, ancestral or stochastic_heun."""
@@ -66,6 +67,10 @@ class Evaluate:
         from duotone.engine.artifact import load
 
         model = load(path, speed=self.speed)
+        guidance = (2.0 if model.can_be_guided else 1.0) if self.guidance is None else self.guidance
+        dataclasses.replace(self, guidance=guidance).measure(path, model)
+
+    def measure(self, path: Path, model) -> None:
         if self.data.shards is None and draws_captioned_shapes(model):
             self.obedience(model)
         else:

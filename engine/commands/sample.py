@@ -33,7 +33,7 @@ class Sample:
     """Pictures of each prompt or label."""
     guidance: tuple[float, ...] = ()
     """Guidance scale: 1 = none. Several draw the same pictures, from the same noise, at each: a row of the sheet per scale.
-    By default 2, and 1 without a condition."""
+    By default 2, and 1 without a condition or where conditions were never dropped in training."""
     guide: Path | None = None
     """Be led away from this weaker model instead of the null state, as from an early checkpoint: autoguidance."""
     interval: tuple[float, float] = (0.0, math.inf)
@@ -159,15 +159,18 @@ class Sample:
                 on_step=keep if self.gif is not None else None,
                 progress=sys.stderr.isatty(),
             )
-            for scale in self.scales(asked)
+            for scale in self.scales(asked, model)
         ]
         return np.concatenate(drawn), frames
 
-    def scales(self, asked: dict) -> tuple:
+    def scales(self, asked: dict, model) -> tuple:
         """What sample() is given as guidance, once for each row of the sheet."""
         named = self.attributes()[1]
         if named and self.guidance:
             raise Refused(f"--guidance beside scales by attribute ({', '.join(named)}): give one or the other")
         if named:
             return (named,)
-        return self.guidance or (1.0 if "count" in asked and self.guide is None else 2.0,)
+        away_from = (
+            self.guide is not None or "count" not in asked and (model.can_be_guided or self.negative is not None)
+        )
+        return self.guidance or (2.0 if away_from else 1.0,)

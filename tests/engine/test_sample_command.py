@@ -66,7 +66,7 @@ MISTAKES = [
     ("label", "--label wolf", "label 'wolf' is no class of this model: give a number below 2 or one of cat, dog"),
     ("label", "--label cat --negative blurry", "negative prompts given, but this model takes no prompts"),
     ("label", "--label cat --steps 2000", "steps = 2000: noise levels must fall at every step"),
-    ("undropped", "--label cat", "trained with condition dropout 0 for its labels: leave guidance at 1"),
+    ("undropped", "--label cat --guidance 2", "trained with condition dropout 0 for its labels: leave guidance at 1"),
     ("attributes", "--attribute Old", "attribute 'Old' is none of this model's: it knows Bald, Male"),
     ("attributes", "--attribute Male=1:3 --guidance 2", "--guidance beside scales by attribute (Male)"),
     ("alone", "--guidance 3", "guidance needs a condition"),
@@ -101,6 +101,7 @@ def test_a_caption_that_is_cut_is_told_in_one_line_and_drawn(models, tmp_path, m
     [
         ("label", "--label cat --guidance 1", "2.0 forward passes each, 1.00 an evaluation"),
         ("label", "--label cat", "4.0 forward passes each, 2.00 an evaluation"),
+        ("undropped", "--label cat", "2.0 forward passes each, 1.00 an evaluation"),
         ("label", "--label cat --interval 0 50", "3.0 forward passes each, 1.50 an evaluation"),
         ("alone", "", "2.0 forward passes each, 1.00 an evaluation"),
     ],

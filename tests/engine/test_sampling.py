@@ -1,5 +1,7 @@
 """Guidance against two separate forwards, seeds, refusals; what reaches the network when a condition is dropped."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from duotone.data.shards import Shards
 from duotone.engine import draws
 from duotone.engine.artifact import Model, build
 from duotone.engine.conditioning.base import Facts
+from duotone.engine.conditioning.image import ClassMap
 from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.text import ByteText
 from duotone.engine.guidance import Guidance, GuidedDenoiser
@@ -239,8 +242,12 @@ def test_what_does_not_fit_is_refused(asked, says):
 
 
 def test_guidance_without_a_null_state_is_refused_with_the_reason():
+    undropped = model_of(Label(dropout=0.0))
     with pytest.raises(Refused, match="condition dropout 0"):
-        sample(model_of(Label(dropout=0.0)), labels=[0], guidance=2.0, steps=2)
+        sample(undropped, labels=[0], guidance=2.0, steps=2)
+    assert not undropped.can_be_guided and not model_of().can_be_guided
+    half = model_of(Label(), ClassMap(dropout=0.0), network=replace(PLAIN, extra_channels=4))
+    assert model_of(Label()).can_be_guided and not half.can_be_guided
 
 
 def test_sigmas_that_do_not_fall_are_refused():

@@ -110,18 +110,13 @@ def test_memory_is_counted_without_allocating():
 def test_previews_ask_for_what_the_model_takes():
     from types import SimpleNamespace
 
-    from duotone.engine.preview import Examples, asked_for, guidance_of, repeated
+    from duotone.engine.preview import Examples, asked_for, repeated
 
-    def model(dropout: float):
-        conditioner = SimpleNamespace(dropout=dropout, asked="prompts", spatial=False)
-        network = SimpleNamespace(conditioners={"text": conditioner})
-        return SimpleNamespace(network=network, recipe=SimpleNamespace(drop_together=0.0))
-
-    assert asked_for(Previews(rows=2), model(0.1), Examples(captions=("a", "b", "c"))) == {"prompts": ["a", "b"]}
-    assert asked_for(Previews(prompts=("x",)), model(0.1), Examples(captions=("a",))) == {"prompts": ["x"]}
+    conditioner = SimpleNamespace(asked="prompts", spatial=False)
+    model = SimpleNamespace(network=SimpleNamespace(conditioners={"text": conditioner}))
+    assert asked_for(Previews(rows=2), model, Examples(captions=("a", "b", "c"))) == {"prompts": ["a", "b"]}
+    assert asked_for(Previews(prompts=("x",)), model, Examples(captions=("a",))) == {"prompts": ["x"]}
     assert repeated({"prompts": ["a", "b"]}, 2) == {"prompts": ["a", "a", "b", "b"]}
-    assert guidance_of(Previews(guidance=3.0), model(0.1)) == 3.0
-    assert guidance_of(Previews(guidance=3.0), model(0.0)) == 1.0
 
 
 def test_an_old_run_is_moved_aside_not_deleted(tmp_path):
