@@ -250,7 +250,10 @@ def settle(model: artifact.Model, images: Images) -> None:
 
 def drawn(model: artifact.Model, course: Course, guidance: float) -> np.ndarray:
     labels = course.labels_N.tolist()
-    return sample(model, labels=labels, guidance=guidance, steps=STEPS, sampler=SAMPLER, seed=SEED, chunk=100)
+    settings = {"guidance": guidance, "steps": STEPS, "sampler": SAMPLER, "seed": SEED}
+    return sample(
+        model, labels=labels, **settings, clip=False, chunk=100
+    )  # as the table was made: v-prediction needs none
 
 
 def by_its_own_batch(model: artifact.Model, course: Course) -> np.ndarray:

@@ -189,7 +189,7 @@ def scheduler_config(objective) -> dict:
             "beta_start": ends[0],
             "beta_end": ends[1],
             "prediction_type": {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}[objective.prediction],
-            "clip_sample": False,
+            "clip_sample": objective.clips,
             "rescale_betas_zero_snr": objective.rescale_zero_snr,
             "timestep_spacing": "trailing",  # as sample() does; theirs begins below the last timestep otherwise
         }

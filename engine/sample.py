@@ -35,6 +35,7 @@ from duotone.engine.request import (
     values_by_kind,
 )
 from duotone.engine.samplers.ancestral import ancestral
+from duotone.engine.samplers.clipping import clipped
 from duotone.engine.samplers.dpmpp_2m import dpmpp_2m
 from duotone.engine.samplers.euler import euler
 from duotone.engine.samplers.heun import heun
@@ -61,6 +62,7 @@ def sample(
     guide: Model | None = None,
     sampler: str | Callable = "heun",
     spacing: str | None = None,
+    clip: bool | None = None,
     seed: int | Sequence[int] = 0,
     size: int | tuple[int, int] | None = None,
     chunk: int | None = None,
@@ -78,6 +80,9 @@ def sample(
     by a `rule` of engine/guiding. It leads away from the null state, from the `negative` condition, given by name as above, or,
     with a `guide`, from a weaker model of the same objective (autoguidance). `sampler` is a name or a function like those of
     engine/samplers, as functools.partial(stochastic_heun, churn=40.0) or epsilon_scaled(heun, 1.005).
+
+    `clip` keeps every step's denoised image within [-1, 1], where pixels lie (engine/samplers/clipping.py): by default for DDPM, but
+    not with CFG++, whose steps go through what is no image.
 
     `seed` is a number or one per image: image i of a single seed uses seed and i, and its noise does not depend on the batch.
     `chunk` images are drawn at once, by default as many as the free memory holds. `on_step(step, x_NCHW, denoised_NCHW)` is
@@ -114,9 +119,11 @@ def sample(
 
     model.forwards = 0.0
 
+    kept_within = clipped(solver) if clips(model, clip, rule) else solver
+
     def draw(rows: slice, told: Callable | None) -> np.ndarray:
         denoise = denoiser(rows)
-        images_NHWC = run(model, denoise, solver, sigmas, seeds[rows], height_width, told)
+        images_NHWC = run(model, denoise, kept_within, sigmas, seeds[rows], height_width, told)
         model.forwards, model.evaluations = model.forwards + denoise.forwards / number, denoise.calls
         return images_NHWC
 
@@ -125,6 +132,14 @@ def sample(
     at_once = chunk or rows_that_fit(model.network.unet, max(height_width))
     images_NHWC = in_chunks(draw, number, at_once, Steps(number * steps, on_step, shown=progress))
     return filled(images_NHWC, asked["holes"]) if "holes" in asked else images_NHWC
+
+
+def clips(model: Model, clip: bool | None, rule: Apg | CfgPlusPlus | None) -> bool:
+    if clip and isinstance(rule, CfgPlusPlus):
+        raise Refused(
+            "clip = True does not go with CFG++, whose steps go through what is no image: leave one of them out"
+        )
+    return model.objective.clips and not isinstance(rule, CfgPlusPlus) if clip is None else clip
 
 
 def in_chunks(draw: Callable, number: int, at_once: int, steps: "Steps") -> np.ndarray:

@@ -47,6 +47,8 @@ class Sample:
     """euler, heun, dpmpp_2m, ancestral or stochastic_heun."""
     spacing: str | None = None
     """How noise levels are placed: karras or log-linear; for DDPM also trailing, leading, linspace; for flow trailing, linspace."""
+    clip: bool | None = None
+    """Keep every step's image within the range of pixels; by default for DDPM."""
     seed: int = 0
     size: int | None = None
     """Side in pixels; by default as trained."""
@@ -154,6 +156,7 @@ class Sample:
                 steps=self.steps,
                 sampler=self.sampler,
                 spacing=self.spacing,
+                clip=self.clip,
                 seed=self.seed,
                 size=self.size,
                 on_step=keep if self.gif is not None else None,

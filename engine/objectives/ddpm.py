@@ -72,6 +72,7 @@ class DDPM(Objective):
     """Rescale the schedule so that its last noise level is infinite, pure noise; needs v or x0. Lin et al. 2024."""
 
     spacings = ("trailing", "leading", "linspace", "karras", "log-linear")
+    clips = True
 
     def check(self) -> None:
         if self.steps < 2:

@@ -76,16 +76,16 @@ def their_steps(folder: Path, start: torch.Tensor, steps: int) -> torch.Tensor:
     """The exported folder sampled by diffusers alone, deterministically, from the same noise."""
     unet = diffusers.UNet2DModel.from_pretrained(folder, subfolder="unet").eval()
     name = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
-    scheduler = getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler")
+    scheduler, settings = getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler"), {}
     if name == "DDPMScheduler":
-        scheduler = diffusers.DDIMScheduler.from_config(scheduler.config)
+        scheduler, settings = diffusers.DDIMScheduler.from_config(scheduler.config), {"use_clipped_model_output": True}
     times = torch.linspace(1, 1 / steps, steps).tolist()
     scheduler.set_timesteps(sigmas=times) if name.startswith("Flow") else scheduler.set_timesteps(steps)
     x = start * scheduler.init_noise_sigma if name.startswith("EDM") else start
     with torch.no_grad():
         for t in scheduler.timesteps:
             scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-            x = scheduler.step(unet(scaled, t).sample, t, x).prev_sample
+            x = scheduler.step(unet(scaled, t).sample, t, x, **settings).prev_sample
     return x
 
 

@@ -16,6 +16,7 @@ from duotone.engine.conditioning.image import ClassMap
 from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.text import ByteText
 from duotone.engine.guidance import Guidance, GuidedDenoiser
+from duotone.engine.guiding.cfg_plus_plus import CfgPlusPlus
 from duotone.engine.model.blocks import Attention
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.ddpm import DDPM
@@ -239,6 +240,31 @@ def test_any_size_and_ddpm_spacings():
 def test_what_does_not_fit_is_refused(asked, says):
     with pytest.raises(Refused, match=says):
         sample(model_of(Label()), **{"steps": 2} | asked)
+
+
+@pytest.mark.parametrize(
+    ("objective", "settings", "within"),
+    [
+        (DDPM(schedule="cosine"), {}, True),
+        (DDPM(schedule="cosine"), {"clip": False}, False),
+        (DDPM(schedule="cosine"), {"rule": CfgPlusPlus(), "guidance": 0.6, "sampler": "euler"}, False),
+        (EDM(sigma_data=8.0), {}, False),
+        (EDM(sigma_data=8.0), {"clip": True}, True),
+    ],
+    ids=["ddpm", "ddpm, not", "cfg++", "edm", "edm, asked"],
+)
+def test_denoised_images_stay_within_the_range_of_pixels(objective, settings, within):
+    """For DDPM, whose network's error at the first noise level of a cosine schedule is multiplied by 20,000."""
+    model, largest = model_of(Label(), objective=objective), []
+    watch = lambda step, x_NCHW, denoised_NCHW: largest.append(denoised_NCHW.abs().max().item())  # noqa: E731
+    sample(model, labels=[0, 1], **{"steps": 4, "sampler": "ancestral", "guidance": 3.0} | settings, on_step=watch)
+    assert (max(largest) <= 1) == within
+
+
+def test_clipping_and_cfg_plus_plus_do_not_go_together():
+    asked = {"labels": [0], "steps": 2, "guidance": 0.6, "sampler": "euler"}
+    with pytest.raises(Refused, match="clip = True does not go with CFG"):
+        sample(model_of(Label()), **asked, rule=CfgPlusPlus(), clip=True)
 
 
 def test_guidance_without_a_null_state_is_refused_with_the_reason():
