@@ -40,7 +40,7 @@ recipe = Recipe(
     images=300_000 * 32,
     flip=True,
     checkpoint=Checkpoints(every=5_000 * 32, keep=2),
-    preview=Previews(every=5_000 * 32, steps=50, guidance=1.5),
+    preview=Previews(every=5_000 * 32, steps=50, sampler="ancestral", guidance=1.5),
 )
 
 if __name__ == "__main__":

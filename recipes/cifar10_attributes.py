@@ -39,7 +39,7 @@ recipe = Recipe(
     images=100_000 * 128,
     flip=True,
     checkpoint=Checkpoints(every=5_000 * 128, keep=2),
-    preview=Previews(every=5_000 * 128, steps=50, guidance=1.5, columns=10),
+    preview=Previews(every=5_000 * 128, steps=50, sampler="ancestral", guidance=1.5, columns=10),
 )
 
 if __name__ == "__main__":

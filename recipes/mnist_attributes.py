@@ -40,7 +40,7 @@ recipe = Recipe(
     batch_size=128,
     images=9_380 * 128,
     checkpoint=Checkpoints(every=938 * 128, keep=2),
-    preview=Previews(every=938 * 128, steps=50, guidance=1.5, columns=10),
+    preview=Previews(every=938 * 128, steps=50, sampler="ancestral", guidance=1.5, columns=10),
 )
 
 if __name__ == "__main__":

@@ -393,6 +393,18 @@ def test_stochastic_heun_without_churn_is_heun_and_with_it_keeps_the_distributio
     assert churned.var().item() == pytest.approx(variance.item(), rel=0.05)
 
 
+@pytest.mark.parametrize("solver", [euler, heun, dpmpp_2m, ancestral, stochastic_heun])
+def test_a_small_error_stays_small_from_the_noise_of_a_cosine_schedule(solver):
+    """A denoiser that is 0.05 off, far up to the other side, draws images and not noise: the first step goes from 20,000 to about 10."""
+    sigmas = DDPM(schedule="cosine").sampling_sigmas(20)
+    g = torch.Generator().manual_seed(0)
+    start = torch.randn(4096, generator=g, dtype=torch.float64) * sigmas[0]
+    fresh = lambda i: torch.randn(start.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)  # noqa: E731
+    wrong = lambda x, s: mixture(x, s) + (0.05 if s < 100 else -0.05)  # noqa: E731
+    exact, drawn = (solver(denoise, start, sigmas, noise=fresh) for denoise in (mixture, wrong))
+    assert 0 < (drawn - exact).abs().mean() < 0.25
+
+
 def test_epsilon_scaling_divides_the_noise_of_ddim():
     """Song et al. 2021, equation 12 without fresh noise, by hand, with epsilon / factor in both of its places."""
     sigmas = torch.tensor([5.0, 2.0, 0.7, 0.1, 0.0], dtype=torch.float64)
