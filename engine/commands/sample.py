@@ -53,7 +53,7 @@ class Sample:
     size: int | None = None
     """Side in pixels; by default as trained."""
     columns: int | None = None
-    """Pictures per row of the sheet."""
+    """Pictures per row of the sheet; by default a row for each prompt or label, or eight where each has one picture."""
     gif: Path | None = None
     """Also write how the pictures come out of noise, as a GIF."""
     out: Path = Path("sample.png")
@@ -72,7 +72,7 @@ class Sample:
         asked, images = self.asked(model.network.unet.config.out_channels)
         drawn, frames = self.draw(model, asked, images)
         several = len(self.guidance) > 1
-        columns = self.columns or (images if several else min(images, max(self.count, 8)))
+        columns = self.columns or (images if several else self.count if self.count > 1 else min(images, 8))
         pictures.grid(drawn, columns).save(self.out)
         if self.gif is not None:
             pictures.save_gif(self.gif, [pictures.grid(np.concatenate(frame), columns) for frame in frames])
