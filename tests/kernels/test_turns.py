@@ -55,7 +55,10 @@ def test_slabs_ahead_stay_within_the_cache():
 
 @pytest.fixture(params=[2, 7], ids="{}_at_once".format)
 def side_by_side(request, monkeypatch):
-    """Programs of a launch run as threads, a few at once, held up at random where they count: yields what waited."""
+    """Programs of a launch run as threads, a few at once; no slab is published before another program waits for it.
+
+    Yields the slabs published so. Beside that, programs are held up at random where they count.
+    """
     from triton.runtime import interpreter
 
     call, patch, atomic = (
@@ -63,16 +66,21 @@ def side_by_side(request, monkeypatch):
         interpreter._patch_lang,
         interpreter.InterpreterBuilder.create_atomic_rmw,
     )
-    waits = []
+    waited_for, published = set(), []
 
     def slow_atomic(self, operation, pointer, value, mask, order, scope):
+        slab = int(pointer.data.item())
+        if order == interpreter._ir.MEM_SEMANTIC.RELEASE:
+            hold_until(lambda: slab in waited_for)
+            published.append(slab)
         time.sleep(0.2 if random.random() < 0.1 else 0)  # long beside a program, so that others overtake
         count = atomic(self, operation, pointer, value, mask, order, scope)
         if not value.data.any():
-            waits.append(int(count.data.item()))
+            waited_for.add(slab)
         return count
 
     def threaded(self, *arguments, **options):
+        waited_for.clear()  # a launch's counters may lie where the last launch's lay
         programs = Programs(self.fn, request.param)
         monkeypatch.setattr(self, "fn", programs.begin)
         call(self, *arguments, **options)
@@ -82,8 +90,16 @@ def side_by_side(request, monkeypatch):
     monkeypatch.setattr(interpreter, "_patch_lang", lambda f: patch(getattr(f, "__wrapped__", f)))
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)
-    yield waits
+    yield published
     sys.setswitchinterval(interval)
+
+
+def hold_until(condition):
+    """Return when the condition holds, which another program brings about."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "no program waits for this one, so nothing would be shown"
+        time.sleep(1e-3)
 
 
 class Programs:
@@ -138,4 +154,5 @@ def test_programs_side_by_side_give_the_same_bits(side_by_side, monkeypatch):
     for mine, right in zip(first, exact):
         torch.testing.assert_close(mine.double(), right, rtol=1e-4, atol=1e-5 * right.abs().max().item())
     assert group_norm_tiling.tiling(32, 8, 40 * 32, 4, in_turns=True).chunks == 10
-    assert any(count <= 10 for count in side_by_side), "no program had to wait, so nothing was shown"
+    launches, slabs = 2 * 2, 2
+    assert len(side_by_side) == launches * slabs
