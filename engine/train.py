@@ -42,10 +42,7 @@ def train(recipe: Recipe) -> Path:
         batches = run.data.batches(plans(run))
         while run.images < recipe.images:
             train_step(run, batches)
-            if due(run, recipe.preview.every):
-                draw_preview(run)
-            if due(run, recipe.validation.every):
-                validate(run)
+            look(run, drawn=due(run, recipe.preview.every), measured=due(run, recipe.validation.every))
             if due(run, recipe.checkpoint.every):
                 save(run)
             if over(run, began):
@@ -231,7 +228,7 @@ def save_once(run: Run) -> None:
 
 
 def finish(run: Run) -> None:
-    """The last checkpoint, picture and export."""
+    """The last checkpoint, export, pictures and losses."""
     save_once(run)
     ema = run.sharded.gather("ema")
     if run.ranks.rank == 0:
@@ -239,8 +236,9 @@ def finish(run: Run) -> None:
         artifact.save(path, ema, run.recipe, run.facts, run.images)
         run_folder.write_json(run.recipe.folder / "record.json", record(run))
         model_card.write(run.recipe.folder / "MODEL_CARD.md", run.recipe, run.facts, run.data, run.images)
-        written = draw_with(run, ema)
-        validate_with(run, ema)
+        model = averaged(run, ema)
+        written = draw(run, model)
+        measure(run, model)
         run.log.say(f"done: EMA weights in {path}, pictures in {written[0].parent}")
     zero.wait()
 
@@ -260,31 +258,30 @@ def record(run: Run) -> dict:
     }
 
 
-def draw_preview(run: Run) -> None:
+def look(run: Run, drawn: bool, measured: bool) -> None:
+    """Pictures and losses of the EMA weights, which are gathered once for both."""
+    if not drawn and not measured:
+        return
     ema = run.sharded.gather("ema")
     if run.ranks.rank == 0:
-        draw_with(run, ema)
+        model = averaged(run, ema)
+        if drawn:
+            draw(run, model)
+        if measured:
+            measure(run, model)
     zero.wait()
 
 
-def draw_with(run: Run, ema: dict[str, Tensor]) -> list[Path]:
+def draw(run: Run, model: artifact.Model) -> list[Path]:
     folder = run.recipe.folder / "previews"
-    name = f"images-{run.images:012d}"
-    written = preview.draw(run.recipe.preview, averaged(run, ema), run.examples, folder, name)
+    written = preview.draw(run.recipe.preview, model, run.examples, folder, f"images-{run.images:012d}")
     preview.film_of_grids(folder)
     return written
 
 
-def validate(run: Run) -> None:
-    ema = run.sharded.gather("ema")
-    if run.ranks.rank == 0:
-        validate_with(run, ema)
-    zero.wait()
-
-
-def validate_with(run: Run, ema: dict[str, Tensor]) -> None:
+def measure(run: Run, model: artifact.Model) -> None:
     if run.held_out is not None:
-        run.log.validated(validation.measured(run.recipe.validation, averaged(run, ema), run.held_out))
+        run.log.validated(validation.measured(run.recipe.validation, model, run.held_out))
 
 
 def averaged(run: Run, ema: dict[str, Tensor]) -> artifact.Model:
