@@ -211,7 +211,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--unet", help="reference, small, tiny, sd15, or a diffusers UNet folder")
     parser.add_argument("--steps", type=int, default=200, help="timed steps of each contender")
     parser.add_argument(
-        "--minutes", type=float, default=2, help="fewer steps, at least 5, where these are spent before"
+        "--minutes", type=float, default=1.5, help="fewer steps, at least 5, where these are spent before"
     )
     parser.add_argument("--batch", type=int, help="images per step")
     parser.add_argument("--size", type=int, help="side in pixels")
