@@ -251,9 +251,8 @@ def settle(model: artifact.Model, images: Images) -> None:
 def drawn(model: artifact.Model, course: Course, guidance: float) -> np.ndarray:
     labels = course.labels_N.tolist()
     settings = {"guidance": guidance, "steps": STEPS, "sampler": SAMPLER, "seed": SEED}
-    return sample(
-        model, labels=labels, **settings, clip=False, chunk=100
-    )  # as the table was made: v-prediction needs none
+    # Unclipped, as the table was made: v-prediction does not need it.
+    return sample(model, labels=labels, **settings, clip=False, chunk=100)
 
 
 def by_its_own_batch(model: artifact.Model, course: Course) -> np.ndarray:

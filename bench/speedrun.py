@@ -51,7 +51,7 @@ from duotone.engine.speed import Speed
 RESULTS = Path(__file__).parent / "results" / "speedrun"
 CPU = torch.device("cpu")
 LEAST_ACCURACY, MOST_RATIO = 0.9, 1.5
-IMAGES, CHECKS = 1_536_000, 3
+IMAGES, CHECKS, SEED = 1_536_000, 3, 1
 TOLD = ("loss", "grad_norm", "learning_rate", "images_per_second")
 
 
@@ -137,12 +137,12 @@ def engine_side(scratch: Path, course: Course, images: int) -> dict:
     for path in last(out / "checkpoints", "images-*", between):
         model = posed(trained(path, course), SAMPLING)
         began = time.monotonic()
-        drawn = samples(model, course.labels_N, SAMPLING)
+        drawn = samples(model, course.labels_N, SAMPLING, seed=parsed().seed)
         took, at = time.monotonic() - began, clock.at((path / "manifest.json").stat().st_mtime)
         # Steps cost alike, so a checkpoint's share of the run's core-seconds is its share of the images.
         used = clock.cpu_seconds * model.images / images
         checks.append(check(course, drawn, (at, used), model.images, took))
-        picture(drawn, "engine", path.name)
+        picture(drawn, "engine")
     parameters = sum(p.numel() for p in model.network.parameters())
     return record("engine", course, checks, clock, str(SAMPLING), parameters) | {"log": told(out / "metrics.jsonl")}
 
@@ -179,7 +179,7 @@ def samples(
     labels_N: np.ndarray,
     how: Sampling,
     guide: artifact.Model | None = None,
-    seed: int = 1,
+    seed: int = SEED,
     **other,
 ) -> np.ndarray:
     """A sample of each label; `other` arguments of `sample` count before what `how` says."""
@@ -210,7 +210,7 @@ def notebook_side(scratch: Path, course: Course, core_seconds: float) -> dict:
         took, at = time.monotonic() - began, clock.at(path.stat().st_mtime)
         _, images, used = path.stem.split("-")
         checks.append(check(course, drawn, (at, float(used)), int(images), took))
-        picture(drawn, "notebook", path.stem)
+        picture(drawn, "notebook")
     sampling = f"diffusers DDIMScheduler, x0 clipped, {parsed().notebook_steps} steps, no guidance"
     return record("notebook", course, checks, clock, sampling, sum(p.numel() for p in model.parameters()))
 
@@ -314,10 +314,12 @@ def reached(found: dict) -> bool:
 
 def record(side: str, course: Course, checks: list[dict], clock: Clock, sampling: str, parameters: int) -> dict:
     reached = next((c["seconds"] for c in checks if c["reached"]), None)
-    budget = "" if side == "notebook" or parsed().images == IMAGES else f" --images {parsed().images}"
+    command = f"python bench/speedrun.py --scratch DIR --side {side}"
+    command += "" if side == "notebook" or parsed().images == IMAGES else f" --images {parsed().images}"
+    command += f" --again --checks {parsed().checks}" if parsed().again else ""
+    command += f" --seed {parsed().seed}" if parsed().seed != SEED else ""
     return {
-        "command": f"python bench/speedrun.py --scratch DIR --side {side}{budget}"
-        + again(" --again --checks {checks}"),
+        "command": command,
         "side": side,
         "bar": {"accuracy": LEAST_ACCURACY, "ratio_to_floor": MOST_RATIO, "samples": SAMPLES},
         "reached_after_seconds": reached,
@@ -334,16 +336,17 @@ def record(side: str, course: Course, checks: list[dict], clock: Clock, sampling
     }
 
 
-def again(said: str) -> str:
-    """A word more where what was trained before is measured once more, and nothing otherwise: no record is overwritten by it."""
-    return said.format(checks=parsed().checks) if parsed().again else ""
+def name(side: str) -> str:
+    """Of a side's record; what was trained before and is measured once more overwrites none, nor does other noise."""
+    again = "-again" if parsed().again else ""
+    return side + again + (f"-noise-{parsed().seed}" if parsed().seed != SEED else "")
 
 
-def picture(drawn: np.ndarray, side: str, name: str) -> None:
+def picture(drawn: np.ndarray, side: str) -> None:
     """Ten of each class, a row for each."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     rows = drawn.reshape(CLASSES, -1, *drawn.shape[1:])[:, :10]
-    pictures.grid(rows.reshape(-1, *drawn.shape[1:]), 10, zoom=2).save(RESULTS / f"{side}{again('-again')}.png")
+    pictures.grid(rows.reshape(-1, *drawn.shape[1:]), 10, zoom=2).save(RESULTS / f"{name(side)}.png")
 
 
 def race(arguments: argparse.Namespace) -> None:
@@ -355,7 +358,7 @@ def race(arguments: argparse.Namespace) -> None:
             found = engine_side(arguments.scratch, course, arguments.images)
         else:
             found = notebook_side(arguments.scratch, course, arguments.core_seconds)
-        write_json(RESULTS / f"{side}{again('-again')}.json", found)
+        write_json(RESULTS / f"{name(side)}.json", found)
 
 
 @cache
@@ -370,6 +373,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--core-seconds", type=float, default=1000, help="budget of the notebook's side")
     parser.add_argument("--again", action="store_true", help="measure what was trained before once more")
     parser.add_argument("--checks", type=int, default=CHECKS, help="measure only the last so many of what was kept")
+    parser.add_argument("--seed", type=int, default=SEED, help="of the noise that our side's samples begin with")
     parser.add_argument("--notebook-steps", type=int, default=25, help="DDIM steps of the notebook's side")
     return parser.parse_args()
 
