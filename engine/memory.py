@@ -35,7 +35,7 @@ def estimate(network: nn.Module, recipe, micro: int, choice, ranks: int) -> Esti
     """The prediction for a micro-batch of `micro` images."""
     parameters = sum(p.numel() for p in network.parameters())
     held = parameters * choice.dtype.itemsize
-    sharded = 4 * 4 * parameters // ranks
+    sharded = 4 * recipe.optimizer.state_elements(network) // ranks
     gradients = parameters * 4 // (ranks if recipe.zero.stage > 1 else 1)
     weights = held // (ranks if recipe.zero.stage == 3 else 1)
     return Estimate(weights + gradients + sharded, micro * saved_per_image(network.unet, recipe.data.size, choice))

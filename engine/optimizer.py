@@ -4,6 +4,7 @@ Learning rate and EMA decay are functions of the images seen, so neither has a s
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,6 +53,9 @@ class AdamW:
     schedule: Literal["constant", "cosine"] = "cosine"
     """What follows the warm-up: constant, or half a cosine down to 0 at the end of the run."""
 
+    largest_stage = 3
+    """Of ZeRO, at which it can step."""
+
     def check(self) -> None:
         for name in ("lr", "eps"):
             if getattr(self, name) <= 0:
@@ -72,12 +76,16 @@ class AdamW:
         return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     def build(self, network: nn.Module) -> "AdamWEma":
-        return AdamWEma(parameter_groups(network, self.weight_decay), self)
+        return AdamWEma(parameter_groups(network.parameters(), self.weight_decay), self)
+
+    def state_elements(self, network: nn.Module) -> int:
+        """Numbers in fp32 that all ranks together keep: weights, both moments, EMA."""
+        return 4 * sum(p.numel() for p in network.parameters())
 
 
-def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict]:
-    """Trained parameters in two groups: decayed (matrices, convolutions) and not (vectors)."""
-    trained = [p for p in network.parameters() if p.requires_grad]
+def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
+    """The trained ones in two groups: decayed (matrices, convolutions) and not (vectors)."""
+    trained = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
@@ -99,14 +107,19 @@ class AdamWEma(torch.optim.Optimizer):
             group["lr"], group["ema_decay"] = lr, ema_decay
 
     def state_of(self, shard: torch.Tensor) -> dict:
-        """The state of one shard; the EMA begins as the weights."""
+        """The state of one shard; the EMA begins as the weights, and what steps along its momentum has no second moment."""
         state = self.state[shard]
         if not state:
             state["step"] = 0
             state["exp_avg"] = torch.zeros_like(shard, requires_grad=False)
-            state["exp_avg_sq"] = torch.zeros_like(shard, requires_grad=False)
+            if not self.steps_along_momentum(shard):
+                state["exp_avg_sq"] = torch.zeros_like(shard, requires_grad=False)
             state["ema"] = shard.detach().clone()
         return state
+
+    def steps_along_momentum(self, shard: torch.Tensor) -> bool:
+        """Whether it is of a group of matrices that Muon moves."""
+        return any("momentum" in group and any(p is shard for p in group["params"]) for group in self.param_groups)
 
     @torch.no_grad()
     def step(self, closure=None) -> None:

@@ -13,6 +13,7 @@ from duotone.engine.conditioning.temperature import Temperature
 from duotone.engine.conditioning.text import ByteText, ClipText, EncoderText
 from duotone.engine.log import Log
 from duotone.engine.model.unet import UNetConfig
+from duotone.engine.muon import Muon
 from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.objectives.flow import Flow
@@ -24,6 +25,7 @@ from duotone.engine.zero import Zero
 
 Condition = ClipText | ByteText | EncoderText | Label | Attributes | ClassMap | LowResolution | Hole | Temperature
 Objectives = EDM | DDPM | Flow
+Optimizers = AdamW | Muon
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,7 @@ class Recipe:
     objective: Objectives = EDM()
     """What the network learns to predict."""
     model: UNetConfig = UNetConfig()
-    optimizer: AdamW = AdamW()
+    optimizer: Optimizers = AdamW()
     ema: Ema = Ema()
     zero: Zero = Zero()
     speed: Speed = Speed()
@@ -102,6 +104,11 @@ class Recipe:
         self.optimizer.check()
         self.check_size()
         self.check_conditioning()
+        if self.zero.stage > self.optimizer.largest_stage:
+            raise Refused(
+                f"zero.stage = {self.zero.stage}, but {type(self.optimizer).__name__} needs whole matrices, which stage 3 "
+                f"divides among the ranks: take stage {self.optimizer.largest_stage}, or optimizer:adam-w"
+            )
         if self.speed.compile and self.zero.stage == 3:
             raise Refused(
                 "speed.compile = True, but ZeRO-3 gathers weights within the blocks: leave it off, or take stage 2"

@@ -77,7 +77,9 @@ class Sharded:
         """All of `weight`, `exp_avg`, `exp_avg_sq` or `ema`, by name, fp32 on the CPU; empty on other ranks."""
         named: dict[str, Tensor] = {}
         for shard, pieces in self.shards():
-            values = shard.detach() if kind == "weight" else self.optimizer.state_of(shard)[kind]
+            values = shard.detach() if kind == "weight" else self.optimizer.state_of(shard).get(kind)
+            if values is None:
+                continue
             parts_RP = self.all_gather(values)
             if dist.get_rank() == 0 or not to_rank_0:
                 named |= {piece.name: piece.cut(parts_RP) for piece in pieces}
@@ -94,7 +96,9 @@ class Sharded:
         """Puts named tensors into this rank's shards; every rank must hold them."""
         rank, ranks = dist.get_rank(), dist.get_world_size()
         for shard, pieces in self.shards():
-            target = shard.data if kind == "weight" else self.optimizer.state_of(shard)[kind]
+            target = shard.data if kind == "weight" else self.optimizer.state_of(shard).get(kind)
+            if target is None:
+                continue
             parts_RP = target.new_zeros(ranks, target.numel(), device="cpu")
             for piece in pieces:
                 piece.paste(parts_RP, named[piece.name])

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from duotone.engine import zero
+from duotone.engine.muon import Matrices, muon_ema_
 from duotone.engine.optimizer import AdamWEma
 from duotone.kernels.adamw_ema import adamw_ema_
 from duotone.kernels.squared_norm import squared_norm
@@ -27,6 +28,7 @@ class Update:
         self.lr, self.decay = torch.zeros((), **number), torch.zeros((), **number)
         self.steps, self.skipped = torch.zeros((), **number), torch.zeros((), **number)
         self.flats: dict[int, Tensor] = {}
+        self.laid: dict[int, Matrices] = {}
 
     @torch.no_grad()
     def __call__(self, closure=None) -> None:
@@ -92,7 +94,7 @@ class Update:
         for group in self.groups():
             shard = self.shard(group)
             state = self.optimizer.state_of(shard)
-            named |= {f"{kind} {group}": state[kind] for kind in self.optimizer.STATE}
+            named |= {f"{kind} {group}": state[kind] for kind in self.optimizer.STATE if kind in state}
             named |= {f"master {group}": shard.data, f"weight {group}": self.partitioned.bit16_groups_flat[group].data}
         return named
 
@@ -112,6 +114,23 @@ class Update:
     def update(self, group: int, grad_P: Tensor, scale: Tensor) -> None:
         shard, options = self.shard(group), self.optimizer.param_groups[group]
         state = self.optimizer.state_of(shard)
+        weights_out = self.partitioned.parallel_partitioned_bit16_groups[group][dist.get_rank()].data
+        if "momentum" in options:
+            muon_ema_(
+                shard.data,
+                grad_P,
+                state["exp_avg"],
+                state["ema"],
+                self.matrices(group),
+                lr=self.lr,
+                momentum=options["momentum"],
+                iterations=options["iterations"],
+                weight_decay=options["weight_decay"],
+                grad_scale=scale,
+                ema_decay=self.decay,
+                weights_out=weights_out,
+            )
+            return
         adamw_ema_(
             shard.data,
             grad_P,
@@ -125,8 +144,16 @@ class Update:
             step=self.steps,
             grad_scale=scale,
             ema_decays=[self.decay],
-            weights_out=self.partitioned.parallel_partitioned_bit16_groups[group][dist.get_rank()].data,
+            weights_out=weights_out,
         )
+
+    def matrices(self, group: int) -> Matrices:
+        if group not in self.laid:
+            parameters = self.partitioned.round_robin_bit16_groups[group]
+            offsets = self.partitioned.round_robin_bit16_offsets[group]
+            shapes, shard = [p.shape for p in parameters], self.shard(group).numel()
+            self.laid[group] = Matrices(shapes, offsets, shard, dist.get_rank())
+        return self.laid[group]
 
     def release(self, group: int) -> None:
         """Gradients are freed as DeepSpeed frees them."""

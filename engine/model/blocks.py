@@ -37,13 +37,17 @@ def sinusoid(time_N: Tensor, width: int, *, flip: bool = True, shift: float = 0.
     return F.pad(torch.cat([first, second], dim=1), (0, width % 2))
 
 
+class EmbeddingLinear(nn.Linear):
+    """A linear layer over time and condition, where others are over pixels or tokens."""
+
+
 class Embedding(nn.Module):
     """Linear, SiLU, linear: of the time, or of a vector condition."""
 
     def __init__(self, width: int, embedding_width: int):
         super().__init__()
-        self.linear_1 = nn.Linear(width, embedding_width)
-        self.linear_2 = nn.Linear(embedding_width, embedding_width)
+        self.linear_1 = EmbeddingLinear(width, embedding_width)
+        self.linear_2 = EmbeddingLinear(embedding_width, embedding_width)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x_ND)))
@@ -108,7 +112,8 @@ class ResBlock(nn.Module):
         self.film, self.out_width = film, out_width
         self.norm1 = GroupNormSiLU(groups, width, eps)
         self.conv1 = ConvBeforeNorm(width, out_width, 3, padding=1)
-        self.time_emb_proj = None if shared else nn.Linear(embedding_width, 2 * out_width if film else out_width)
+        modulated = 2 * out_width if film else out_width
+        self.time_emb_proj = None if shared else EmbeddingLinear(embedding_width, modulated)
         self.norm2 = GroupNormSiLU(groups, out_width, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_width, out_width, 3, padding=1)

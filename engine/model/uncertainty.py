@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from duotone.engine.model.blocks import EmbeddingLinear
+
 
 class Uncertainty(nn.Module):
     """u(sigma), the logarithm of the expected loss: Karras et al. 2024, equation 14 and appendix B.3; one linear layer over
@@ -20,7 +22,7 @@ class Uncertainty(nn.Module):
         """`time_unit` brings c_noise to a range of a few units."""
         super().__init__()
         self.time_unit = time_unit
-        self.linear = nn.Linear(features, 1)
+        self.linear = EmbeddingLinear(features, 1)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 

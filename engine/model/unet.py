@@ -16,6 +16,7 @@ from duotone.data.refusal import Refused
 from duotone.engine.model.blocks import (
     Downsample,
     Embedding,
+    EmbeddingLinear,
     EndConv,
     GroupNormSiLU,
     ResBlock,
@@ -210,7 +211,7 @@ class UNet(nn.Module):
         self.conv_in = EndConv(config.in_channels + config.extra_channels, config.channels[0], 3, padding=1)
         self.time_embedding = Embedding(config.channels[0], config.embedding_width)
         self.film_projection = (
-            nn.Linear(config.embedding_width, 2 * max(config.channels)) if config.film_shared else None
+            EmbeddingLinear(config.embedding_width, 2 * max(config.channels)) if config.film_shared else None
         )
         self.down_blocks = nn.ModuleList([DownLevel(config, i) for i in levels])
         self.mid_block = None if config.middle == "absent" else Middle(config)

@@ -72,7 +72,7 @@ def test_the_optimizer_is_torchs_adamw_with_an_ema_beside_it():
     theirs.load_state_dict(ours.state_dict())
     config = AdamW(lr=1e-2, weight_decay=0.1, betas=(0.8, 0.95))
     mine = config.build(ours)
-    reference = torch.optim.AdamW(parameter_groups(theirs, 0.1), lr=1e-2, betas=(0.8, 0.95))
+    reference = torch.optim.AdamW(parameter_groups(theirs.parameters(), 0.1), lr=1e-2, betas=(0.8, 0.95))
     average = [p.detach().double().clone() for p in theirs.parameters()]
     for _ in range(30):
         x = torch.randn(4, 5)
