@@ -108,7 +108,7 @@ def free_on_cpu() -> int:
 @lru_cache
 def flops_of(config: UNetConfig, size: int) -> int:
     with torch.device("meta"):
-        twin = UNet(config)
+        twin = UNet(config).requires_grad_(False)  # what a block returns of its weights would be asked for its gradient
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         twin(*imagined_inputs(config, size, torch.float32))
     return counter.get_total_flops()

@@ -85,7 +85,7 @@ def muon_ema_(
     master_P: Tensor,
     grad_P: Tensor,
     average_P: Tensor,
-    ema_P: Tensor,
+    emas: list[Tensor],
     matrices: "Matrices",
     *,
     lr: Tensor,
@@ -93,17 +93,18 @@ def muon_ema_(
     iterations: int,
     weight_decay: float,
     grad_scale: Tensor,
-    ema_decay: Tensor,
+    ema_decays: list[Tensor],
     weights_out: Tensor,
 ) -> None:
     """One step of a shard, in place; a `grad_scale` of NaN skips it, without asking the device."""
-    taken = grad_scale.isfinite()
-    grad_P = torch.where(taken, grad_P.to(master_P.dtype) * grad_scale.to(master_P.dtype), 0)
-    average_P.lerp_(grad_P, ((1 - momentum) * taken).to(master_P.dtype))
+    taken, exact = grad_scale.isfinite(), master_P.dtype
+    grad_P = torch.where(taken, grad_P.to(exact) * grad_scale.to(exact), 0)
+    average_P.lerp_(grad_P, ((1 - momentum) * taken).to(exact))
     along_P = matrices.orthogonalised(grad_P.lerp(average_P, momentum), iterations)
-    rate = (lr * taken).to(master_P.dtype)
+    rate = (lr * taken).to(exact)
     master_P.mul_(1 - rate * weight_decay).sub_(rate * along_P)
-    ema_P.lerp_(master_P, ((1 - ema_decay) * taken).to(master_P.dtype))
+    for ema_P, decay in zip(emas, ema_decays, strict=True):
+        ema_P.lerp_(master_P, ((1 - decay) * taken).to(exact))
     weights_out.copy_(master_P)
 
 

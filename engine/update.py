@@ -114,40 +114,23 @@ class Update:
     def update(self, group: int, grad_P: Tensor, scale: Tensor) -> None:
         shard, options = self.shard(group), self.optimizer.param_groups[group]
         state = self.optimizer.state_of(shard)
-        weights_out = self.partitioned.parallel_partitioned_bit16_groups[group][dist.get_rank()].data
+        same = {
+            "lr": self.lr,
+            "weight_decay": options["weight_decay"],
+            "grad_scale": scale,
+            "ema_decays": [self.decay],
+            "weights_out": self.partitioned.parallel_partitioned_bit16_groups[group][dist.get_rank()].data,
+        }
+        arrays, emas = (shard.data, grad_P, state["exp_avg"]), [state["ema"]]
         if "momentum" in options:
-            muon_ema_(
-                shard.data,
-                grad_P,
-                state["exp_avg"],
-                state["ema"],
-                self.matrices(group),
-                lr=self.lr,
-                momentum=options["momentum"],
-                iterations=options["iterations"],
-                weight_decay=options["weight_decay"],
-                grad_scale=scale,
-                ema_decay=self.decay,
-                weights_out=weights_out,
-            )
-            return
-        adamw_ema_(
-            shard.data,
-            grad_P,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            [state["ema"]],
-            lr=self.lr,
-            betas=options["betas"],
-            eps=options["eps"],
-            weight_decay=options["weight_decay"],
-            step=self.steps,
-            grad_scale=scale,
-            ema_decays=[self.decay],
-            weights_out=weights_out,
-        )
+            along = {"momentum": options["momentum"], "iterations": options["iterations"]}
+            muon_ema_(*arrays, emas, self.matrices(group), **along, **same)
+        else:
+            by_moments = {"betas": options["betas"], "eps": options["eps"], "step": self.steps}
+            adamw_ema_(*arrays, state["exp_avg_sq"], emas, **by_moments, **same)
 
     def matrices(self, group: int) -> Matrices:
+        """How the matrices of a group lie in this rank's shard."""
         if group not in self.laid:
             parameters = self.partitioned.round_robin_bit16_groups[group]
             offsets = self.partitioned.round_robin_bit16_offsets[group]

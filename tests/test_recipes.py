@@ -9,7 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from duotone.engine import memory
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
@@ -50,6 +53,15 @@ def check(folder: Path) -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_a_recipe_is_at_most_sixty_lines(recipe):
     assert len(recipe.read_text().splitlines()) <= 60
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_its_arithmetic_can_be_counted(recipe):
+    """What `duotone estimate` asks first; a forward pass is at least two operations a weight."""
+    found = runpy.run_path(str(recipe))["recipe"]
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in found.model.build().parameters())
+    assert memory.flops_of(found.model, found.data.size) > 2 * parameters
 
 
 def one_of_each_small_network() -> list[Path]:
