@@ -41,8 +41,9 @@ from duotone.engine.conditioning.label import Label
 from duotone.engine.evaluate.composition import Composition
 from duotone.engine.log import Log
 from duotone.engine.model.unet import UNetConfig
+from duotone.engine.muon import Muon
 from duotone.engine.objectives.edm import EDM
-from duotone.engine.optimizer import AdamW, Ema
+from duotone.engine.optimizer import Ema
 from duotone.engine.preview import Previews
 from duotone.engine.sample import SAMPLERS, sample
 from duotone.engine.samplers.epsilon_scaling import epsilon_scaled
@@ -51,7 +52,7 @@ from duotone.engine.speed import Speed
 RESULTS = Path(__file__).parent / "results" / "speedrun"
 CPU = torch.device("cpu")
 LEAST_ACCURACY, MOST_RATIO = 0.9, 1.5
-IMAGES, CHECKS, SEED = 1_536_000, 3, 1
+IMAGES, CHECKS, SEED = 480_000, 3, 1
 TOLD = ("loss", "grad_norm", "learning_rate", "images_per_second")
 
 
@@ -94,8 +95,7 @@ recipe = Recipe(
     # Variety within a class is lost at noise 1 to 5 (--from-real): more of the steps go there than EDM's own choice sends.
     objective=EDM(sigma_data=0.7, log_mean=0.0, log_std=1.1, sigma_max=40.0, stratified=True),
     model=UNetConfig(
-        channels=(16, 64, 128),
-        # No attention: in bf16 on a CPU PyTorch's takes over a tenth of a step for 49 tokens.
+        channels=(32, 64, 128),
         attention=("none", "none", "none"),
         middle="single",
         heads=(1, 1, 1),
@@ -107,14 +107,15 @@ recipe = Recipe(
         film=True,
         time_width=256,
     ),
-    optimizer=AdamW(lr=3e-3, weight_decay=0.0, clip=1.0, warmup=3_200, schedule="cosine"),
+    # AdamW needs more than twice the images for the same loss.
+    optimizer=Muon(lr=3e-3, weight_decay=0.0, clip=1.0, warmup=3_200, schedule="cosine"),
     ema=Ema(half_life=6_400, rampup=0.1),
     batch_size=32,
     images=IMAGES,
     checkpoint=Checkpoints(every=IMAGES // CHECKS, keep=CHECKS + 10),
     preview=Previews(every=0, rows=1, columns=1, steps=1, sampler="euler", strips=False),
     log=Log(every=100),
-    speed=Speed(precision="bf16", threads=1),
+    speed=Speed(precision="fp32", threads=1),
 )
 
 
