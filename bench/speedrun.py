@@ -125,7 +125,8 @@ recipe = Recipe(
 def engine_side(scratch: Path, course: Course, images: int) -> dict:
     """Trains by the recipe above, a rank on each core, and measures the EMA of every checkpoint."""
     out, between = scratch / "engine", images // CHECKS
-    command = ["deepspeed", "--num_accelerators", "2", __file__, "--data.shards", str(shards(scratch, "train"))]
+    launcher = str(Path(sys.executable).with_name("deepspeed"))  # of this environment, activated or not
+    command = [launcher, "--num_accelerators", "2", __file__, "--data.shards", str(shards(scratch, "train"))]
     command += ["--images", str(images), "--checkpoint.every", str(between), "--out", str(out)]
     command += ["--checkpoint.stop-after", str(parsed().minutes)]
     log = scratch / "engine.log"
