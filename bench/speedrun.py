@@ -52,7 +52,7 @@ from duotone.engine.speed import Speed
 RESULTS = Path(__file__).parent / "results" / "speedrun"
 CPU = torch.device("cpu")
 LEAST_ACCURACY, MOST_RATIO = 0.9, 1.5
-IMAGES, CHECKS, SEED = 480_000, 3, 1
+IMAGES, CHECKS, SEED = 384_000, 3, 1
 TOLD = ("loss", "grad_norm", "learning_rate", "images_per_second")
 
 
