@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 from duotone.engine import checkpoint, speed, update, zero
+from duotone.engine.muon import Muon
 from duotone.engine.optimizer import AdamW
 from duotone.engine.sharded import Sharded
 from duotone.engine.speed import Choice, Speed
@@ -25,6 +26,7 @@ TINY = Path(__file__).parent / "tiny_recipe.py"
 train = importlib.import_module("duotone.engine.train")  # the package's `train` is the function
 ROWS, STEPS = 6, 12
 CONFIG = AdamW(lr=1e-2, weight_decay=0.1, clip=0.5, warmup=0)
+MUON = Muon(lr=1e-2, weight_decay=0.1, clip=0.5, warmup=0)
 
 
 class Operators(TorchDispatchMode):
@@ -104,14 +106,14 @@ def update_in_one_operator(monkeypatch):
     monkeypatch.setattr(update, "adamw_ema_", noted)
 
 
-def sharded(stage: int, precision: str) -> Sharded:
+def sharded(stage: int, precision: str, optimizer: AdamW = CONFIG) -> Sharded:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(7, 33), nn.SiLU(), nn.Dropout(0.2), nn.LayerNorm(33), nn.Linear(33, 5))
     network[1].unused = nn.Linear(3, 3)
     config = zero.settings(
         zero.Zero(stage=stage), batch=ROWS, micro=ROWS, accumulation=1, precision=precision, clip=CONFIG.clip
     )
-    return Sharded(network, CONFIG.build(network), config)
+    return Sharded(network, optimizer.build(network), config)
 
 
 def loss_of(network, inputs: dict) -> torch.Tensor:
@@ -151,10 +153,14 @@ def same_state(mine: Sharded, theirs: Sharded) -> None:
         assert a.equal(b) and a.grad is None
 
 
-@pytest.mark.parametrize("stage,precision", [(1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16")])
-def test_replayed_steps_are_the_eager_ones_bit_for_bit(stage, precision):
+@pytest.mark.parametrize(
+    "stage,precision,optimizer",
+    [(1, "fp32", CONFIG), (1, "bf16", CONFIG), (2, "fp32", CONFIG), (2, "bf16", CONFIG), (1, "fp32", MUON)],
+    ids=lambda value: type(value).__name__ if isinstance(value, AdamW) else str(value),
+)
+def test_replayed_steps_are_the_eager_ones_bit_for_bit(stage, precision, optimizer):
     """Twelve steps with dropout, an unused layer, rates that change, clipping, and two steps that must be skipped."""
-    mine, theirs, said = sharded(stage, precision), sharded(stage, precision), []
+    mine, theirs, said = sharded(stage, precision, optimizer), sharded(stage, precision, optimizer), []
     whole = WholeStep(mine, loss_of, said.append, recorder=RunAgain)
     eager = WholeStep(theirs, loss_of, said.append)
     found = run(mine, whole, precision, spoilt=(4, 7))
