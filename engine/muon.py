@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from duotone.data.refusal import Refused
 from duotone.engine.model.blocks import EmbeddingLinear, EndConv
-from duotone.engine.optimizer import AdamW, AdamWEma, parameter_groups
+from duotone.engine.optimizer import AdamWEma, OptimizerConfig, parameter_groups
 
 SCALE = 0.2
 """Root mean square of AdamW's steps, about."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Muon(AdamW):
+class Muon(OptimizerConfig):
     """Jordan et al. 2024 for what acts on pixels and tokens; both ends, layers over time and condition, and vectors by AdamW."""
 
     momentum: float = 0.95

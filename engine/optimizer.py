@@ -37,8 +37,8 @@ class Ema:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW:
-    """Loshchilov and Hutter 2019; biases and norms are not decayed."""
+class OptimizerConfig:
+    """What optimizers share: AdamW's settings, which also those take that move some parameters otherwise, and the schedule."""
 
     lr: float = 1e-4
     """Learning rate after the warm-up."""
@@ -75,12 +75,17 @@ class AdamW:
         progress = (images - self.warmup) / max(1, total - self.warmup)
         return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
-    def build(self, network: nn.Module) -> "AdamWEma":
-        return AdamWEma(parameter_groups(network.parameters(), self.weight_decay), self)
-
     def state_elements(self, network: nn.Module) -> int:
         """Numbers in fp32 that all ranks together keep: weights, both moments, EMA."""
         return 4 * sum(p.numel() for p in network.parameters())
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(OptimizerConfig):
+    """Loshchilov and Hutter 2019; biases and norms are not decayed."""
+
+    def build(self, network: nn.Module) -> "AdamWEma":
+        return AdamWEma(parameter_groups(network.parameters(), self.weight_decay), self)
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
@@ -98,7 +103,7 @@ class AdamWEma(torch.optim.Optimizer):
 
     STATE = ("exp_avg", "exp_avg_sq", "ema")
 
-    def __init__(self, groups: list[dict], config: AdamW):
+    def __init__(self, groups: list[dict], config: OptimizerConfig):
         super().__init__(groups, {"lr": config.lr, "betas": config.betas, "eps": config.eps, "ema_decay": 0.0})
 
     def set(self, *, lr: float, ema_decay: float) -> None:

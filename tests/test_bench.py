@@ -402,3 +402,30 @@ def test_the_loaders_bench_reads_real_shards_by_every_reader(tmp_path):
     started("loader.py", "--rounds", 1, "--seconds", 0.1, "--threads", 1, "--out", tmp_path / "l.json")
     text = (tmp_path / "l.json").read_text()
     assert all(reader in text for reader in ("ours, Pillow", "webdataset + Pillow", "plain DALI"))
+
+
+# ------------------------------------------------------------------------------------------------------- optimizers
+
+
+def test_a_curve_comes_down_to_a_loss_between_its_measurements(bench, tmp_path):
+    optimizers = importlib.import_module("optimizers") if bench("optimizers", "--help")[0] == 0 else None
+    curves = {"AdamW": [(100, 0.8), (400, 0.4)], "Muon": [(100, 0.5), (400, 0.32)]}
+    found = optimizers.found(curves, {"AdamW": 1.0, "Muon": 2.0})
+    assert found["rows"] == [{"images": 100, "AdamW": 0.8, "Muon": 0.5}, {"images": 400, "AdamW": 0.4, "Muon": 0.32}]
+    assert found["muon_reaches_adamws_last_loss_after"] == 200  # 0.5, 0.4, 0.32: half way in both logarithms
+    assert found["share_of_its_images"] == 0.5
+    assert optimizers.images_until(0.3, curves["Muon"]) is None
+    code, _, errors = bench("optimizers", "--scratch", tmp_path, "--images", "100")
+    assert code == 2 and "give a multiple of 192" in errors[0]
+
+
+def test_contenders_train_the_speedruns_network(bench, monkeypatch):
+    """Their flags are a recipe that training takes, alike but for the optimizer."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    optimizers, speedrun = (importlib.import_module(name) for name in ("optimizers", "speedrun"))
+    made = [parse(Recipe, list(c.flags), default=speedrun.recipe) for c in optimizers.CONTENDERS]
+    for recipe in made:
+        recipe.check()
+    assert [type(recipe.optimizer).__name__ for recipe in made] == ["AdamW", "Muon"]
+    assert made[0].optimizer.weight_decay == made[1].optimizer.weight_decay == 0
+    assert replace(made[0], optimizer=made[1].optimizer) == made[1]

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from duotone.engine import checkpoint, speed, update, zero
 from duotone.engine.muon import Muon
-from duotone.engine.optimizer import AdamW
+from duotone.engine.optimizer import AdamW, OptimizerConfig
 from duotone.engine.sharded import Sharded
 from duotone.engine.speed import Choice, Speed
 from duotone.engine.whole_step import WholeStep
@@ -106,7 +106,7 @@ def update_in_one_operator(monkeypatch):
     monkeypatch.setattr(update, "adamw_ema_", noted)
 
 
-def sharded(stage: int, precision: str, optimizer: AdamW = CONFIG) -> Sharded:
+def sharded(stage: int, precision: str, optimizer: OptimizerConfig = CONFIG) -> Sharded:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(7, 33), nn.SiLU(), nn.Dropout(0.2), nn.LayerNorm(33), nn.Linear(33, 5))
     network[1].unused = nn.Linear(3, 3)
@@ -156,7 +156,7 @@ def same_state(mine: Sharded, theirs: Sharded) -> None:
 @pytest.mark.parametrize(
     "stage,precision,optimizer",
     [(1, "fp32", CONFIG), (1, "bf16", CONFIG), (2, "fp32", CONFIG), (2, "bf16", CONFIG), (1, "fp32", MUON)],
-    ids=lambda value: type(value).__name__ if isinstance(value, AdamW) else str(value),
+    ids=lambda value: type(value).__name__ if isinstance(value, OptimizerConfig) else str(value),
 )
 def test_replayed_steps_are_the_eager_ones_bit_for_bit(stage, precision, optimizer):
     """Twelve steps with dropout, an unused layer, rates that change, clipping, and two steps that must be skipped."""

@@ -1,0 +1,114 @@
+"""AdamW against Muon on Fashion-MNIST at 28 px: losses on held-out images, by images and by seconds of a core.
+
+python bench/optimizers.py --scratch DIR                     the speedrun's network, 9,600 images, each contender on a core
+python bench/optimizers.py --scratch DIR --images 48000
+
+Same network, first weights, images and draws; each runs its cosine down to 0. EMA weights are measured, always on the same 1,024
+held-out images and noise, at eight levels that training draws equally often.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from fashion import shards
+from record import machine, refuse, table, write_json
+
+RESULTS = Path(__file__).parent / "results"
+MEASUREMENTS = 6
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    flags: tuple[str, ...]
+
+
+SAME = ("--optimizer.weight-decay", "0", "--optimizer.warmup", "1600")
+# AdamW's rate was the best of 2e-3, 4e-3 and 8e-3; Muon's of 3e-3, 6e-3 and 12e-3.
+CONTENDERS = (
+    Contender("AdamW", ("optimizer:adam-w", "--optimizer.lr", "4e-3", *SAME)),
+    Contender("Muon", ("optimizer:muon", "--optimizer.lr", "3e-3", *SAME)),
+)
+
+
+def started(contender: Contender, scratch: Path, images: int) -> subprocess.Popen:
+    """Its training: the speedrun's recipe in one process on one thread."""
+    every, out = str(images // MEASUREMENTS), scratch / "optimizers" / contender.name
+    flags = ["--data.shards", str(shards(scratch, "train")), "--data.held-out", "0.05", "--images", str(images)]
+    flags += ["--validation.every", every, "--validation.images", "1024", "--checkpoint.every", "0"]
+    flags += ["--out", str(out), "--fresh"]
+    environment = os.environ | {"LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("speedrun.py")), *contender.flags, *flags]
+    scratch.mkdir(parents=True, exist_ok=True)
+    with (scratch / f"optimizers-{contender.name}.log").open("w") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def core_seconds(process: subprocess.Popen) -> float:
+    """What it used until it ended; refuses where it failed."""
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        refuse(f"{' '.join(process.args)} ended with exit code {process.returncode}: its log is in the scratch folder")
+    return used.ru_utime + used.ru_stime
+
+
+def curve(folder: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    return [(line["images"], line["loss"]) for line in lines]
+
+
+def images_until(loss: float, measured: list[tuple[int, float]]) -> float | None:
+    """Where a curve first comes down to a loss, between its measurements by their logarithms."""
+    for (before, above), (after, below) in zip(measured, measured[1:]):
+        if below <= loss <= above:
+            share = math.log(above / loss) / math.log(above / below)
+            return before * (after / before) ** share
+    return None
+
+
+def found(curves: dict[str, list[tuple[int, float]]], seconds: dict[str, float]) -> dict:
+    rows = [{"images": images} for images, _ in curves["AdamW"]]
+    for name, measured in curves.items():
+        for row, (_, loss) in zip(rows, measured, strict=True):
+            row[name] = loss
+    images, loss = curves["AdamW"][-1]
+    needed = images_until(loss, curves["Muon"])
+    return {
+        "rows": rows,
+        "core_seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "muon_reaches_adamws_last_loss_after": needed and round(needed),
+        "share_of_its_images": needed and needed / images,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scratch", type=Path, required=True, help="folder for shards and runs")
+    parser.add_argument("--images", type=int, default=9_600, help="budget of each contender")
+    parser.add_argument("--json", type=Path, default=RESULTS / "optimizers.json")
+    arguments = parser.parse_args()
+    if arguments.images < 1 or arguments.images % (32 * MEASUREMENTS):
+        refuse(f"--images {arguments.images}: give a multiple of {32 * MEASUREMENTS}, the batch times the measurements")
+    shards(arguments.scratch, "train")  # before both ask for them
+    running = {c.name: started(c, arguments.scratch, arguments.images) for c in CONTENDERS}
+    seconds = {name: core_seconds(process) for name, process in running.items()}
+    curves = {name: curve(arguments.scratch / "optimizers" / name) for name in running}
+    result = found(curves, seconds)
+    print(table(result["rows"]))
+    share = result["share_of_its_images"]
+    print(f"core-seconds: {', '.join(f'{name} {used:.0f}' for name, used in seconds.items())}")
+    print(f"AdamW's last loss after {share:.0%} of its images" if share else "AdamW's last loss is not reached")
+    command = f"python bench/optimizers.py --scratch DIR --images {arguments.images}"
+    contenders = {c.name: " ".join(c.flags) for c in CONTENDERS}
+    write_json(arguments.json, {"command": command, "contenders": contenders} | result | {"machine": machine()})
+
+
+if __name__ == "__main__":
+    main()
