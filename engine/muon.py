@@ -1,21 +1,18 @@
 """Muon: matrices move along their orthogonalised momentum, everything else by AdamW, both with one learning rate.
 
 Jordan et al. 2024 (the method and its polynomial), Liu et al. 2025, equation 4 (the scale that makes a step as long as AdamW's).
-A convolution is the matrix of its output channels by all that they read. ZeRO cuts the flat parameters of a group where its
-shards end, so a matrix may lie on several ranks: what is cut is put together by one all-reduce.
-
 K matrices of one shape, M x N; P parameters of one rank's shard.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from duotone.data.refusal import Refused
+from duotone.engine.matrices import Matrices
 from duotone.engine.model.blocks import EmbeddingLinear, EndConv
 from duotone.engine.optimizer import AdamWEma, OptimizerConfig, parameter_groups
 
@@ -68,7 +65,7 @@ def matrices_of(network: nn.Module) -> Iterator[nn.Parameter]:
 def orthogonalised(x_KMN: Tensor, iterations: int) -> Tensor:
     """Singular values brought near 1, singular vectors kept: x <- a x + b (x x') x + c (x x')^2 x, so many times.
 
-    In bf16 on a GPU, where that is twice as fast and enough; a matrix of zeros stays one.
+    In bf16 on a GPU, as by its authors; a matrix of zeros stays one.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x_KMN.shape[1] > x_KMN.shape[2]
@@ -80,13 +77,18 @@ def orthogonalised(x_KMN: Tensor, iterations: int) -> Tensor:
     return (x.mT if tall else x).to(x_KMN.dtype)
 
 
+def step_of(x_KMN: Tensor, iterations: int) -> Tensor:
+    """The step along momentum x, as long as AdamW's at the same learning rate."""
+    return orthogonalised(x_KMN, iterations) * (SCALE * max(x_KMN.shape[1:]) ** 0.5)
+
+
 @torch.no_grad()
 def muon_ema_(
     master_P: Tensor,
     grad_P: Tensor,
     average_P: Tensor,
     emas: list[Tensor],
-    matrices: "Matrices",
+    matrices: Matrices,
     *,
     lr: Tensor,
     momentum: float,
@@ -100,80 +102,9 @@ def muon_ema_(
     taken, exact = grad_scale.isfinite(), master_P.dtype
     grad_P = torch.where(taken, grad_P.to(exact) * grad_scale.to(exact), 0)
     average_P.lerp_(grad_P, ((1 - momentum) * taken).to(exact))
-    along_P = matrices.orthogonalised(grad_P.lerp(average_P, momentum), iterations)
+    step_P = matrices.each(grad_P.lerp(average_P, momentum), partial(step_of, iterations=iterations))
     rate = (lr * taken).to(exact)
-    master_P.mul_(1 - rate * weight_decay).sub_(rate * along_P)
+    master_P.mul_(1 - rate * weight_decay).sub_(rate * step_P)
     for ema_P, decay in zip(emas, ema_decays, strict=True):
         ema_P.lerp_(master_P, ((1 - decay) * taken).to(exact))
     weights_out.copy_(master_P)
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A weight in the flat parameters of its group."""
-
-    rows: int
-    columns: int
-    offset: int
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.rows * self.columns
-
-    def within(self, first: int, last: int) -> slice:
-        """Which of its elements lie between two places of the flat parameters."""
-        return slice(max(first - self.offset, 0), max(min(self.end, last) - self.offset, 0))
-
-
-class Matrices:
-    """The matrices of a group of which this rank's shard holds anything."""
-
-    def __init__(self, shapes: list[torch.Size], offsets: list[int], shard: int, rank: int):
-        """`shard` is how many elements a rank holds."""
-        laid = [Matrix(shape[0], shape[1:].numel(), offset) for shape, offset in zip(shapes, offsets)]
-        self.first, self.last = rank * shard, (rank + 1) * shard
-        self.mine = [m for m in laid if m.offset < self.last and m.end > self.first]
-        self.places: dict[Matrix, int] = {}  # of the cut ones, end to end; the same on every rank
-        self.cut = 0
-        for matrix in laid:
-            if matrix.offset // shard != (matrix.end - 1) // shard:
-                self.places[matrix] = self.cut
-                self.cut += matrix.rows * matrix.columns
-
-    def orthogonalised(self, flat_P: Tensor, iterations: int) -> Tensor:
-        """The shard with each matrix orthogonalised and scaled; zeros where it is padded."""
-        out_P, alike = torch.zeros_like(flat_P), defaultdict(list)
-        for matrix, value_MN in self.whole(flat_P):
-            alike[value_MN.shape].append((matrix, value_MN))
-        for (rows, columns), pairs in alike.items():
-            x_KMN = orthogonalised(torch.stack([value_MN for _, value_MN in pairs]), iterations)
-            for (matrix, _), x_MN in zip(pairs, x_KMN * (SCALE * max(rows, columns) ** 0.5)):
-                self.part(out_P, matrix).copy_(x_MN.flatten()[matrix.within(self.first, self.last)])
-        return out_P
-
-    def whole(self, flat_P: Tensor) -> Iterator[tuple[Matrix, Tensor]]:
-        """Each of its matrices, with what the other ranks hold of it."""
-        together = self.put_together(flat_P)
-        for matrix in self.mine:
-            if matrix in self.places:
-                place = self.places[matrix]
-                value = together[place : place + matrix.rows * matrix.columns]
-            else:
-                value = self.part(flat_P, matrix)
-            yield matrix, value.view(matrix.rows, matrix.columns)
-
-    def put_together(self, flat_P: Tensor) -> Tensor:
-        """The matrices that lie on several ranks, end to end: every rank adds its parts to zeros."""
-        together = flat_P.new_zeros(self.cut)
-        for matrix in self.mine:
-            if matrix in self.places:
-                held, place = matrix.within(self.first, self.last), self.places[matrix]
-                together[place + held.start : place + held.stop] = self.part(flat_P, matrix)
-        if self.cut:
-            dist.all_reduce(together)
-        return together
-
-    def part(self, flat_P: Tensor, matrix: Matrix) -> Tensor:
-        """Where the shard holds it, whole or in part."""
-        held = matrix.within(self.first, self.last)
-        return flat_P[matrix.offset + held.start - self.first : matrix.offset + held.stop - self.first]

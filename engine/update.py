@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from duotone.engine import zero
-from duotone.engine.muon import Matrices, muon_ema_
+from duotone.engine.matrices import Matrices
+from duotone.engine.muon import muon_ema_
 from duotone.engine.optimizer import AdamWEma
 from duotone.kernels.adamw_ema import adamw_ema_
 from duotone.kernels.squared_norm import squared_norm

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from duotone.engine import memory, zero
 from duotone.engine.artifact import build
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.label import Label
+from duotone.engine.matrices import Matrices
 from duotone.engine.model.unet import UNetConfig
-from duotone.engine.muon import Matrices, Muon, matrices_of, orthogonalised
+from duotone.engine.muon import Muon, matrices_of, orthogonalised, step_of
 from duotone.engine.optimizer import AdamW
 from duotone.engine.recipe import Recipe
 from duotone.engine.sharded import Sharded
@@ -147,14 +149,15 @@ def test_shards_put_together_what_is_cut(ranks, monkeypatch):
     shard = -(-length // ranks) + 1  # padded at its end, as DeepSpeed does
     flat_P = torch.zeros(ranks * shard)
     flat_P[:length] = torch.randn(length)
-    whole = Matrices(shapes, offsets, len(flat_P), 0).orthogonalised(flat_P, 5)
+    step = partial(step_of, iterations=5)
+    whole = Matrices(shapes, offsets, len(flat_P), 0).each(flat_P, step)
     parts, rows = flat_P.split(shard), [Matrices(shapes, offsets, shard, rank) for rank in range(ranks)]
     given: list[torch.Tensor] = []
     monkeypatch.setattr("torch.distributed.all_reduce", lambda t: given.append(t.clone()))
     for mine, part_P in zip(rows, parts):
         mine.put_together(part_P)
     monkeypatch.setattr("torch.distributed.all_reduce", lambda t: t.copy_(sum(given)))
-    together = torch.cat([mine.orthogonalised(part_P, 5) for mine, part_P in zip(rows, parts)])
+    together = torch.cat([mine.each(part_P, step) for mine, part_P in zip(rows, parts)])
     assert together.equal(whole)
     assert (rows[0].cut > 0) == (ranks > 1) and together[length:].count_nonzero() == 0
 
