@@ -77,7 +77,7 @@ def stages(out: Path) -> list[Stage]:
         Stage("demo", (*recipe, "--out", str(out / "captioned_shapes")), 5, TRAINING),
         Stage("guidance", bench("sampling", "guidance", "--run", str(out / "captioned_shapes"), "--quality"), 5, TRAINING),
         Stage("reference", (*recipe, "--small", "--out", str(out / "reference"), *reference(out)), 20, TRAINING),
-        Stage("whole step", (python, "-m", "pytest", "tests/engine/test_whole_step.py", "-m", "gpu", "-q"), 3, ("pytest", *TRAINING)),
+        Stage("whole step", (python, "-m", "pytest", "tests/engine/test_whole_step.py", "tests/engine/test_muon.py", "-m", "gpu", "-q"), 3, ("pytest", *TRAINING)),
         Stage("reference whole", (*recipe, "--small", "--out", str(out / "reference_whole"), *reference(out), "--speed.whole-step"), 10, TRAINING),
     ]  # fmt: skip
 

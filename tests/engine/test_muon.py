@@ -64,6 +64,15 @@ def test_singular_values_pass_through_the_polynomial_and_vectors_stay(shape):
     assert orthogonalised(torch.zeros(shape), 5).count_nonzero() == 0
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_the_polynomial_runs_in_bf16():
+    torch.manual_seed(0)
+    x_KMN = torch.randn(3, 64, 576)
+    on_gpu = orthogonalised(x_KMN.cuda(), 5)
+    assert on_gpu.dtype == torch.float32
+    assert (on_gpu.cpu() - orthogonalised(x_KMN, 5)).norm() < 0.05 * on_gpu.norm()
+
+
 def test_it_moves_what_acts_on_pixels_and_tokens_and_adamw_the_rest():
     network = network_of()
     names = {id(p): name for name, p in network.named_parameters()}
