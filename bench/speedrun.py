@@ -107,7 +107,7 @@ recipe = Recipe(
         film=True,
         time_width=256,
     ),
-    # AdamW needs more than twice the images for the same loss.
+    # AdamW needs three times the images for the same loss (optimizers.json).
     optimizer=Muon(lr=3e-3, weight_decay=0.0, clip=1.0, warmup=3_200, schedule="cosine"),
     ema=Ema(half_life=6_400, rampup=0.1),
     batch_size=32,

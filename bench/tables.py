@@ -207,6 +207,14 @@ def blocks() -> str:
     return table(head, cells) + source(path)
 
 
+def optimizers() -> str:
+    path, result = RESULTS / "optimizers.json", json.loads((RESULTS / "optimizers.json").read_text())
+    used, rows = result["core_seconds"], result["rows"]
+    cells = [[f"{row['images']:,}", *(f"{row[name]:.3f}" for name in used)] for row in rows]
+    cells.append(["core-seconds", *(f"{seconds:,.0f}" for seconds in used.values())])
+    return table(["images", *(f"{name}: loss" for name in used)], cells) + source(path)
+
+
 def bugs() -> str:
     path, result = newest("bugs-*.json")
     rows, brightness = {row["bug"]: row for row in result["results"]}, result["brightness_of_test_images"]
@@ -255,6 +263,7 @@ PAGES = {
         "switches": switches,
         "norms": norms,
         "blocks": blocks,
+        "optimizers": optimizers,
     },
     "docs/bugs.md": {"bugs": bugs, "bugs_in_training": bugs_in_training},
 }
