@@ -408,7 +408,7 @@ def test_the_loaders_bench_reads_real_shards_by_every_reader(tmp_path):
 
 
 def test_a_curve_comes_down_to_a_loss_between_its_measurements(bench, tmp_path):
-    optimizers = importlib.import_module("optimizers") if bench("optimizers", "--help")[0] == 0 else None
+    optimizers = importlib.import_module("optimizers")
     curves = {"AdamW": [(100, 0.8), (400, 0.4)], "Muon": [(100, 0.5), (400, 0.32)]}
     found = optimizers.found(curves, {"AdamW": 1.0, "Muon": 2.0})
     assert found["rows"] == [{"images": 100, "AdamW": 0.8, "Muon": 0.5}, {"images": 400, "AdamW": 0.4, "Muon": 0.32}]
@@ -419,9 +419,8 @@ def test_a_curve_comes_down_to_a_loss_between_its_measurements(bench, tmp_path):
     assert code == 2 and "give a multiple of 192" in errors[0]
 
 
-def test_contenders_train_the_speedruns_network(bench, monkeypatch):
+def test_contenders_train_the_speedruns_network(bench):
     """Their flags are a recipe that training takes, alike but for the optimizer."""
-    monkeypatch.syspath_prepend(str(BENCH))
     optimizers, speedrun = (importlib.import_module(name) for name in ("optimizers", "speedrun"))
     made = [parse(Recipe, list(c.flags), default=speedrun.recipe) for c in optimizers.CONTENDERS]
     for recipe in made:
