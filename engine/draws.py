@@ -5,6 +5,7 @@ So a run resumes from one integer, and draws do not depend on ranks, workers or 
 
 import math
 from enum import IntEnum
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -33,9 +34,23 @@ class Purpose(IntEnum):
     DROPOUT = 12
 
 
+BLOCK = 4096
+"""Positions whose numbers are made at once: steps of a small network would wait for them longer than for the network."""
+
+
 def uniform(seed: int, positions_N: np.ndarray, purpose: Purpose, count: int = 1) -> Tensor:
     """`count` numbers in (0, 1) for each position, (N, count) float64."""
-    return uniform_reference(seed, torch.as_tensor(positions_N, dtype=torch.int64), int(purpose), count)
+    positions_N = np.asarray(positions_N, dtype=np.int64)
+    first = positions_N[0] // BLOCK if len(positions_N) else 0
+    places_N = positions_N - first * BLOCK
+    if not len(positions_N) or places_N.min() < 0 or places_N.max() >= BLOCK:
+        return uniform_reference(seed, torch.from_numpy(positions_N), int(purpose), count)
+    return _block(seed, int(first), int(purpose), count)[torch.from_numpy(places_N)]
+
+
+@lru_cache(maxsize=32)
+def _block(seed: int, block: int, purpose: int, count: int) -> Tensor:
+    return uniform_reference(seed, torch.arange(block * BLOCK, (block + 1) * BLOCK), purpose, count)
 
 
 def stratified(u_N: Tensor, positions_N: np.ndarray, batch: int) -> Tensor:
@@ -50,9 +65,11 @@ def stratified(u_N: Tensor, positions_N: np.ndarray, batch: int) -> Tensor:
     return (stratum_N + u_N) / batch
 
 
-def normal(seed: int, positions_N: np.ndarray, purpose: Purpose, count: int) -> Tensor:
-    """`count` standard normal numbers for each position, (N, count) fp32."""
-    return normal_reference(seed, torch.as_tensor(positions_N, dtype=torch.int64), int(purpose), count)
+def normal(
+    seed: int, positions_N: np.ndarray, purpose: Purpose, count: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """`count` standard normal numbers for each position, (N, count) fp32; every device makes the same ones."""
+    return normal_reference(seed, torch.as_tensor(positions_N, dtype=torch.int64).to(device), int(purpose), count)
 
 
 def seed_dropout(seed: int, positions_N: np.ndarray) -> None:

@@ -37,6 +37,7 @@ from duotone.engine.recipe import Recipe
 from duotone.engine.sample import sample
 from duotone.engine.speed import Speed
 from duotone.engine.train import Run, micro_step, noise_levels, train
+from duotone.kernels.philox import uniform_reference
 
 FACTS = Facts(classes=("cat", "dog", "bird"), attributes=("round", "red"))
 PICTURE = np.full((8, 8, 3), (220, 90, 30), dtype=np.uint8)
@@ -237,6 +238,22 @@ def test_guidance_free_network_is_guided_in_one_forward():
         sample(model, labels=[0], guidance=0.5, steps=1)
     with pytest.raises(Refused, match="guidance needs a condition"):
         sample(model, count=1, guidance=2.0, steps=1)
+
+
+@pytest.mark.parametrize("first", [0, draws.BLOCK - 3, 2**32 - 2, 2**33 + 5])
+def test_numbers_are_functions_of_their_position_however_many_are_made_at_once(first):
+    """Within one block, over its end, out of order and far apart."""
+    for positions_N in (
+        first + np.arange(7),
+        first + np.array([6, 0, 3]),
+        np.array([first + 5, 2**40, 1]),
+        np.array([], int),
+    ):
+        expected = uniform_reference(3, torch.as_tensor(positions_N), int(draws.Purpose.CROP), 2)
+        found = draws.uniform(3, positions_N, draws.Purpose.CROP, 2)
+        assert torch.equal(found, expected)
+        found += 1  # what is given out is the caller's own
+        assert torch.equal(draws.uniform(3, positions_N, draws.Purpose.CROP, 2), expected)
 
 
 def test_stratified_levels_fall_one_to_a_stratum_in_every_batch():
