@@ -9,7 +9,8 @@ rate, EMA decay, how many steps were taken) lives in tensors on the device, whic
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from duotone.engine import zero
@@ -29,6 +30,10 @@ class WholeStep:
         """`loss_of(network, inputs)` is the loss of a tree of tensors; `recorder(function, tensors)` makes the replay."""
         self.sharded, self.loss_of, self.say, self.recorder = sharded, loss_of, say, recorder
         self.form = self.replay = None
+        self.bare = Bare(sharded.engine.module)
+        self.leaves = {name: leaf_of(p) for name, p in self.bare.named_parameters()}
+        trained = {id(p): self.leaves[name] for name, p in self.bare.named_parameters()}
+        self.trained = [trained[id(p)] for p in sharded.update.parameters()]
 
     def __call__(self, inputs: dict) -> Tensor:
         """The loss of the step taken; inputs of another form than the first ones are taken eagerly."""
@@ -57,9 +62,12 @@ class WholeStep:
     def recorded(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         """What is recorded: the loss and the squared norm of its gradients, after the update."""
         update = self.sharded.update
-        # Not the engine and not the module itself: both have DeepSpeed's hooks.
-        loss = self.loss_of(self.sharded.engine.module.forward, tree_unflatten(tensors, self.form[0]))
-        gradients = torch.autograd.grad(loss, update.parameters(), allow_unused=True)
+
+        def network(*inputs):
+            return functional_call(self.bare, self.leaves, inputs)
+
+        loss = self.loss_of(network, tree_unflatten(tensors, self.form[0]))
+        gradients = torch.autograd.grad(loss, self.trained, allow_unused=True)
         return loss.detach(), update.apply(update.laid_flat(gradients))
 
     # ------------------------------------------------------------------------------------------------ the first step
@@ -83,6 +91,26 @@ class WholeStep:
             self.replay = None
             self.say(f"speed.whole_step: steps are taken one launch at a time, since the recording failed ({wrong[0]})")
         return loss
+
+
+class Bare(nn.Module):
+    """A module without its own hooks, which are DeepSpeed's."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *inputs):
+        return self.inner.forward(*inputs)
+
+
+def leaf_of(parameter: nn.Parameter) -> nn.Parameter:
+    """The same memory as a leaf of its own.
+
+    DeepSpeed keeps the node that gathers a parameter's gradient, and with it the stream that the node was made on: work of
+    that stream cannot be part of a recording.
+    """
+    return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
 
 
 class State:
