@@ -3,6 +3,7 @@
 N images, H x W pixels, C channels.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -212,11 +213,20 @@ def run(
     return pixels(x_NCHW)
 
 
+AT_ONCE = 2**20
+"""Numbers of noise that are made together: each takes some hundred bytes on the way."""
+
+
 def noise(seeds: list[tuple[int, int]], purpose: draws.Purpose, step: int, shape: tuple, device) -> Tensor:
     """Normal noise of each image from its own (seed, number) and the step: the same whatever the batch."""
     _, c, h, w = shape
-    rows = [draws.normal(seed, np.array([number * 2**32 + step]), purpose, c * h * w) for seed, number in seeds]
-    return torch.cat(rows).view(len(seeds), h, w, c).permute(0, 3, 1, 2).to(device)
+    rows, most = [], max(1, AT_ONCE // (c * h * w))
+    for seed, alike in itertools.groupby(seeds, key=lambda pair: pair[0]):
+        positions = [number * 2**32 + step for _, number in alike]
+        for first in range(0, len(positions), most):
+            some_N = np.array(positions[first : first + most])
+            rows.append(draws.normal(seed, some_N, purpose, c * h * w, device))
+    return torch.cat(rows).view(len(seeds), h, w, c).permute(0, 3, 1, 2)
 
 
 def image_shape(model: Model, size: int | tuple[int, int] | None) -> tuple[int, int, int]:
