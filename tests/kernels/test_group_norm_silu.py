@@ -375,14 +375,18 @@ def test_joined_with_gradients_of_any_stride(name, border, layout, device, agree
     compare_joined(case, inputs, agree, launching, gradients=gradients)
 
 
-def test_joined_gives_the_bits_of_the_norm_of_the_concatenation(device, launching):
+def test_joined_is_the_norm_of_the_concatenation(device, launching):
+    """Bit for bit as interpreted; compiled, each of the two kernels contracts products and sums in its own way."""
     case = BY_NAME["chunks"]
     inputs = draw(case, device, torch.bfloat16)
     inputs["x_NCHW"] = channels_last(inputs["x_NCHW"])
     with launching(NAME, launches=4), torch.no_grad():
         whole = group_norm_silu(**inputs, groups=case.groups)
         y_NCHW, joined_NCHW = joined_group_norm_silu(**in_parts(inputs, 20), groups=case.groups)
-    assert y_NCHW.equal(whole) and joined_NCHW.equal(inputs["x_NCHW"])
+    assert joined_NCHW.equal(inputs["x_NCHW"])
+    if device == "cpu":
+        assert y_NCHW.equal(whole)
+    torch.testing.assert_close(y_NCHW, whole, rtol=2**-7, atol=1e-5)
 
 
 def test_joined_without_a_gradient_of_its_own(device, agree, launching):
@@ -420,9 +424,12 @@ def test_a_network_whose_norms_join_skips_is_the_same_network(in_turns, checkpoi
             found.append([y_NCHW, *torch.autograd.grad(y_NCHW, unet.parameters(), dy_NCHW)])
         counts.append(dispatch.launches[NAME] - before)
     assert counts[0] == counts[1], "joining takes no launch of its own"
-    assert found[0][0].equal(found[1][0])
+    if device == "cpu":
+        assert found[0][0].equal(found[1][0])
+    # A GPU's convolutions round what they multiply to 10 bits, and so make of a last bit a larger difference.
+    rtol, off = (1e-4, 1e-5) if device == "cpu" else (1e-2, 2e-3)
     for mine, expected in zip(found[1], found[0]):
-        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+        torch.testing.assert_close(mine, expected, rtol=rtol, atol=off * expected.abs().max().item())
 
 
 @pytest.mark.parametrize(
