@@ -41,25 +41,59 @@ def demo() -> str:
 
 
 def kernels() -> str:
-    path, result = newest("throughput-cpu-*.json")
-    rows = []
-    for row in result["results"]:
-        launches = [launch for launch in row["launches"] if launch["chip"] == "sm_90"]
-        if launches:
-            rows.append(
-                [
-                    row["kernel"],
-                    row["case"],
-                    row["dtype"],
-                    str(len(launches)),
-                    str(max(launch["registers"] for launch in launches)),
-                    str(sum(launch["spilled_bytes"] for launch in launches)),
-                    row["gpu"],
-                ]
-            )
-    return table(["kernel", "case", "type", "launches", "registers (sm_90)", "spilled bytes", "GPU"], rows) + source(
-        path
-    )
+    """What the compiler says of every launch, and a GPU's times beside everyone else's."""
+    path, compiled = newest("throughput-cpu-*.json")
+    gpu_path, timed = newest("throughput-nvidia-*.json")
+    launched = {(row["kernel"], row["case"]): row["launches"] for row in compiled["results"]}
+    rows = [
+        [row["kernel"], row["case"], *occupied(launched.get((row["kernel"], row["case"]), [])), *beside_others(row)]
+        for row in timed["results"]
+    ]
+    name = timed["machine"]["device"]
+    head = ["kernel", "case", "launches", "registers", "spilled bytes", f"ms, {name}", "eager", "torch.compile"]
+    return table([*head, "the fastest other"], rows) + source(gpu_path) + source(path)
+
+
+def occupied(launches: list[dict]) -> list[str]:
+    """Launches, registers and spilled bytes on Hopper; other people's kernels have none here."""
+    here = [launch for launch in launches if launch["chip"] == "sm_90"]
+    most = [str(max(launch[name] for launch in here)) if here else "" for name in ("registers", "spilled_bytes")]
+    return [str(len(here)) if here else "", *most]
+
+
+def beside_others(row: dict) -> list[str]:
+    """Our milliseconds, and the others' as multiples of them."""
+    if "milliseconds" not in row:
+        return [f"failed: {row['failed']}", "", "", ""]
+    times = {name: time["median"] for name, time in row["milliseconds"].items()}
+    ours = times.pop("ours")
+    times.pop("in turns", None)
+    named = [f"{times[name] / ours:.2f}x" if name in times else "" for name in ("eager", "compiled")]
+    fastest = min(times, key=times.get, default=None)
+    return [f"{ours:.3g}", *named, f"{times[fastest] / ours:.2f}x ({fastest})" if fastest else ""]
+
+
+def promised() -> str:
+    path, result = newest("throughput-nvidia-*.json")
+    rows = [
+        [row["bar"], f"{row['found']:.2f}", row["wanted"], "yes" if row["holds"] else "no"] for row in result["bars"]
+    ]
+    return table(["", "found", "promised", "holds"], rows) + source(path)
+
+
+def predicted() -> str:
+    """The ledger's times, made before any GPU was there, against what one took."""
+    path, ledger = newest("ledger.json")
+    _, timed = newest("throughput-nvidia-*.json")
+    found = {(row["kernel"], row["case"]): row for row in timed["results"]}
+    by_kernel: dict[str, list[float]] = {}
+    for row in ledger["rows"]:
+        there = found.get((row["kernel"], row["case"]), {}).get("milliseconds")
+        if there:
+            foretold = row["predicted_microseconds"]["H100 SXM"]
+            by_kernel.setdefault(row["kernel"], []).append(1e3 * there["ours"]["median"] / foretold)
+    rows = [[name, str(len(of)), f"{min(of):.2f} to {max(of):.2f}"] for name, of in by_kernel.items()]
+    return table(["kernel", "cases", "time over the predicted one"], rows) + source(path)
 
 
 def loader() -> str:
@@ -262,6 +296,8 @@ PAGES = {
         "confirmed": confirmed,
         "switches": switches,
         "norms": norms,
+        "promised": promised,
+        "predicted": predicted,
         "blocks": blocks,
         "optimizers": optimizers,
     },

@@ -94,8 +94,11 @@ def difference(subject, call, case, dtype, device) -> float:
     clones = {name: _clone(value) for name, value in inputs.items()}
     mine = (*forward_backward(call, inputs)(), *_numbers(inputs))  # some are updated in place
     truth = (*forward_backward(subject.reference, clones)(), *_numbers(clones))
-    errors = [(a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-20) for a, b in zip(mine, truth)]
-    return max(float(error) for error in errors)
+    errors = [
+        (a.detach().double() - b.detach().double()).norm() / b.double().norm().clamp(min=1e-20)
+        for a, b in zip(mine, truth)
+    ]
+    return max(error.item() for error in errors)
 
 
 def _numbers(inputs):
@@ -158,7 +161,8 @@ def _print_gpu(results, ceiling):
     print("\n" + table(bars(results, ceiling)))
 
 
-def _draw_chart(results, ceiling, path):
+def _draw_chart(results, path):
+    """A line for each case, and on it everyone's time as a multiple of ours."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -166,22 +170,20 @@ def _draw_chart(results, ceiling, path):
 
     results = timed(results)
     names = list(dict.fromkeys(name for result in results for name in result["milliseconds"]))
-    figure, axes = pyplot.subplots(figsize=(10, 1 + 0.35 * len(results) * len(names)))
+    figure, axes = pyplot.subplots(figsize=(13, 2 + 0.24 * len(results)))
     for index, name in enumerate(names):
-        at = [i + index / (len(names) + 1) for i, r in enumerate(results) if name in r["milliseconds"]]
-        axes.barh(
-            at,
-            [r["gigabytes_per_second"][name] for r in results if name in r["milliseconds"]],
-            0.8 / len(names),
-            label=name,
-        )
-    axes.axvline(ceiling, color="black", linestyle="--", label="copy, same process")
+        here = [(row, r["milliseconds"]) for row, r in enumerate(results) if name in r["milliseconds"]]
+        times = [of_all[name]["median"] / of_all["ours"]["median"] for _, of_all in here]
+        axes.scatter(times, [row for row, _ in here], label=name, marker="os^Dv*P"[index % 7], zorder=2)
     axes.set_yticks(range(len(results)), [f"{r['kernel']} {r['case']}" for r in results])
+    axes.grid(axis="both", alpha=0.3)
     axes.invert_yaxis()
-    axes.set_xlabel("bytes that must move / time, GB/s")
-    axes.legend()
+    axes.set_xscale("log")
+    axes.set_xticks([0.5, 1, 2, 4, 8, 16, 32], ["0.5", "1", "2", "4", "8", "16", "32"])
+    axes.set_xlabel("time, as a multiple of ours")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize="small")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
 
 
 def _parse():
@@ -225,7 +227,7 @@ def main():
         write_json(path, record)
     if on_gpu:
         _print_gpu(results, ceiling)
-        _draw_chart(results, ceiling, path.with_suffix(".png"))
+        _draw_chart(results, path.with_suffix(".png"))
     else:
         _print_cpu(results)
     print(f"\nrecord: {path}")

@@ -125,14 +125,16 @@ def flops(unet, batch: dict) -> int:
 def measure(unet, setting: Setting) -> dict:
     steps = contenders(unet, setting)
     first = next(batches(unet.config, setting.size, 1, setting.batch, setting.device))
-    counted = {name: before_timing(steps[name].unet, first, setting) for name in (THEIRS, OURS)}
     work, rate = flops(steps[THEIRS].unet, first), matmul_rate(setting.device)
     began, loads = time.monotonic(), [load_average()]
     race(steps, unet.config, setting)
     loads.append(load_average())
     rows = {name: row_of(step, steps[THEIRS], setting, first, work, rate) for name, step in steps.items()}
+    print(table([{"contender": name, "ms": row["milliseconds"]} for name, row in rows.items()]), flush=True)
     for name in (THEIRS, OURS):
-        rows[name] |= counted[name] | profiled(lambda step=steps[name]: step(first), setting.device)
+        rows[name] |= counted(steps[name].unet, first, setting) | profiled(
+            lambda step=steps[name]: step(first), setting.device
+        )
     return {
         "contenders": rows,
         "largest_loss_difference": max(abs(a - b) for a, b in zip(steps[THEIRS].losses, steps[OURS].losses)),
@@ -145,7 +147,7 @@ def measure(unet, setting: Setting) -> dict:
     }
 
 
-def before_timing(unet, batch: dict, setting: Setting) -> dict:
+def counted(unet, batch: dict, setting: Setting) -> dict:
     return {"counted": summary(counts_of(unet, batch), setting.batch), "compiler": graphs(unet, batch)}
 
 
