@@ -188,10 +188,10 @@ def gather_weights(partitioned) -> None:
 def rank_0_first(ranks: Ranks):
     """Work that rank 0 does before the others look at its result."""
     if ranks.rank:
-        dist.barrier()
+        wait()
     yield
     if not ranks.rank:
-        dist.barrier()
+        wait()
 
 
 def mean(value: Tensor) -> Tensor:
@@ -202,7 +202,8 @@ def mean(value: Tensor) -> Tensor:
 
 
 def wait() -> None:
-    dist.barrier()
+    # Without a device NCCL guesses one, and says so in four lines.
+    dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 def gathered(mine: list) -> list:
