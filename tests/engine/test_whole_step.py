@@ -174,6 +174,34 @@ def test_replayed_steps_are_the_eager_ones_bit_for_bit(stage, precision, optimiz
     same_state(mine, theirs)
 
 
+def gathered_in(loss: torch.Tensor) -> set[int]:
+    """Where the graph of a loss gathers gradients: the identities of its leaves."""
+    nodes, leaves = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    return leaves
+
+
+def test_a_recording_gathers_gradients_in_leaves_of_its_own():
+    """A node that DeepSpeed keeps belongs to the stream that it was made on, and a GPU records none of that stream's work."""
+    made, met = sharded(1, "fp32"), []
+
+    def watched(network, inputs: dict) -> torch.Tensor:
+        loss = loss_of(network, inputs)
+        met.append(gathered_in(loss))
+        return loss
+
+    whole = WholeStep(made, watched, pytest.fail, recorder=RunAgain)
+    run(made, whole, "fp32")
+    eagerly, *recorded = met
+    own = {id(p) for p in made.engine.module.parameters()}
+    assert eagerly <= own and len(recorded) >= STEPS
+    assert all(leaves and leaves.isdisjoint(own) for leaves in recorded)
+
+
 def test_a_step_can_be_taken_eagerly_between_replayed_ones():
     """Inputs of another form, or a run that goes on without its recording."""
     mine, theirs = sharded(1, "fp32"), sharded(1, "fp32")
