@@ -53,7 +53,7 @@ from duotone.engine.speed import Speed
 RESULTS = Path(__file__).parent / "results" / "speedrun"
 LEAST_ACCURACY, MOST_RATIO = 0.9, 1.5
 IMAGES, CHECKS, SEED = 576_000, 3, 1
-# A GPU spends as long on twice the batch; what it would compile takes longer than its whole training.
+# Twice the batch, and nothing compiled, which takes a minute: what suits a GPU best is not yet measured.
 ON_A_GPU = ("--batch-size", "64", "--speed.whole-step", "--speed.compile", "False")
 IMAGES_ON_A_GPU = 1_152_000
 TOLD = ("loss", "grad_norm", "learning_rate", "images_per_second")
@@ -127,7 +127,7 @@ recipe = Recipe(
 
 def engine_side(scratch: Path, course: Course, images: int) -> dict:
     """Trains by the recipe above, a rank on each core or one on the GPU, and measures the EMA of every checkpoint."""
-    out, between = scratch / "engine", images // CHECKS
+    out, between = scratch / f"engine{where()}", images // CHECKS  # each device has weights and a clock of its own
     launcher = (sys.executable, "-m", "deepspeed.launcher.runner")  # of this environment, activated or not
     ranks, switches = ("1", ON_A_GPU) if parsed().device == "cuda" else ("2", ())
     command = [
@@ -141,7 +141,7 @@ def engine_side(scratch: Path, course: Course, images: int) -> dict:
     ]
     command += ["--images", str(images), "--checkpoint.every", str(between), "--out", str(out)]
     command += ["--checkpoint.stop-after", str(parsed().minutes)]
-    log = scratch / "engine.log"
+    log = out.with_suffix(".log")
     goes_on = log.with_suffix(".json").exists() and not (out / "ema.safetensors").exists()
     clock = clocked([*command, *([] if goes_on else ["--fresh"])], log, goes_on)
     if not (out / "ema.safetensors").exists():
@@ -351,15 +351,23 @@ def record(side: str, course: Course, checks: list[dict], clock: Clock, sampling
     }
 
 
+def where() -> str:
+    return "-gpu" if parsed().device == "cuda" else ""
+
+
 def usual_images() -> int:
     return IMAGES_ON_A_GPU if parsed().device == "cuda" else IMAGES
 
 
 def name(side: str) -> str:
     """Of a side's record; what was trained before and is measured once more overwrites none, nor does other noise."""
-    where = "-gpu" if parsed().device == "cuda" else ""
     again = "-again" if parsed().again else ""
-    return side + where + again + (f"-noise-{parsed().seed}" if parsed().seed != SEED else "")
+    return (
+        side
+        + (where() if side == "engine" else "")
+        + again
+        + (f"-noise-{parsed().seed}" if parsed().seed != SEED else "")
+    )
 
 
 def picture(drawn: np.ndarray, side: str) -> None:
@@ -370,6 +378,8 @@ def picture(drawn: np.ndarray, side: str) -> None:
 
 
 def race(arguments: argparse.Namespace) -> None:
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        refuse("--device cuda: torch finds no CUDA device; leave it out to train on two CPU cores")
     course = Course.laid(arguments.scratch)
     print(f"classifier {course.judge.accuracy}; floor {course.floor:.3f}, bar {MOST_RATIO * course.floor:.3f}")
     for side in ("engine", "notebook") if arguments.side == "both" else (arguments.side,):

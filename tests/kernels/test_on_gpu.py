@@ -58,29 +58,31 @@ def both_passes(function, leaves, gradient):
     return out, *torch.autograd.grad(out, leaves, gradient)
 
 
-# Sums in another order: opcheck's own tolerance is a rounding or two.
-opcheck = partial(torch.library.opcheck, rtol=1e-4, atol=1e-4)
+SUMMED = {"rtol": 1e-5, "atol": 1e-4}
+"""For gradients that were summed in another order: 3.5e-6 apart on an H200, where opcheck's own bound is 1.3e-6."""
 
 
 def test_operators_are_sound():
     inputs = norm_inputs(torch.float32, images=2, channels=32, side=8)
     x_NCHW, *rest = inputs
-    opcheck(torch.ops.duotone.group_norm_silu.default, (x_NCHW, None, *rest, 8, 1e-5, True, False))
+    torch.library.opcheck(torch.ops.duotone.group_norm_silu.default, (x_NCHW, None, *rest, 8, 1e-5, True, False))
     x_NCHW, *rest = norm_inputs(torch.float32, images=2, channels=64, side=40)
-    opcheck(torch.ops.duotone.group_norm_silu.default, (x_NCHW, None, *rest, 8, 1e-5, True, True))
+    torch.library.opcheck(
+        torch.ops.duotone.group_norm_silu.default, (x_NCHW, None, *rest, 8, 1e-5, True, True), **SUMMED
+    )
     parts = [part.detach().clone(memory_format=torch.channels_last) for part in x_NCHW.tensor_split([20], dim=1)]
     parts = [part.requires_grad_() for part in parts]
-    opcheck(torch.ops.duotone.group_norm_silu.default, (*parts, *rest, 8, 1e-5, True, False))
+    torch.library.opcheck(torch.ops.duotone.group_norm_silu.default, (*parts, *rest, 8, 1e-5, True, False))
     tokens, mask_NM = attention_inputs(images=3, queries=40)
-    opcheck(torch.ops.duotone.attention.default, (*tokens, mask_NM, 0.125))
+    torch.library.opcheck(torch.ops.duotone.attention.default, (*tokens, mask_NM, 0.125))
     image = torch.zeros(2, 8, 8, 3, dtype=torch.uint8, device="cuda")
     few = [torch.zeros(2, dtype=kind, device="cuda") for kind in (torch.bool, torch.int64)]
     coefficients = torch.ones(2, 4, device="cuda")
     arguments = (image, few[0], coefficients, 3, few[1], 1, torch.bfloat16)
-    opcheck(torch.ops.duotone.diffuse.default, arguments)
+    torch.library.opcheck(torch.ops.duotone.diffuse.default, arguments)
     per_image = [torch.ones(2, device="cuda") for _ in range(3)]
     prediction, x_NCHW = (torch.randn(n, 3, 8, 8, device="cuda") for n in (4, 2))
-    opcheck(torch.ops.duotone.guided_step.default, (prediction, x_NCHW, *per_image, 0.7))
+    torch.library.opcheck(torch.ops.duotone.guided_step.default, (prediction, x_NCHW, *per_image, 0.7))
 
 
 def test_a_gpu_draws_the_numbers_of_a_cpu():
@@ -93,8 +95,8 @@ def test_update_operators_are_sound():
     flat = [torch.rand(5000, device="cuda") for _ in range(5)]
     numbers, weights = torch.rand(5, device="cuda"), torch.empty(5000, device="cuda", dtype=torch.bfloat16)
     options = (flat[4:], weights, numbers, 0.9, 0.999, 1e-8, 0.1)
-    opcheck(torch.ops.duotone.adamw_ema_.default, (*flat[:4], *options))
-    opcheck(torch.ops.duotone.squared_norm.default, (flat[0],))
+    torch.library.opcheck(torch.ops.duotone.adamw_ema_.default, (*flat[:4], *options))
+    torch.library.opcheck(torch.ops.duotone.squared_norm.default, (flat[0],))
 
 
 def test_norm_of_gradients_gives_the_same_bits_again():
