@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -616,6 +617,23 @@ def test_the_way_back_from_noise_begins_at_the_given_images_chunk_by_chunk(monke
     noise_NCHW = torch.randn(5, 1, 4, 4)
     begun = torch.cat([under(None, part_NCHW, None) for part_NCHW in noise_NCHW.split(3)])
     assert np.array_equal(pictures.pixels(begun - noise_NCHW), images_NHWC)
+
+
+def test_training_images_drawn_afresh_have_the_wanted_labels_and_none_twice(monkeypatch):
+    sampling = bench_script("speedrun_sampling", monkeypatch)
+    labels_M, wanted_N = np.arange(400) % 4, np.random.default_rng(0).permutation(np.arange(80) % 4)
+    places_N = sampling.of_each_class(labels_M, wanted_N, seed=3)
+    assert np.array_equal(labels_M[places_N], wanted_N) and len(set(places_N)) == len(wanted_N)
+    assert not np.array_equal(places_N, sampling.of_each_class(labels_M, wanted_N, seed=4))
+
+
+def test_the_luck_of_a_noise_is_told_of_samples_and_of_training_images(monkeypatch):
+    sampling = bench_script("speedrun_sampling", monkeypatch)
+    rows = [("samples", 2.0, 0.9), ("samples", 4.0, 0.8), ("training images", 1.0, 1.0)]
+    rows = [{"of": of, "frechet": distance, "accuracy": {"value": share}} for of, distance, share in rows]
+    found = sampling.summary(rows)
+    assert found["samples"] == pytest.approx({"frechet": 3.0, "deviation": math.sqrt(2), "recognised": 0.85})
+    assert found["training images"] == {"frechet": 1.0, "deviation": None, "recognised": 1.0}
 
 
 def test_images_brought_back_from_noise_are_asked_for_and_judged_by_their_own_labels(monkeypatch):
