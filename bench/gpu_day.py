@@ -46,6 +46,8 @@ class Stage:
         """The same command, as far as it goes without a GPU: its help, or the tests that it would run."""
         if "pytest" in self.command:
             return (*self.command, "--collect-only")
+        if "-m" in self.command:  # a verb of duotone's
+            return (*self.command[: self.command.index("-m") + 3], "--help")
         script = next(i for i, word in enumerate(self.command) if word.endswith(".py"))
         return (*self.command[: script + 1], "--help")
 
@@ -76,7 +78,8 @@ def stages(out: Path) -> list[Stage]:
         Stage("ceilings", bench("ceilings", "ceilings"), 2),
         Stage("kernels", bench("throughput", "throughput"), 8, ("triton",)),
         Stage("speedrun", (python, "bench/speedrun.py", "--scratch", str(scratch), "--side", "engine", "--device", "cuda"), 5, TRAINING),
-        Stage("100 epochs", (python, "recipes/fashion_mnist_edm.py", *epochs, "--speed.whole-step"), 15, TRAINING),
+        Stage("100 epochs", (python, "recipes/fashion_mnist_edm.py", *epochs, "--speed.whole-step", "--speed.compile", "False"), 15, TRAINING),
+        Stage("their distance", (python, "-m", "duotone.engine.cli", "evaluate", *distance(out)), 3, TRAINING),
         Stage("convolution", bench("conv", "conv"), 10),
         Stage("step", bench("train_step", "train_step"), 8, ("diffusers",)),
         Stage("sampling", bench("sampling", "sampling"), 6),
@@ -89,6 +92,15 @@ def stages(out: Path) -> list[Stage]:
         Stage("whole step", (python, "-m", "pytest", "tests/engine/test_whole_step.py", "tests/engine/test_muon.py", "-m", "gpu", "-q"), 3, ("pytest", *TRAINING)),
         Stage("reference whole", (*recipe, "--small", "--out", str(out / "reference_whole"), *reference(out), "--speed.whole-step"), 10, TRAINING),
     ]  # fmt: skip
+
+
+def distance(out: Path) -> tuple[str, ...]:
+    """The 100 epochs' distance from the test set, sampled as published."""
+    return (
+        *(str(out / "fashion_mnist_edm"), "--test", str(out / "speedrun" / "shards" / "t10k")),
+        *("--samples", "9000", "--floor", "9000", "--guidance", "1", "--steps", "50", "--sampler", "euler"),
+        *("--json", str(out / "fashion_mnist_edm.json")),
+    )
 
 
 def reference(out: Path) -> tuple[str, ...]:

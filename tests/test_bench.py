@@ -330,11 +330,11 @@ def test_stages_stand_in_order_and_their_scripts_exist(monkeypatch, tmp_path):
     assert names[:4] == ["first steps", "correctness", "ceilings", "kernels"]
     for stage in stages:
         assert all((ROOT / word).exists() for word in stage.command if word.endswith(".py"))
-        # Only what trains may need what a bare machine has not.
+        # Only what trains, or measures what was trained, may need what a bare machine has not.
         assert (
             any(word.startswith("recipes/") for word in stage.command)
             or "deepspeed" not in stage.needs
-            or stage.name in ("guidance", "speedrun", "whole step")
+            or stage.name in ("guidance", "speedrun", "their distance", "whole step")
         )
 
 
@@ -363,7 +363,7 @@ for name in ("deepspeed", "nvidia", "nvidia.dali", "webdataset", "tyro", "transf
 sys.path.insert(0, "bench")
 import ceilings, conv, gpu_day, sampling, switches, throughput, train_step
 from pathlib import Path
-assert {s.name for s in gpu_day.stages(Path("x")) if s.missing} == {"first steps", "speedrun", "100 epochs", "shards", "demo", "guidance", "reference", "whole step", "reference whole"}
+assert {s.name for s in gpu_day.stages(Path("x")) if s.missing} == {"first steps", "speedrun", "100 epochs", "their distance", "shards", "demo", "guidance", "reference", "whole step", "reference whole"}
 for bench, flags in [(conv, ["--network", "tiny", "--shapes", "1", "--rounds", "1"]),
                      (sampling, ["--network", "tiny", "--batch", "1", "--steps", "1", "--rounds", "1"]), (ceilings, [])]:
     sys.argv = [bench.__name__ + ".py", *flags, "--json", sys.argv[-1]]
