@@ -30,3 +30,12 @@ class Batch:
     labels_N: torch.Tensor | None = None  # int64, class index
     attributes_NK: torch.Tensor | None = None  # int8: 1 present, 0 absent, -1 unknown
     skipped: list[str] = field(default_factory=list)  # "key: reason" of samples that could not be read
+
+
+def sent(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """The tensor on a device, behind what that still computes.
+
+    A plain copy waits until the device is done with all of it, which then idles while the next step is made ready. The CPU's
+    memory may be used again at once: the driver has taken it over.
+    """
+    return tensor.to(device, non_blocking=True)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from duotone.data.batch import Batch
+from duotone.data.batch import Batch, sent
 from duotone.engine import artifact, checkpoint, draws, model_card, preview, run_folder, speed, validation, zero
 from duotone.engine.conditioning.dropout import conditioned
 from duotone.engine.objectives.base import Objective
@@ -135,11 +135,11 @@ def inputs_of(run: Run, batch: Batch) -> dict:
     objective, positions_N = recipe.objective, batch.positions_N
     sigma_N = noise_levels(recipe, positions_N)
     input_NCHW, target_NCHW = diffuse(
-        batch.images_NHWC.to(device, non_blocking=True),
-        flips(recipe, positions_N).to(device),
-        objective.coefficients(sigma_N).float().to(device),
+        sent(batch.images_NHWC, device),
+        sent(flips(recipe, positions_N), device),
+        sent(objective.coefficients(sigma_N).float(), device),
         recipe.seed,
-        torch.as_tensor(positions_N).to(device),
+        sent(torch.as_tensor(positions_N), device),
         int(draws.Purpose.NOISE),
         dtype=run.choice.dtype,
     )
@@ -147,8 +147,8 @@ def inputs_of(run: Run, batch: Batch) -> dict:
     return {
         "input_NCHW": input_NCHW,
         "target_NCHW": target_NCHW,
-        "time_N": objective.scalings(sigma_N).noise_N.float().to(device),
-        "weight_N": objective.loss_weight(sigma_N).float().to(device),
+        "time_N": sent(objective.scalings(sigma_N).noise_N.float(), device),
+        "weight_N": sent(objective.loss_weight(sigma_N).float(), device),
         "tensors": tensors,
         "keep": keep,
     }
@@ -172,8 +172,8 @@ def conditions(run: Run, batch: Batch) -> tuple[dict, dict]:
     recipe, device = run.recipe, run.sharded.device
     flip_N = flips(recipe, batch.positions_N)
     tensors, keep = conditioned(run.network.conditioners, batch, recipe.seed, flip_N, recipe.drop_together)
-    on_device = {kind: {name: t.to(device) for name, t in named.items()} for kind, named in tensors.items()}
-    return on_device, {kind: keep_N.to(device) for kind, keep_N in keep.items()}
+    on_device = {kind: {name: sent(t, device) for name, t in named.items()} for kind, named in tensors.items()}
+    return on_device, {kind: sent(keep_N, device) for kind, keep_N in keep.items()}
 
 
 def due(run: Run, every: int) -> bool:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from duotone.data.batch import Batch
+from duotone.data.batch import Batch, sent
 from duotone.data.refusal import Refused
 from duotone.engine import draws
 from duotone.engine.conditioning.base import Conditioner, Conditioning, Facts
@@ -58,7 +58,7 @@ class AttributesConditioner(Conditioner):
 
     def of_batch(self, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
         u_NK = draws.uniform(seed, batch.positions_N, draws.Purpose.ATTRIBUTE_DROP, len(self.names))
-        dropped_NK = (u_NK < self.attribute_dropout).to(batch.attributes_NK.device)
+        dropped_NK = sent(u_NK < self.attribute_dropout, batch.attributes_NK.device)
         return {"attributes_NK": batch.attributes_NK.masked_fill(dropped_NK, UNKNOWN)}
 
     def of_values(self, values: list, size: tuple[int, int] | None = None) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from duotone.data.batch import Batch
+from duotone.data.batch import Batch, sent
 from duotone.data.refusal import Refused
 from duotone.engine import draws
 from duotone.engine.conditioning.base import Conditioner, Conditioning, Facts
@@ -143,7 +143,7 @@ class HoleConditioner(Conditioner):
     def of_batch(self, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
         _, height, width, _ = batch.images_NHWC.shape
         u_N4 = draws.uniform(seed, batch.positions_N, draws.Purpose.HOLE, 4)
-        mask_N1HW = rectangles(u_N4, height, width).to(batch.images_NHWC.device)
+        mask_N1HW = sent(rectangles(u_N4, height, width), batch.images_NHWC.device)
         return {"image_NCHW": unit(batch.images_NHWC), "mask_N1HW": mask_N1HW}
 
     def values_of(self, images_NHWC: np.ndarray, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:

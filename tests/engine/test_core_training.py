@@ -1,5 +1,6 @@
 """One overfit per objective, and every two conditionings together: real draws, loss and sampling in a plain loop."""
 
+import importlib
 import itertools
 import json
 import math
@@ -10,9 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from duotone.data import captioned_shapes
-from duotone.data.batch import Batch
+from duotone.data.batch import Batch, sent
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
 from duotone.engine import draws
@@ -36,7 +39,7 @@ from duotone.engine.preview import Previews
 from duotone.engine.recipe import Recipe
 from duotone.engine.sample import sample
 from duotone.engine.speed import Speed
-from duotone.engine.train import Run, micro_step, noise_levels, train
+from duotone.engine.train import Run, inputs_of, micro_step, noise_levels, train
 from duotone.kernels.philox import uniform_reference
 
 FACTS = Facts(classes=("cat", "dog", "bird"), attributes=("round", "red"))
@@ -340,3 +343,38 @@ def test_every_two_conditionings_train_and_sample_together(pair):
     assert np.isfinite(losses).all()
     images = sample(model, **asked, steps=2, guidance=2.0, sampler="euler")
     assert images.shape == (1, 8, 8, 3)
+
+
+class CopiesBetweenDevices(TorchDispatchMode):
+    """Of every copy from one device to another: whether it lets the CPU go on."""
+
+    def __init__(self):
+        super().__init__()
+        self.go_on = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        target = options.get("device")
+        if "_to_copy" in str(function) and target is not None and torch.device(target).type != arguments[0].device.type:
+            self.go_on.append(bool(options.get("non_blocking")))
+        return function(*arguments, **options)
+
+
+@pytest.mark.parametrize("kind", ["attributes", "class_map", "low_resolution", "hole", "text"])
+def test_nothing_that_a_step_sends_to_the_device_waits_for_it(kind, monkeypatch):
+    """A device without memory stands for the GPU; images lie there already, as the reader leaves them."""
+    conditions = (CONDITIONS[kind][0], Label())
+    recipe = Recipe(
+        name="t", data=Shards(size=8), conditioning=conditions, model=network_of(conditions), flip=True, batch_size=4
+    )
+    recipe.check_conditioning()
+    network = build(recipe, FACTS)
+    device = SimpleNamespace(device=torch.device("meta"))
+    run = Run(recipe, SimpleNamespace(dtype=torch.float32), None, None, FACTS, network, device)
+    module = importlib.import_module("duotone.engine.train")  # the package's `train` is the function
+    monkeypatch.setattr(module, "diffuse", lambda images_NHWC, *rest, dtype: (images_NHWC, images_NHWC))
+    batch = batch_of(1, 4)
+    with CopiesBetweenDevices() as copies:
+        inputs = inputs_of(run, replace(batch, images_NHWC=sent(batch.images_NHWC, device.device)))
+    assert {tensor.device.type for tensor in tree_leaves(inputs)} == {"meta"}
+    assert len(copies.go_on) >= 8 and all(copies.go_on)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 from duotone.engine import checkpoint, speed, update, zero
+from duotone.engine.log import Log
 from duotone.engine.muon import Muon
 from duotone.engine.optimizer import AdamW, OptimizerConfig
 from duotone.engine.sharded import Sharded
@@ -354,3 +355,28 @@ def compare_on_a_gpu(stage: int, precision: str) -> None:
     for mine_row, their_row in zip(found, expected, strict=True):
         assert mine_row == pytest.approx(their_row, rel=2e-2, nan_ok=True)
     assert counted(mine) == counted(theirs)
+
+
+@pytest.mark.gpu
+def test_a_replayed_step_never_waits_for_the_device(tmp_path):
+    """So that the next one is ready when the device is done with it."""
+    call = f"import runpy; runpy.run_path({__file__!r})['never_waiting_on_a_gpu']({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def never_waiting_on_a_gpu(folder: str) -> None:
+    recipe = replace(runpy.run_path(str(TINY))["recipe"], accumulation=1, out=Path(folder) / "run")
+    recipe = replace(recipe, log=Log(every=1000), speed=Speed(precision="bf16", compile=False, whole_step=True))
+    real, watched = train.train_step, []
+
+    def train_step(run, batches):
+        amid = 2 <= run.step < STEPS - 2  # the first is recorded, the last one's numbers are asked for
+        torch.cuda.set_sync_debug_mode("error" if amid else "default")
+        real(run, batches)
+        torch.cuda.set_sync_debug_mode("default")
+        watched.append(amid and run.whole_step.replay is not None)
+
+    train.train_step = train_step
+    train.train(recipe)
+    assert sum(watched) == STEPS - 4, "steps were replayed"
