@@ -101,7 +101,7 @@ class Under:
 
 
 def noises(course: Course, model: artifact.Model, count: int, guidance: float) -> list[dict]:
-    """Rows of samples from `count` noises, the record's own first, and as many of training images drawn afresh."""
+    """A row of samples for each of `count` noises, the record's own first; then rows of as many training images, drawn afresh."""
     how = replace(SAMPLING, guidance=guidance)
     model, train, rows = posed(model, how), course.splits.train, []
     for seed in range(RECORDS_SEED, RECORDS_SEED + count):
@@ -173,11 +173,11 @@ def main() -> None:
 
 
 def of_noises(arguments: argparse.Namespace) -> dict:
-    course = Course.laid(arguments.scratch, RECORDS_SAMPLES)
     try:
         model = artifact.load(arguments.weights or arguments.scratch / "engine", "cpu")
     except Refused as refused:
         refuse(str(refused))
+    course = Course.laid(arguments.scratch, RECORDS_SAMPLES)
     print(
         f"{RECORDS_SAMPLES} samples of the model of {model.images:,} images from each noise; floor {course.floor:.2f}"
     )

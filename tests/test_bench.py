@@ -313,6 +313,13 @@ def test_a_speedrun_on_a_gpu_that_is_not_there_is_refused_before_anything_is_wri
     assert not (tmp_path / "new").exists()
 
 
+def test_weights_that_are_not_there_are_refused_before_anything_is_measured(tmp_path):
+    command = [sys.executable, str(BENCH / "speedrun_sampling.py"), "--scratch", str(tmp_path / "new"), "--noises", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "train first, or give the path" in done.stderr.splitlines()[-1] and not done.stdout
+    assert not (tmp_path / "new").exists()
+
+
 def test_an_unknown_stage_is_refused(bench):
     code, _, errors = bench("gpu_day", "--only", "nothing")
     assert code == 2 and "there are first steps, correctness, ceilings, kernels" in errors[0]
