@@ -13,7 +13,7 @@ seconds that the process and its children had a core, which a busy machine distu
 before, samples are drawn after, and their seconds are listed. Both sides see the same classifier and the same labels.
 
 The other side is a well-known notebook's loop (bench/speedrun_notebook.py), in as many DDIM steps as --notebook-steps says. What
-else the last weights of our side tell is in bench/speedrun_sampling.py.
+else the last weights of our side tell is in bench/speedrun_sampling.py and bench/speedrun_noises.py.
 """
 
 import argparse
@@ -53,7 +53,7 @@ from duotone.engine.speed import Speed
 RESULTS = Path(__file__).parent / "results" / "speedrun"
 LEAST_ACCURACY, MOST_RATIO = 0.9, 1.5
 IMAGES, CHECKS, SEED = 576_000, 3, 1
-# Steps cost a GPU about the same at four times the batch; nothing is tried beforehand or compiled, which would take its time.
+# Nothing is tried beforehand or compiled, which would take its time; other batches than this have not been timed by themselves.
 ON_A_GPU = (
     *("--batch-size", "128", "--accumulation", "1", "--optimizer.warmup", "12800"),
     *("--speed.whole-step", "--speed.compile", "False"),

@@ -1,42 +1,34 @@
 """What the weights that bench/speedrun.py trained still tell: how best to sample them, and where on the way they go wrong.
 
-python bench/speedrun_sampling.py --scratch DIR               the first two of the following
+python bench/speedrun_sampling.py --scratch DIR               both of the following
 python bench/speedrun_sampling.py --scratch DIR --sweep       the last weights sampled in several ways
 python bench/speedrun_sampling.py --scratch DIR --from-real   test images under noise, brought back by the last weights
-python bench/speedrun_sampling.py --scratch DIR --noises 4    how much of a record is the luck of its noise
-python bench/speedrun_sampling.py --scratch DIR --noises 4 --weights ema.safetensors    of exported weights, from any machine
 
 Brought back from little noise, a test image is nearly itself; from most noise, it is a sample like any other. The noise level
 from which on the distance grows is the one at which the network errs.
 
-500 samples each, in bf16, which is twice as fast on some CPUs, and from other noise than the record's: what is best here is not best
-by that noise alone. With --noises, as many samples as a record has, in fp32, from the record's own noise and from others, and beside them
-training images drawn afresh, class by class: a network without fault would be as far as they are.
+500 samples each, in bf16, which is twice as fast on some CPUs, and from other noise than the record's: what is best here is not
+best by that noise alone.
 """
 
 import argparse
 import math
-import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from fashion import SAMPLES as RECORDS_SAMPLES
 from fashion import Course
 from record import machine, refuse, write_json
 from speedrun import RESULTS, SAMPLING, Sampling, posed, samples, trained
-from speedrun import SEED as RECORDS_SEED
 from torch import Tensor
 
-from duotone.data.refusal import Refused
 from duotone.engine import artifact
 
 SAMPLES, SEED = 500, 2
 NOWHERE, EVERYWHERE = replace(SAMPLING, guidance=1.0), replace(SAMPLING, interval=(0.0, math.inf))
 LEVELS = [0.3, 1.0, 2.0, 4.0, 8.0]
-REAL_DRAWS = 20
 
 
 def ways(first: int) -> list[Sampling]:
@@ -100,44 +92,6 @@ class Under:
         return self.solver(denoise, clean_NCHW + noise_NCHW, sigmas, **rest)
 
 
-def noises(course: Course, model: artifact.Model, count: int, guidance: float) -> list[dict]:
-    """A row of samples for each of `count` noises, the record's own first; then rows of as many training images, drawn afresh."""
-    how = replace(SAMPLING, guidance=guidance)
-    model, train, rows = posed(model, how), course.splits.train, []
-    for seed in range(RECORDS_SEED, RECORDS_SEED + count):
-        drawn = samples(model, course.labels_N, how, seed=seed)
-        rows.append({"of": "samples", "seed": seed} | described(course, drawn))
-        said(rows[-1], f"noise {seed}")
-    for seed in range(REAL_DRAWS):
-        real = train.images_NHWC[of_each_class(train.labels_N, course.labels_N, seed)]
-        rows.append({"of": "training images", "seed": seed} | described(course, real))
-        said(rows[-1], f"training images {seed}")
-    return rows
-
-
-def of_each_class(labels_M: np.ndarray, wanted_N: np.ndarray, seed: int) -> np.ndarray:
-    """N of M places without repetition, one with each wanted label."""
-    generator, places_N = np.random.default_rng(seed), np.empty(len(wanted_N), np.int64)
-    for label, count in zip(*np.unique(wanted_N, return_counts=True)):
-        places_N[wanted_N == label] = generator.choice(np.flatnonzero(labels_M == label), count, replace=False)
-    return places_N
-
-
-def summary(rows: list[dict]) -> dict:
-    """Mean and standard deviation over noises, of samples and of training images."""
-    found = {}
-    for of in ("samples", "training images"):
-        distances = [row["frechet"] for row in rows if row["of"] == of]
-        recognised = [row["accuracy"]["value"] for row in rows if row["of"] == of]
-        deviation = statistics.stdev(distances) if len(distances) > 1 else None
-        found[of] = {
-            "frechet": statistics.mean(distances),
-            "deviation": deviation,
-            "recognised": statistics.mean(recognised),
-        }
-    return found
-
-
 def described(course: Course, drawn: np.ndarray) -> dict:
     made_of = course.composed(drawn)
     return course.measured(drawn) | {
@@ -157,40 +111,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, required=True, help="folder of bench/speedrun.py")
     parser.add_argument("--sweep", action="store_true", help="only the ways of sampling")
     parser.add_argument("--from-real", action="store_true", help="only the way back from noise")
-    parser.add_argument("--noises", type=int, default=0, help="only a record's measure, from so many noises")
-    parser.add_argument(
-        "--weights", type=Path, help="for --noises: an exported ema.safetensors (default: the last run's)"
-    )
-    parser.add_argument(
-        "--guidance", type=float, default=SAMPLING.guidance, help="for --noises: instead of the record's"
-    )
-    parser.add_argument("--name", default="noises", help="for --noises: of the result")
     arguments = parser.parse_args()
-    if arguments.noises:
-        write_json(RESULTS / f"{arguments.name}.json", of_noises(arguments))
-    else:
-        of_checkpoints(arguments)
-
-
-def of_noises(arguments: argparse.Namespace) -> dict:
-    try:
-        model = artifact.load(arguments.weights or arguments.scratch / "engine", "cpu")
-    except Refused as refused:
-        refuse(str(refused))
-    course = Course.laid(arguments.scratch, RECORDS_SAMPLES)
-    print(
-        f"{RECORDS_SAMPLES} samples of the model of {model.images:,} images from each noise; floor {course.floor:.2f}"
-    )
-    rows = noises(course, model, arguments.noises, arguments.guidance)
-    command = f"python bench/speedrun_sampling.py --scratch DIR --noises {arguments.noises}"
-    command += " --weights ema.safetensors" if arguments.weights else ""
-    command += f" --guidance {arguments.guidance:g}" if arguments.guidance != SAMPLING.guidance else ""
-    about = {"images": model.images, "samples": RECORDS_SAMPLES, "floor": course.floor, "machine": machine()}
-    way = str(replace(SAMPLING, guidance=arguments.guidance))
-    return {"command": command, "sampling": way} | about | {"summary": summary(rows), "rows": rows}
-
-
-def of_checkpoints(arguments: argparse.Namespace) -> None:
     both = arguments.sweep == arguments.from_real
     checkpoints = arguments.scratch / "engine" / "checkpoints"
     paths = sorted(checkpoints.glob("images-*"))

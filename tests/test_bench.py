@@ -306,20 +306,6 @@ def test_a_gpu_day_without_a_gpu_is_refused(bench):
     assert code == 2 and not out and len(errors) == 1 and "no CUDA device" in errors[0]
 
 
-def test_a_speedrun_on_a_gpu_that_is_not_there_is_refused_before_anything_is_written(tmp_path):
-    command = [sys.executable, str(BENCH / "speedrun.py"), "--scratch", str(tmp_path / "new"), "--device", "cuda"]
-    done = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
-    assert done.returncode == 2 and "no CUDA device; leave it out" in done.stderr.splitlines()[-1] and not done.stdout
-    assert not (tmp_path / "new").exists()
-
-
-def test_weights_that_are_not_there_are_refused_before_anything_is_measured(tmp_path):
-    command = [sys.executable, str(BENCH / "speedrun_sampling.py"), "--scratch", str(tmp_path / "new"), "--noises", "2"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "train first, or give the path" in done.stderr.splitlines()[-1] and not done.stdout
-    assert not (tmp_path / "new").exists()
-
-
 def test_an_unknown_stage_is_refused(bench):
     code, _, errors = bench("gpu_day", "--only", "nothing")
     assert code == 2 and "there are first steps, correctness, ceilings, kernels" in errors[0]

@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from duotone.data import captioned_shapes
 from duotone.data.prepare.idx import GARMENTS, PrepareIdx
 from duotone.data.shards import Shards
 from duotone.data.write_shards import Sample, write_shards
-from duotone.engine import artifact, cli, pictures
+from duotone.engine import artifact, cli
 from duotone.engine.conditioning.attributes import Attributes
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.image import Hole, LowResolution
@@ -26,7 +24,7 @@ from duotone.engine.evaluate.classifier import ClassifierConfig, augmented, judg
 from duotone.engine.evaluate.composition import composition
 from duotone.engine.evaluate.distances import Statistics, frechet, frechet_terms, kernel_distance, precision_recall
 from duotone.engine.evaluate.features import FeaturesConfig, choose, real_features
-from duotone.engine.evaluate.images import Images, Splits, read_splits, spread
+from duotone.engine.evaluate.images import read_splits, spread
 from duotone.engine.evaluate.loss_table import loss_table
 from duotone.engine.evaluate.nearest import flat, nearest, pairs
 from duotone.engine.evaluate.shares import Share
@@ -568,97 +566,3 @@ def test_the_parser_takes_the_documented_flags():
         "duotone evaluate",
     )
     assert parsed.test == Path("b") and parsed.per_caption == 2
-
-
-def bench_script(name, monkeypatch):
-    folder = Path(__file__).parents[2] / "bench"
-    monkeypatch.syspath_prepend(str(folder))
-    return importlib.import_module(name)
-
-
-def test_the_speedrun_is_ready_to_start(monkeypatch):
-    """Its recipe is one that training takes, and the other side's network draws what the classifier is shown."""
-    pytest.importorskip("diffusers")
-    speedrun = bench_script("speedrun", monkeypatch)
-    speedrun.recipe.check()
-    assert speedrun.IMAGES % (speedrun.CHECKS * speedrun.recipe.batch_size) == 0
-    notebook = bench_script("speedrun_notebook", monkeypatch)
-    torch.manual_seed(0)
-    drawn = notebook.samples(notebook.ClassBesideImage().eval(), np.array([0, 9]), steps=2)
-    assert drawn.shape == (2, 28, 28, 1) and drawn.dtype == np.uint8
-
-
-def test_a_training_in_parts_has_one_clock_and_is_checked_where_it_was_due(monkeypatch, tmp_path):
-    """What lies between two parts does not count, nor is the checkpoint measured at which a part ended."""
-    monkeypatch.setattr(sys, "argv", ["speedrun.py", "--scratch", str(tmp_path)])
-    speedrun = bench_script("speedrun", monkeypatch)
-    clock = speedrun.Clock([speedrun.Part(100.0, 50.0, 60.0, 1.0), speedrun.Part(1000.0, 30.0, 40.0, 1.0)])
-    assert (clock.seconds, clock.cpu_seconds) == (80.0, 100.0)
-    assert [clock.at(moment) for moment in (100, 120, 150, 500, 1010, 1030, 2000)] == [0, 20, 50, 50, 60, 80, 80]
-    for images in (32, 40, 64):
-        (tmp_path / f"images-{images:012d}").mkdir()
-    assert [path.name[-2:] for path in speedrun.last(tmp_path, "images-*", 32)] == ["32", "64"]
-
-
-def test_a_records_log_is_the_runs_in_equal_parts(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["speedrun.py", "--scratch", str(tmp_path)])
-    speedrun = bench_script("speedrun", monkeypatch)
-    line = {"grad_norm": 1.0, "learning_rate": 1e-3, "images_per_second": 100.0}
-    lines = [line | {"images": images, "loss": float(images)} for images in (1, 10, 20, 30, 40)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    rows = speedrun.told(tmp_path / "metrics.jsonl", parts=2)
-    assert [(row["images"], row["loss"]) for row in rows] == [(20, pytest.approx(31 / 3, abs=1e-5)), (40, 35.0)]
-
-
-def test_the_way_back_from_noise_begins_at_the_given_images_chunk_by_chunk(monkeypatch):
-    sampling = bench_script("speedrun_sampling", monkeypatch)
-    images_NHWC = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 1), dtype=np.uint8)
-    under = sampling.Under(images_NHWC, lambda denoise, x_NCHW, sigmas: x_NCHW)
-    noise_NCHW = torch.randn(5, 1, 4, 4)
-    begun = torch.cat([under(None, part_NCHW, None) for part_NCHW in noise_NCHW.split(3)])
-    assert np.array_equal(pictures.pixels(begun - noise_NCHW), images_NHWC)
-
-
-def test_training_images_drawn_afresh_have_the_wanted_labels_and_none_twice(monkeypatch):
-    sampling = bench_script("speedrun_sampling", monkeypatch)
-    labels_M, wanted_N = np.arange(400) % 4, np.random.default_rng(0).permutation(np.arange(80) % 4)
-    places_N = sampling.of_each_class(labels_M, wanted_N, seed=3)
-    assert np.array_equal(labels_M[places_N], wanted_N) and len(set(places_N)) == len(wanted_N)
-    assert not np.array_equal(places_N, sampling.of_each_class(labels_M, wanted_N, seed=4))
-
-
-def test_the_luck_of_a_noise_is_told_of_samples_and_of_training_images(monkeypatch):
-    sampling = bench_script("speedrun_sampling", monkeypatch)
-    rows = [("samples", 2.0, 0.9), ("samples", 4.0, 0.8), ("training images", 1.0, 1.0)]
-    rows = [{"of": of, "frechet": distance, "accuracy": {"value": share}} for of, distance, share in rows]
-    found = sampling.summary(rows)
-    assert found["samples"] == pytest.approx({"frechet": 3.0, "deviation": math.sqrt(2), "recognised": 0.85})
-    assert found["training images"] == {"frechet": 1.0, "deviation": None, "recognised": 1.0}
-
-
-def test_images_brought_back_from_noise_are_asked_for_and_judged_by_their_own_labels(monkeypatch):
-    """Never by the labels of the other rows, which follow class by class."""
-    sampling = bench_script("speedrun_sampling", monkeypatch)
-    labels_N = np.random.default_rng(0).permutation(np.arange(20) % 4)
-    images_NHWC = np.broadcast_to(labels_N[:, None, None, None], (20, 4, 4, 1)).astype(np.uint8)
-    held_out = Images(images_NHWC=images_NHWC, fingerprint="held out", labels_N=labels_N)
-    splits = Splits(train=held_out, held_out=held_out, held_out_is="test", seen=held_out)
-    course = sampling.Course(splits=splits, judge=None, real=None, statistics=None, floor=1.0, labels_N=labels_N * 0)
-    asked, judged = [], []
-
-    def samples(model, labels_N, how, sampler, **rest):
-        asked.append(labels_N)
-        return pictures.pixels(sampler.left_NCHW)
-
-    def described(course, drawn):
-        judged.append((drawn[:, 0, 0, 0], course.labels_N))
-        return {"accuracy": {"value": 1.0}, "frechet": 0.0, "within": 1.0, "between": 1.0}
-
-    monkeypatch.setattr(sampling, "SAMPLES", 10)
-    monkeypatch.setattr(sampling, "samples", samples)
-    monkeypatch.setattr(sampling, "posed", lambda model, how: model)
-    monkeypatch.setattr(sampling, "described", described)
-    rows = sampling.from_real(course, None)
-    assert len(judged) == len(asked) + 1 == len(rows)
-    assert all(np.array_equal(images_N, labels_N) and len(labels_N) == 10 for images_N, labels_N in judged)
-    assert all(np.array_equal(labels_N, judged[0][1]) for labels_N in asked)
