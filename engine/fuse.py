@@ -198,7 +198,7 @@ class FusedResnetBlock(FusedPart):
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args, **kwargs) -> Tensor:
         h, modulation = normed(self.norm1, input_tensor), self.modulation(temb)
-        if "add_NC" in modulation and is_plain(self.conv1):
+        if "add_NC" in modulation and is_plain(self.conv1, nn.Conv2d) and self.conv1.bias is not None:
             # The norm adds a vector anyway: with the bias in it, the convolution's own pass for that falls away.
             h = self.conv1._conv_forward(h, self.conv1.weight, None)
             modulation["add_NC"] = modulation["add_NC"] + self.conv1.bias
@@ -221,9 +221,9 @@ class FusedResnetBlock(FusedPart):
         return {"scale_NC": scale_NC, "shift_NC": shift_NC}
 
 
-def is_plain(conv: nn.Module) -> bool:
-    """A convolution with a bias that nothing else wants to see run: no adapter around it, no hook on it."""
-    return type(conv) is nn.Conv2d and conv.bias is not None and not (conv._forward_hooks or conv._forward_pre_hooks)
+def is_plain(layer: nn.Module, kind: type) -> bool:
+    """A layer that may be read instead of run: no adapter around it, no hook on it, no forward put in its own's place."""
+    return type(layer) is kind and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
 
 
 def normed(norm: nn.GroupNorm, x_NCHW: Tensor, *, silu: bool = True, **modulation: Tensor) -> Tensor:
@@ -268,9 +268,9 @@ def image_of(tokens_NLC: Tensor, size: tuple[int, int]) -> Tensor:
 
 def projected(layer: nn.Module, tokens_NLC: Tensor, size: tuple[int, int]) -> Tensor:
     """A linear layer, or a 1 x 1 convolution: over channels-last pixels that is the same matrix product."""
-    if type(layer) is nn.Conv2d:
+    if is_plain(layer, nn.Conv2d):
         return F.linear(tokens_NLC, layer.weight.flatten(1), layer.bias)
-    # What an adapter put around a convolution takes images.
+    # A convolution that is watched, or what an adapter put around one, takes images.
     return layer(tokens_NLC) if is_linear(layer) else tokens_of(layer(image_of(tokens_NLC, size)))
 
 
@@ -321,7 +321,7 @@ class FusedAttention:
 
 def packed(heads: int, x_NLC: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """Projections of the same tokens, each (N, L, heads, width): one matrix product where all are plain linear layers."""
-    if len(layers) == 1 or any(type(layer) is not nn.Linear for layer in layers):
+    if len(layers) == 1 or not all(is_plain(layer, nn.Linear) for layer in layers):
         return tuple(layer(x_NLC).unflatten(-1, (heads, -1)) for layer in layers)
     weight = torch.cat([layer.weight for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])

@@ -217,6 +217,31 @@ def test_an_adapter_around_a_projection_is_run():
     assert (call(unet) - expected).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("way", ["hook", "pre-hook", "forward"])
+def test_what_watches_a_layer_or_replaces_its_forward_is_run(way):
+    """Features are read, and weights brought from elsewhere, by hooks on layers and by forwards of their own."""
+    unet, seen = conditioned(), []
+    names = ("to_q", "to_k", "to_v", "proj_in", "proj_out", "conv1", "conv2")
+    watched = {name: part for name, part in unet.named_modules() if name.rpartition(".")[2] in names}
+
+    def watch(name, layer):
+        if way == "hook":
+            layer.register_forward_hook(lambda *_: seen.append(name))
+        elif way == "pre-hook":
+            layer.register_forward_pre_hook(lambda *_: seen.append(name))
+        else:
+            own = layer.forward
+            layer.forward = lambda *a, **k: (seen.append(name), own(*a, **k))[1]
+
+    for name, layer in watched.items():
+        watch(name, layer)
+    expected, order = call(unet), list(seen)
+    seen.clear()
+    fuse(unet, quiet=True)
+    assert (call(unet) - expected).abs().max() <= 1e-5
+    assert len(order) == len(watched) > 20 and sorted(seen) == sorted(order)
+
+
 def test_it_can_be_moved():
     unet = conditioned()
     expected = call(unet)
