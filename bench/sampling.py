@@ -35,7 +35,7 @@ from duotone.engine.guidance import Guidance, GuidedDenoiser, cost_of_pair
 from duotone.engine.model.network import Network
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.recipe import Recipe
-from duotone.engine.sample import condition, image_shape, noise, sample, sampling_sigmas
+from duotone.engine.sample import condition, image_shape, noise, sample
 from duotone.engine.samplers.heun import heun
 
 EVERYWHERE = (0.0, float("inf"))
@@ -115,7 +115,7 @@ class Job:
 def job_of(model: artifact.Model, images: int, steps: int) -> Job:
     both = condition_of(model, images)
     pair_cost = cost_of_pair(model.network.unet, image_shape(model, None), both.tokens_NMD.shape[1])
-    return Job(model, both, images, sampling_sigmas(model, steps, None), pair_cost)
+    return Job(model, both, images, model.objective.falling_sigmas(steps), pair_cost)
 
 
 def condition_of(model: artifact.Model, images: int) -> Conditioning:

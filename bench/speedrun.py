@@ -46,8 +46,9 @@ from duotone.engine.muon import Muon
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.optimizer import Ema
 from duotone.engine.preview import Previews
-from duotone.engine.sample import SAMPLERS, sample
+from duotone.engine.sample import sample
 from duotone.engine.samplers.epsilon_scaling import epsilon_scaled
+from duotone.engine.samplers.named import SAMPLERS
 from duotone.engine.speed import Speed
 
 RESULTS = Path(__file__).parent / "results" / "speedrun"

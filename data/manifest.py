@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from duotone.data.refusal import Refused
-from duotone.data.tar_index import TarIndex, write_whole
+from duotone.data.tar_index import TarIndex
+from duotone.data.whole_file import write_whole
 
 NAME = "dataset.json"
 FORMAT = "duotone-shards"

@@ -3,3 +3,9 @@
 
 class Refused(Exception):
     """Input that cannot be used; the message says what, where and the remedy, in one line."""
+
+
+def at_least(name: str, value: float, least: float) -> None:
+    """Raises Refused on a setting below its least value."""
+    if value < least:
+        raise Refused(f"{name} = {value}: it must be at least {least}")

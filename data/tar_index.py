@@ -6,9 +6,7 @@ modification time; after a change it is built again. CRC-32 per member lets a re
 
 import hashlib
 import json
-import os
 import re
-import secrets
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -20,6 +18,7 @@ from duotone.data.image_header import MAX_BYTES, Unreadable, read_header
 from duotone.data.refusal import Refused
 from duotone.data.sample_text import read_text
 from duotone.data.tar_members import Damaged, Member, members
+from duotone.data.whole_file import write_whole
 
 VERSION = 1
 KINDS = ["jpeg", "png", "webp", "npy"]
@@ -95,20 +94,6 @@ def save_index(shard: Path, index: TarIndex) -> None:
     content |= {"bad": {str(sample): reason for sample, reason in index.bad.items()}, "keys": index.keys}
     content |= {name: column.tolist() for name, column in index.columns.items()}
     write_whole(index_path(shard), _sealed(json.dumps(content, separators=(",", ":"), ensure_ascii=False)))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a file in one step, so that no reader and no crash ever sees half of it."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _stamp(shard: Path) -> tuple[int, int]:

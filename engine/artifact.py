@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from duotone.data.refusal import Refused
+from duotone.data.whole_file import draft_of
 from duotone.engine import speed as switches
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.model.network import Network
@@ -47,9 +48,16 @@ class Model:
     def can_be_guided(self) -> bool:
         """Whether all its conditions together have a null state that was trained, or it is told the guidance instead."""
         conditioners = self.network.conditioners
-        if "temperature" in conditioners or self.recipe.drop_together > 0:
-            return bool(conditioners)
-        return bool(conditioners) and all(conditioner.dropout > 0 for conditioner in conditioners.values())
+        return bool(conditioners) and ("temperature" in conditioners or self.can_be_asked_for_anything)
+
+    @property
+    def can_be_asked_for_anything(self) -> bool:
+        """Whether it draws without any condition: every one's null state was trained."""
+        return all(map(self.null_is_trained, self.network.conditioners))
+
+    def null_is_trained(self, kind: str) -> bool:
+        """Whether training has shown the network this condition's null state; a temperature's is plain prediction."""
+        return kind == "temperature" or self.recipe.drop_together > 0 or self.network.conditioners[kind].dropout > 0
 
 
 def build(recipe: Recipe, facts: Facts) -> Network:
@@ -61,14 +69,13 @@ def build(recipe: Recipe, facts: Facts) -> Network:
 
 def save(path: Path, named: dict[str, Tensor], recipe: Recipe, facts: Facts, images: int) -> None:
     """Writes the single file, whole or not at all."""
-    draft = path.with_name(f".{path.name}.draft")
-    save_file({name: value.contiguous() for name, value in named.items()}, draft, header(recipe, facts, images))
-    os.chmod(draft, 0o666 & ~umask())
-    os.replace(draft, path)
+    with draft_of(path) as draft:
+        save_file({name: value.contiguous() for name, value in named.items()}, draft, header(recipe, facts, images))
+        os.chmod(draft, 0o666 & ~umask())
 
 
 def header(recipe: Recipe, facts: Facts, images: int) -> dict[str, str]:
-    """What makes a file of weights a model: values are strings, and no path of this machine is among them."""
+    """What makes a file of weights a model: values are strings, and of this machine's paths at most a text encoder's."""
     stored = to_json(recipe)
     stored["out"] = stored["start"] = None
     stored["data"]["shards"] = None
@@ -102,12 +109,7 @@ def load(
     file = path / "ema.safetensors" if path.is_dir() else path
     if not file.exists():
         raise Refused(f"{file} does not exist: train first, or give the path of an ema.safetensors")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            named = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
-        raise Refused(f"{file} is no readable safetensors file ({error})") from None
+    named, metadata = read(file)
     if "duotone.recipe" not in metadata:
         raise Refused(f"{file} was not written by duotone: its header has no duotone.recipe")
     recipe = from_json(json.loads(metadata["duotone.recipe"]))
@@ -116,6 +118,15 @@ def load(
     fill(network, named, file)
     put_to_sample(network, device, speed)
     return Model(network, recipe.objective, facts, recipe, int(metadata["duotone.images"]))
+
+
+def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a safetensors file; raises Refused where it is none."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise Refused(f"{file} is no readable safetensors file ({error})") from None
 
 
 def put_to_sample(network: Network, device: str | torch.device | None, speed: switches.Speed) -> None:

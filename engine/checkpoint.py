@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from duotone.data.refusal import Refused
+from duotone.data.refusal import Refused, at_least
+from duotone.data.whole_file import sync
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 
@@ -34,12 +35,21 @@ class Checkpoints:
     """Minutes after which the run ends with a checkpoint, from which the same command goes on, as a queue with a time limit
     wants it; 0 = never."""
 
+    def check(self) -> None:
+        at_least("checkpoint.every", self.every, 0)
+        at_least("checkpoint.keep", self.keep, 1)
+        at_least("checkpoint.stop_after", self.stop_after, 0)
+
+
+def name_of(images: int) -> str:
+    return f"images-{images:012d}"
+
 
 def publish(
     folder: Path, images: int, tensors: dict[str, dict[str, Tensor]], facts: dict, header: dict[str, str] | None = None
 ) -> Path:
     """Writes a checkpoint whole or not at all; `facts` go into its manifest, `header` into the file of the EMA."""
-    final = folder / f"images-{images:012d}"
+    final = folder / name_of(images)
     draft = folder / f".{final.name}-{uuid.uuid4().hex[:8]}"
     draft.mkdir(parents=True)
     try:
@@ -103,9 +113,13 @@ def refuse_other_network(path: Path, stored: dict[str, Tensor], shapes: dict[str
             )
 
 
-def retire(folder: Path, keep: int) -> None:
-    """Removes all but the newest checkpoints, and what an interrupted write left."""
-    for path in sorted(folder.glob("images-*"))[: -max(keep, 1)]:
+def retire(folder: Path, keep: int, images: int) -> None:
+    """Removes all but the newest checkpoints up to that of `images`, and what an interrupted write left.
+
+    Later ones were passed over, being damaged: counted, they would push out those that can be read.
+    """
+    known = [path for path in sorted(folder.glob("images-*")) if path.name <= name_of(images)]
+    for path in known[:-keep]:
         shutil.rmtree(path)
     for path in folder.glob(".images-*"):
         shutil.rmtree(path)
@@ -114,11 +128,3 @@ def retire(folder: Path, keep: int) -> None:
 def digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -33,6 +33,14 @@ def main(recipe: Recipe, embedded: Recipe | None = None) -> None:
     except Refused as refusal:
         tell(refusal)
         sys.exit(2)
+    except RuntimeError as error:
+        from duotone.engine.zero import lost_a_rank
+
+        if lost_a_rank(error):
+            time.sleep(
+                2 * ONLY_THIS_RANK
+            )  # the launcher ends this rank for the other's fault, which alone is worth telling
+        raise
 
 
 def tell(refusal: Refused) -> None:

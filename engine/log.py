@@ -5,12 +5,16 @@ Every format string of training lives here.
 
 import json
 import os
+import secrets
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from duotone.data.refusal import at_least
+from duotone.data.whole_file import write_whole
 from duotone.engine.run_folder import keep_rows_up_to
 
 
@@ -21,11 +25,14 @@ class Log:
     every: int = 10
     """Optimizer steps between lines of metrics.jsonl."""
     wandb: bool = False
-    """Follow the run in Weights & Biases (WANDB_MODE=offline works); only numbers, pictures and the recipe are sent."""
+    """Follow the run in Weights & Biases (WANDB_MODE=offline works); only numbers and the recipe are sent."""
     tensorboard: bool = False
     """Write TensorBoard events into the run's folder."""
     trace: bool = False
     """Write trace.jsonl: images, sample keys and a hash of the draws per step."""
+
+    def check(self) -> None:
+        at_least("log.every", self.every, 1)
 
 
 @dataclass
@@ -71,7 +78,17 @@ class Logger:
         keep_rows_up_to(folder / "validation.jsonl", start if start < total else start - 1)
         self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - closed by close()
         self.bar = Bar(total, start)
-        self.listeners = [listen for listen in (tensorboard(config, folder), wandb(config, folder, recipe)) if listen]
+        if config.tensorboard:
+            self.begin(tensorboard, folder)
+        if config.wandb:
+            self.begin(wandb, folder, recipe)
+
+    def begin(self, tracker: Callable, *arguments) -> None:
+        """A tracker that does not start is one line; the run goes on without it."""
+        try:
+            self.listeners.append(tracker(*arguments))
+        except Exception as error:  # noqa: BLE001 - as below
+            self.say(f"{tracker.__name__} does not start, metrics.jsonl goes on: {type(error).__name__}: {error}")
 
     def say(self, line: str) -> None:
         if self.speaks:
@@ -183,9 +200,7 @@ def duration(seconds: float) -> str:
     return f"{hours}:{rest // 60:02}:{rest % 60:02}"
 
 
-def tensorboard(config: Log, folder: Path):
-    if not config.tensorboard:
-        return None
+def tensorboard(folder: Path) -> Callable[[dict], None]:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(folder / "tensorboard")
@@ -199,14 +214,13 @@ def tensorboard(config: Log, folder: Path):
     return listen
 
 
-def wandb(config: Log, folder: Path, recipe: dict):
+def wandb(folder: Path, recipe: dict) -> Callable[[dict], None]:
     """The recipe is the only configuration that is sent; a later start of the same run goes on under the same id."""
-    if not config.wandb:
-        return None
     import wandb as library
 
-    name = folder.resolve().name
-    run = library.init(
-        project="duotone", name=name, id=name, resume="allow", config=recipe, dir=str(folder), save_code=False
-    )
+    remembered = folder / "wandb_id"
+    if not remembered.exists():
+        write_whole(remembered, f"{secrets.token_hex(4)}\n")
+    known = {"name": folder.resolve().name, "id": remembered.read_text().strip()}
+    run = library.init(project="duotone", **known, resume="allow", config=recipe, dir=str(folder), save_code=False)
     return lambda row: run.log(row, step=row["images"])

@@ -1,8 +1,8 @@
 """A model card: what a stranger must know of the weights, from the recipe and the data alone."""
 
-import os
 from pathlib import Path
 
+from duotone.data.whole_file import write_whole
 from duotone.engine import diffusers_folder
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.recipe import Recipe
@@ -14,9 +14,7 @@ The model has learnt the pictures of its data set, with their gaps and biases, a
 
 def write(path: Path, recipe: Recipe, facts: Facts, data, images: int) -> None:
     """Writes the card in one step; no path of this machine is in it."""
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(card(recipe, facts, images, None if data is None else data.count))
-    os.replace(draft, path)
+    write_whole(path, card(recipe, facts, images, None if data is None else data.count))
 
 
 def card(recipe: Recipe, facts: Facts, images: int, samples: int | None = None) -> str:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from duotone.data.refusal import Refused
+from duotone.data.refusal import Refused, at_least
 from duotone.kernels.adamw_ema import adamw_ema_
 
 
@@ -27,6 +27,13 @@ class Ema:
     """If above 0: decay = 1 - (1 + step)^-power instead, at most max_decay."""
     max_decay: float = 0.9999
     """Largest decay of a power EMA."""
+
+    def check(self) -> None:
+        at_least("ema.half_life", self.half_life, 1)
+        at_least("ema.rampup", self.rampup, 0)
+        at_least("ema.power", self.power, 0)
+        if not 0 <= self.max_decay < 1:
+            raise Refused(f"ema.max_decay = {self.max_decay}: it must lie in [0, 1)")
 
     def decay(self, images: int, batch: int) -> float:
         """The decay of the step that brings the run to `images`."""

@@ -18,6 +18,22 @@ def pixels(x_NCHW: Tensor) -> np.ndarray:
     return bytes_NCHW.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
+class ByStep:
+    """sample()'s on_step: each step's idea of every image, as uint8, from however many chunks they come."""
+
+    def __init__(self):
+        self.parts: list[list[np.ndarray]] = []
+
+    def __call__(self, step: int, x_NCHW: Tensor, denoised_NCHW: Tensor) -> None:
+        self.parts.extend([] for _ in range(step + 1 - len(self.parts)))
+        self.parts[step].append(pixels(denoised_NCHW))
+
+    @property
+    def images(self) -> list[np.ndarray]:
+        """(N, H, W, C) of each step."""
+        return [np.concatenate(part) for part in self.parts]
+
+
 def grid(images_NHWC: np.ndarray, columns: int, *, gap: int = 2, zoom: int = 1) -> Image.Image:
     """Images in rows of `columns`, on white."""
     n, h, w, c = images_NHWC.shape

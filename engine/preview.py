@@ -1,13 +1,17 @@
 """Sample grids, denoising strips and GIFs during a run, always from the EMA weights, the same seeds and the same conditions."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from duotone.data.refusal import Refused, at_least
 from duotone.engine import pictures
+from duotone.engine.objectives.base import Objective
 from duotone.engine.pictures import pixels
+from duotone.engine.samplers.named import solver_named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +33,21 @@ class Previews:
     sampler: str = "heun"
     """Solver."""
     strips: bool = True
-    """Also draw how the first pictures of each row come out of noise, conditional and unconditional, and as a GIF."""
+    """Also draw how the first pictures of each row come out of noise, conditional and, where that was trained, unconditional,
+    and as a GIF."""
+
+    def check(self, objective: Objective) -> None:
+        """Refuses what no picture could be drawn with, long before the first is due."""
+        at_least("preview.every", self.every, 0)
+        for name in ("columns", "rows", "steps"):
+            at_least(f"preview.{name}", getattr(self, name), 1)
+        if not math.isfinite(self.guidance):
+            raise Refused(f"preview.guidance = {self.guidance}: give a finite number")
+        try:
+            solver_named(self.sampler)
+            objective.falling_sigmas(self.steps)
+        except Refused as refusal:
+            raise Refused(f"preview: {refusal}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,14 +124,15 @@ def draw(config: Previews, model, examples: Examples, folder: Path, name: str) -
     shown = given(model, rows)
     pictures.grid(beside(shown, images, config.columns), config.columns + len(shown), zoom=zoom).save(written[0])
     if config.strips:
-        conditional = strip(model, rows, settings, config.columns)
-        height = next(v if isinstance(v, int) else len(v) for v in rows.values())
-        unconditional = strip(model, {"count": height}, settings | {"guidance": 1.0}, config.columns)
-        for kind, images in (("conditional", conditional), ("unconditional", unconditional)):
+        strips = {"conditional": strip(model, rows, settings, config.columns)}
+        if model.can_be_asked_for_anything:
+            height = next(v if isinstance(v, int) else len(v) for v in rows.values())
+            strips["unconditional"] = strip(model, {"count": height}, settings | {"guidance": 1.0}, config.columns)
+        for kind, images in strips.items():
             written.append(folder / f"{name}-{kind}.png")
             pictures.grid(images, config.columns, zoom=zoom).save(written[-1])
         written.append(folder / f"{name}.gif")
-        pictures.save_gif(written[-1], frames_of(conditional, config.columns, zoom), milliseconds=200)
+        pictures.save_gif(written[-1], frames_of(strips["conditional"], config.columns, zoom), milliseconds=200)
     return written
 
 
@@ -136,8 +155,8 @@ def strip(model, rows: dict, settings: dict, columns: int) -> np.ndarray:
     """Each row's image at `columns` moments of its way out of noise, row by row."""
     from duotone.engine.sample import sample
 
-    seen = []
-    sample(model, **rows, **settings, seed=0, on_step=lambda i, x, denoised: seen.append(pixels(denoised)))
-    moments = np.linspace(0, len(seen) - 1, columns).round().astype(int)
-    frames = np.stack([seen[i] for i in moments], axis=1)
+    seen = pictures.ByStep()
+    sample(model, **rows, **settings, seed=0, on_step=seen)
+    moments = np.linspace(0, len(seen.images) - 1, columns).round().astype(int)
+    frames = np.stack([seen.images[i] for i in moments], axis=1)
     return frames.reshape(-1, *frames.shape[2:])

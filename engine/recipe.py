@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from duotone.data.refusal import Refused
+from duotone.data.refusal import Refused, at_least
 from duotone.data.shards import Shards
 from duotone.engine.checkpoint import Checkpoints
 from duotone.engine.conditioning.attributes import Attributes
@@ -74,36 +74,47 @@ class Recipe:
 
     def check(self) -> None:
         """Refuses values out of range, naming the key, before anything heavy is loaded."""
-        for name in ("batch_size", "images", *(["accumulation"] if self.accumulation is not None else [])):
+        for name in ("batch_size", "images"):
             at_least(name, getattr(self, name), 1)
-        for name in (
-            "checkpoint.every",
-            "checkpoint.stop_after",
-            "preview.every",
-            "validation.every",
-            "seed",
-            "preview.steps",
-        ):
-            at_least(name, value_at(self, name), 0)
+        at_least("accumulation", 1 if self.accumulation is None else self.accumulation, 1)
+        at_least("seed", self.seed, 0)
+        at_least("zero.bucket", self.zero.bucket, 1)
+        self.model.check()
+        self.objective.check()
+        self.optimizer.check()
+        self.ema.check()
+        self.checkpoint.check()
+        self.preview.check(self.objective)
+        self.validation.check()
+        self.log.check()
+        self.check_budget()
+        self.check_images()
+        self.check_conditioning()
+        self.check_stage()
+
+    def check_budget(self) -> None:
+        """Everything that is counted in images comes out at a whole step."""
         if self.images % self.batch_size:
             rounded = max(1, round(self.images / self.batch_size)) * self.batch_size
             raise Refused(
                 f"images = {self.images} is no multiple of batch_size = {self.batch_size}: {rounded} would be"
             )
-        for name in ("validation.images", "validation.levels"):
-            at_least(name, value_at(self, name), 1)
+        for name in ("checkpoint", "preview", "validation"):
+            every = getattr(self, name).every
+            if every % self.batch_size:
+                raise Refused(f"{name}.every = {every} is no multiple of batch_size = {self.batch_size}")
         if self.validation.every and not self.data.held_out:
             raise Refused(
                 f"validation.every = {self.validation.every}, but no image is held out: set data.held_out, as 0.05"
             )
-        for name in ("checkpoint.every", "preview.every", "validation.every"):
-            if value_at(self, name) % self.batch_size:
-                raise Refused(f"{name} = {value_at(self, name)} is no multiple of batch_size = {self.batch_size}")
-        self.model.check()
-        self.objective.check()
-        self.optimizer.check()
-        self.check_size()
-        self.check_conditioning()
+
+    def check_images(self) -> None:
+        at_least("data.size", self.data.size, 1)
+        for name in ("in_channels", "out_channels"):
+            if getattr(self.model, name) != self.data.channels:
+                raise Refused(f"model.{name} = {getattr(self.model, name)}, but data.channels = {self.data.channels}")
+
+    def check_stage(self) -> None:
         if self.zero.stage > self.optimizer.largest_stage:
             raise Refused(
                 f"zero.stage = {self.zero.stage}, but {type(self.optimizer).__name__} needs whole matrices, which stage 3 "
@@ -113,12 +124,6 @@ class Recipe:
             raise Refused(
                 "speed.compile = True, but ZeRO-3 gathers weights within the blocks: leave it off, or take stage 2"
             )
-
-    def check_size(self) -> None:
-        if self.data.size < 1:
-            raise Refused(f"data.size = {self.data.size}: it must be at least 1")
-        if self.model.in_channels != self.data.channels:
-            raise Refused(f"model.in_channels = {self.model.in_channels}, but data.channels = {self.data.channels}")
 
     def check_conditioning(self) -> None:
         kinds = [condition.kind for condition in self.conditioning]
@@ -131,6 +136,8 @@ class Recipe:
             raise Refused(f"drop_together = {self.drop_together}: it must lie in [0, 1]")
         if kinds == ["temperature"]:
             raise Refused("conditioning has a Temperature, but nothing that it could guide: add a condition")
+        if "temperature" in kinds and self.preview.guidance < 1:
+            raise Refused(f"preview.guidance = {self.preview.guidance}: a model of a Temperature takes 1 or more")
         reads_tokens = "cross" in (*self.model.attention, self.model.middle)
         gives_tokens = any(condition.port == "tokens" for condition in self.conditioning)
         if reads_tokens != gives_tokens:
@@ -152,15 +159,3 @@ class Recipe:
         if rest or not micro:
             raise Refused(f"batch_size = {self.batch_size} is not divisible by {ranks} ranks x accumulation = {times}")
         return micro
-
-
-def at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise Refused(f"{name} = {value}: it must be at least {least}")
-
-
-def value_at(recipe: Recipe, dotted: str):
-    value = recipe
-    for part in dotted.split("."):
-        value = getattr(value, part)
-    return value

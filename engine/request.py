@@ -51,11 +51,25 @@ def per_image(name: str, value, images: int) -> list[float]:
     return values
 
 
-def temperatures(scales: list[float]) -> list[float]:
+def temperatures(model: Model, values: dict, scales: list[float]) -> list[float]:
     """beta of each image for a model trained to be its own guide: guidance of that scale, in one forward."""
+    if not values and set(scales) != {1.0}:
+        raise Refused("guidance needs a condition: give prompts or labels, or leave guidance at 1")
     if min(scales) < 1:
         raise Refused(f"guidance = {min(scales)}: this model was trained guidance-free and takes 1 or more")
+    low = model.network.conditioners["temperature"].low
+    if low * max(scales) > 1:
+        raise Refused(f"guidance = {max(scales)}: this model was trained guidance-free up to {1 / low:g}")
     return [1 / scale for scale in scales]
+
+
+def refuse_steering(steered: bool) -> None:
+    """A model that is its own guide has one prediction a step, which nothing leads away from another."""
+    if steered:
+        raise Refused(
+            "this model was trained guidance-free: it takes guidance as one number or one per image, and no negatives, "
+            "interval, rescale, rule or guide"
+        )
 
 
 def seeds_of(seed: int | Sequence[int], images: int) -> list[tuple[int, int]]:
@@ -87,12 +101,18 @@ def refuse_without_null(model: Model, values: dict, negatives: dict) -> None:
     if not values:
         raise Refused("guidance needs a condition: give prompts or labels, or leave guidance at 1")
     for kind in values:
-        conditioner = model.network.conditioners[kind]
-        if kind not in negatives and conditioner.dropout == 0 and model.recipe.drop_together == 0:
+        if kind not in negatives and not model.null_is_trained(kind):
             raise Refused(
-                f"guidance needs a null state, and this network was trained with condition dropout 0 for its {conditioner.asked}: "
-                "leave guidance at 1, or train with conditioning dropout above 0"
+                "guidance needs a null state, and this network was trained with condition dropout 0 for its "
+                f"{model.network.conditioners[kind].asked}: leave guidance at 1, or train with conditioning dropout above 0"
             )
+
+
+def refuse_untrained_null(model: Model, values: dict) -> None:
+    """A condition that nobody gives takes its null state, which must have been trained."""
+    for kind, conditioner in model.network.conditioners.items():
+        if kind not in values and not model.null_is_trained(kind):
+            raise Refused(f"this network was never trained without its {conditioner.asked}: give {conditioner.asked}")
 
 
 def part(values: dict[str, list], rows: slice) -> dict[str, list]:

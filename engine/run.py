@@ -1,13 +1,16 @@
 """A run in progress: begun from a recipe, saved, and gone on with."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
 from duotone.data import captioned_shapes
 from duotone.data.refusal import Refused
 from duotone.data.shards import Dataset
+from duotone.data.whole_file import write_json
 from duotone.engine import artifact, checkpoint, draws, probe, run_folder, speed, validation, zero
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.evaluate.images import Images
@@ -41,28 +44,36 @@ class Run:
     examples: Examples = Examples()
     held_out: Images | None = None
     """What rank 0 measures the loss on."""
+    saved: int | None = None
+    """Images of the newest checkpoint."""
+    notes: list[str] = field(default_factory=list)
+    """What was substituted, in a line each."""
 
     @property
     def step(self) -> int:
         return self.images // self.recipe.batch_size
 
 
-def set_up(recipe: Recipe) -> Run:
-    """Everything before the first step: what can be refused comes before what is written."""
+def set_up(recipe: Recipe, held: ExitStack) -> Run:
+    """Everything before the first step: what can be refused comes before what is written; what is opened is `held`."""
     choice = speed.choose(recipe.speed, recipe.zero.stage)
     speed.set_up(recipe.speed, choice)
-    stored = None if recipe.fresh else run_folder.stored_recipe(recipe.folder)
+    stored = stored_recipe(recipe)
     refuse_other_run(recipe, stored)
-    recipe.micro_batch(int(zero.world_size()))
+    recipe.micro_batch(zero.world_size())
     ranks = zero.join(choice.device)
     with zero.rank_0_first(ranks):
         recipe = with_embedded_data(recipe)
         data = recipe.data.open(ranks.device, require_captions=wants_captions(recipe))
+        held.callback(data.close)
         held_out = validation.held_out(recipe.validation, recipe.data) if ranks.rank == 0 else None
     facts = Facts(classes=as_tuple(data.classes), attributes=as_tuple(data.attributes))
     torch.manual_seed(recipe.seed)
     network = artifact.build(recipe, facts)
-    begun = [] if recipe.start is None else begin_from(network, recipe.start, recipe.model, recipe.objective)
+    found, passed_over = newest_checkpoint(recipe, ranks)
+    begun = passed_over
+    if recipe.start is not None and found is None:
+        begun = begun + begin_from(network, recipe.start, recipe.model, recipe.objective)
     network.to(ranks.device)
     blocks = speed.make_ready(network.unet, recipe.speed, choice)
     recipe = with_accumulation(recipe, stored, network, choice, ranks)
@@ -70,18 +81,39 @@ def set_up(recipe: Recipe) -> Run:
     predicted = estimate(network, recipe, micro, choice, ranks.count)
     with zero.rank_0_first(ranks):
         if ranks.rank == 0:
-            begin_folder(recipe, stored, data.count)
+            begin_folder(recipe, stored, data.count, held)
     recipe = replace(recipe, objective=recipe.objective.fitted(data))
     if blocks:
         say(f"compiling {blocks} blocks on first use")
     sharded = start_sharded(recipe, network, choice, micro)
     run = Run(recipe, choice, ranks, data, facts, network, sharded, held_out=held_out)
-    resumed = resume(run)
+    if found is not None:
+        begun = [*begun, resume(run, found)]
     run.log = Logger(
         recipe.log, recipe.folder, recipe.images, run.images, speaks=ranks.rank == 0, recipe=to_json(recipe)
     )
-    announce(run, predicted, [resumed] if resumed else begun)
+    held.callback(run.log.close)
+    announce(run, predicted, begun)
     return run
+
+
+def stored_recipe(recipe: Recipe) -> dict | None:
+    """The recipe of the run that this one goes on with."""
+    if recipe.fresh:
+        run_folder.refuse_strangers(recipe.folder)
+        return None
+    return run_folder.stored_recipe(recipe.folder)
+
+
+def newest_checkpoint(recipe: Recipe, ranks: zero.Ranks) -> tuple[Path | None, list[str]]:
+    """What the run goes on from, and a line for each checkpoint passed over: rank 0 chooses for all, who must see the same."""
+    if recipe.fresh:
+        return None, []
+    found, passed_over = zero.from_rank_0(checkpoint.newest(recipe.folder / "checkpoints") if ranks.rank == 0 else None)
+    fault = None if found is None or ranks.rank == 0 else checkpoint.verify(found)
+    if fault is not None:
+        raise Refused(f"{found} is not here what rank 0 sees ({fault}): all ranks need one --out that they share")
+    return found, passed_over
 
 
 def with_accumulation(recipe: Recipe, stored: dict | None, network: Network, choice, ranks: zero.Ranks) -> Recipe:
@@ -90,8 +122,9 @@ def with_accumulation(recipe: Recipe, stored: dict | None, network: Network, cho
     The estimate proposes, and two steps tried for real decide."""
     if recipe.accumulation is not None:
         return recipe
-    if stored is not None and stored.get("accumulation"):
-        return replace(recipe, accumulation=stored["accumulation"])
+    before = stored.get("accumulation") if stored is not None else None
+    if before and recipe.batch_size % (ranks.count * before) == 0:
+        return replace(recipe, accumulation=before)
     if choice.device == "cpu":
         return replace(recipe, accumulation=1)
     room = min(zero.gathered([torch.cuda.get_device_properties(ranks.device).total_memory]))
@@ -130,15 +163,15 @@ def refuse_other_run(recipe: Recipe, stored: dict | None) -> None:
         )
 
 
-def begin_folder(recipe: Recipe, stored: dict | None, samples: int) -> None:
+def begin_folder(recipe: Recipe, stored: dict | None, samples: int, held: ExitStack) -> None:
     if recipe.fresh:
         run_folder.move_aside(recipe.folder)
-    recipe.folder.mkdir(parents=True, exist_ok=True)
+    held.enter_context(run_folder.claimed(run_folder.made(recipe.folder)))
     if recipe.fresh or stored is None:
         if recipe.data.held_out:
             split = {"training": samples, "held_out": recipe.data.held_out_keys()}
-            run_folder.write_json(recipe.folder / "splits.json", split)
-        run_folder.write_json(recipe.folder / "recipe.json", to_json(replace(recipe, fresh=False)))
+            write_json(recipe.folder / "splits.json", split)
+        write_json(recipe.folder / "recipe.json", to_json(replace(recipe, fresh=False)))
 
 
 def with_embedded_data(recipe: Recipe) -> Recipe:
@@ -179,16 +212,10 @@ def announce(run: Run, predicted: Estimate, begun: list[str]) -> None:
         f"accumulations x {run.ranks.count} ranks, ZeRO-{stage}, about {predicted.gib:.1f} GiB per rank, "
         f"fused kernels at {fused} of {sites} sites, {run.data.count:,} samples decoded by {run.data.decoder}, {recipe.images:,} images = {recipe.images // recipe.batch_size:,} steps"
     )
-    for line in [
-        why,
-        run.data.decoder_note,
-        *run.data.notes,
-        *begun,
-        *speed.substitutions(recipe.speed, choice),
-        *faults,
-    ]:
-        if line:
-            run.log.say(line)
+    substituted = [why, run.data.decoder_note, *run.data.notes, *speed.substitutions(recipe.speed, choice), *faults]
+    run.notes = [line for line in substituted if line]
+    for line in [*begun, *run.notes]:
+        run.log.say(line)
 
 
 def plans(run: Run) -> Iterator:
@@ -201,22 +228,22 @@ def plans(run: Run) -> Iterator:
 
 
 def save(run: Run) -> None:
-    """Publishes a checkpoint, from all ranks; rank 0 writes it."""
+    """Publishes a checkpoint, from all ranks, unless the newest is of this very step; rank 0 writes it."""
+    if run.saved == run.images:
+        return
     tensors = {kind: run.sharded.gather(kind) for kind in checkpoint.KINDS}
     if run.ranks.rank == 0:
         folder = run.recipe.folder / "checkpoints"
         facts = {"counters": run.sharded.counters(), "data": run.data.fingerprint}
         header = artifact.header(run.recipe, run.facts, run.images)
         checkpoint.publish(folder, run.images, tensors, facts, header)
-        checkpoint.retire(folder, run.recipe.checkpoint.keep)
+        checkpoint.retire(folder, run.recipe.checkpoint.keep, run.images)
+    run.saved = run.images
     zero.wait()
 
 
-def resume(run: Run) -> str | None:
-    """Puts the newest checkpoint that verifies into the run; says what was done."""
-    path, passed_over = checkpoint.newest(run.recipe.folder / "checkpoints")
-    if path is None:
-        return "; ".join(passed_over) or None
+def resume(run: Run, path: Path) -> str:
+    """Puts a checkpoint into the run; says what was done."""
     manifest, tensors = checkpoint.read(path)
     checkpoint.refuse_other_network(path, tensors["weight"], run.sharded.shapes())
     if manifest["data"] != run.data.fingerprint:
@@ -224,5 +251,5 @@ def resume(run: Run) -> str | None:
     for kind, named in tensors.items():
         run.sharded.scatter(kind, named)
     run.sharded.restore_counters(manifest["counters"])
-    run.images = manifest["images"]
-    return "; ".join([*passed_over, f"resumed from {path} at {run.images:,} images"])
+    run.images = run.saved = manifest["images"]
+    return f"resumed from {path} at {run.images:,} images"

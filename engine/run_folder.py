@@ -1,10 +1,39 @@
-"""The folder of a run: which run it belongs to, moving an old one aside, cutting logs back to where a run resumes."""
+"""The folder of a run: which run it belongs to, one process at a time, moving an old one aside, cutting logs back to where a run resumes."""
 
+import fcntl
 import json
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from duotone.data.refusal import Refused
+from duotone.data.whole_file import write_whole
+
+CLAIM = ".claim"
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Holds a run's folder for this process, however it ends; raises Refused where another one trains there.
+
+    Two of them would remove each other's checkpoints in the making.
+    """
+    with open(folder / CLAIM, "a+") as claim:
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            claim.seek(0)
+            raise Refused(
+                f"{folder} is in use by {claim.read().strip() or 'another process'}: wait until it ends, or give another --out"
+            ) from None
+        except OSError:  # a file system without locks: nothing can be said
+            pass
+        claim.truncate(0)
+        claim.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        claim.flush()
+        yield
 
 
 def keep_rows_up_to(path: Path, images: int) -> None:
@@ -19,37 +48,48 @@ def keep_rows_up_to(path: Path, images: int) -> None:
             continue
         if row["images"] <= images:
             rows.append(line)
-    draft = path.with_suffix(".draft")
-    draft.write_text("".join(f"{row}\n" for row in rows))
-    os.replace(draft, path)
+    write_whole(path, "".join(f"{row}\n" for row in rows))
 
 
 def move_aside(folder: Path) -> Path | None:
-    """Renames an earlier run's folder so that nothing of it is lost."""
+    """Renames an earlier run's folder so that nothing of it is lost; raises Refused where another process trains there."""
     if not folder.exists():
         return None
-    n = 1
-    while (aside := folder.with_name(f"{folder.name}-before-{n}")).exists():
-        n += 1
-    os.replace(folder, aside)
+    folder = Path(os.path.abspath(folder))  # the name of "." is its own
+    with claimed(folder):
+        n = 1
+        while (aside := folder.with_name(f"{folder.name}-before-{n}")).exists():
+            n += 1
+        os.replace(folder, aside)
     return aside
+
+
+def refuse_strangers(folder: Path) -> None:
+    """Raises Refused on a folder that holds something and is no run's."""
+    if (folder / "recipe.json").exists() or not folder.exists():
+        return
+    if not folder.is_dir() or any(path.name != CLAIM for path in folder.iterdir()):
+        raise Refused(f"{folder} exists and is no run's folder (no recipe.json): give another --out")
+
+
+def made(folder: Path) -> Path:
+    """The folder, made where it is not there; raises Refused where it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"{folder} cannot be made ({error.strerror}): give another --out") from None
+    if not os.access(folder, os.W_OK):
+        raise Refused(f"{folder} cannot be written to: give another --out")
+    return folder
 
 
 def stored_recipe(folder: Path) -> dict | None:
     """The recipe that a run's folder was begun with."""
+    refuse_strangers(folder)
     path = folder / "recipe.json"
     if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise Refused(f"{folder} exists and is no run's folder (no recipe.json): give another --out")
         return None
     try:
         return json.loads(path.read_text())
     except ValueError:
         raise Refused(f"{path} is not readable as JSON: restore it, or give another --out") from None
-
-
-def write_json(path: Path, value: object) -> None:
-    """Replaces a JSON file in one step."""
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(draft, path)

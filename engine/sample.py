@@ -5,6 +5,7 @@ N images, H x W pixels, C channels.
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,19 +31,15 @@ from duotone.engine.request import (
     number_of_images,
     part,
     per_image,
+    refuse_steering,
+    refuse_untrained_null,
     refuse_without_null,
     seeds_of,
     temperatures,
     values_by_kind,
 )
-from duotone.engine.samplers.ancestral import ancestral
 from duotone.engine.samplers.clipping import clipped
-from duotone.engine.samplers.dpmpp_2m import dpmpp_2m
-from duotone.engine.samplers.euler import euler
-from duotone.engine.samplers.heun import heun
-from duotone.engine.samplers.stochastic_heun import stochastic_heun
-
-SAMPLERS = {f.__name__: f for f in (euler, heun, dpmpp_2m, ancestral, stochastic_heun)}
+from duotone.engine.samplers.named import solver_named
 
 
 def sample(
@@ -87,7 +84,8 @@ def sample(
 
     `seed` is a number or one per image: image i of a single seed uses seed and i, and its noise does not depend on the batch.
     `chunk` images are drawn at once, by default as many as the free memory holds. `on_step(step, x_NCHW, denoised_NCHW)` is
-    called after every step, and `progress` shows a bar. Raises Refused on what does not fit.
+    called after every step with a chunk's images, once for each image and step (engine/pictures.py has ByStep, which collects
+    them), and `progress` shows a bar. Raises Refused on what does not fit.
     """
     asked = {"prompts": prompts, "labels": labels, "attributes": attributes, "images": images, "holes": holes}
     asked = listed(asked)
@@ -95,17 +93,17 @@ def sample(
     number = number_of_images(asked, count)
     by_attribute = dict(guidance) if isinstance(guidance, Mapping) else None
     scales = per_image("guidance", 1.0 if by_attribute is not None else guidance, number)
-    if "temperature" in model.network.conditioners:
-        if not values and set(scales) != {1.0}:
-            raise Refused("guidance needs a condition: give prompts or labels, or leave guidance at 1")
-        values["temperature"], scales = temperatures(scales), [1.0] * number
+    refuse_untrained_null(model, values)
     seeds = seeds_of(seed, number)
     height_width = image_shape(model, size)[1:]
     solver = sampler if callable(sampler) else solver_named(sampler)
-    sigmas = sampling_sigmas(model, steps, spacing)
+    sigmas = model.objective.falling_sigmas(steps, spacing)
     negatives = negative_values(model, negative, number)
     steering = Steering(interval=interval, rescale=rescale, rule=rule, guide=guide)
     steering.check(model, negatives)
+    if "temperature" in model.network.conditioners:
+        refuse_steering(by_attribute is not None or negatives or steering.changes_anything())
+        values["temperature"], scales = temperatures(model, values, scales), [1.0] * number
     if steering.doubles(scales) and guide is None:
         refuse_without_null(model, values, negatives)
     if by_attribute is not None:
@@ -173,16 +171,21 @@ class Steps:
     def __init__(self, total: int, on_step: Callable | None, *, shown: bool):
         self.on_step = on_step
         self.bar = tqdm(total=total, unit="step", unit_scale=True, dynamic_ncols=True) if shown else None
+        self.told: Counter[int] = Counter()
+        """How many images, from the first on, each step was told of."""
 
-    def of(self, rows: slice) -> Callable | None:
-        if self.bar is None:
-            return self.on_step
-        before = self.bar.n
+    def of(self, rows: slice) -> Callable:
+        """What a solver calls for these images, which may be drawn again after memory ran out."""
 
         def told(step: int, x_NCHW: Tensor, denoised_NCHW: Tensor) -> None:
-            self.bar.update(before + (step + 1) * (rows.stop - rows.start) - self.bar.n)
+            known, self.told[step] = self.told[step], max(self.told[step], rows.stop)
+            new = slice(max(0, known - rows.start), None)
+            if known >= rows.stop:
+                return
+            if self.bar is not None:
+                self.bar.update(rows.stop - max(known, rows.start))
             if self.on_step is not None:
-                self.on_step(step, x_NCHW, denoised_NCHW)
+                self.on_step(step, x_NCHW[new], denoised_NCHW[new])
 
         return told
 
@@ -327,29 +330,3 @@ def condition(model: Model, values: dict, negatives: dict, images: int, size, *,
     keep = {kind: kept(kind, values, negatives, images, doubled).to(model.device) for kind in tensors}
     with torch.inference_mode():
         return model.network.condition(tensors, keep)
-
-
-def solver_named(name: str) -> Callable:
-    if name not in SAMPLERS:
-        raise Refused(f"sampler {name!r} is unknown: there are {', '.join(SAMPLERS)}")
-    return SAMPLERS[name]
-
-
-def sampling_sigmas(model: Model, steps: int, spacing: str | None) -> Tensor:
-    known = model.objective.spacings
-    if not isinstance(steps, int) or steps < 1:
-        raise Refused(f"steps = {steps}: it must be a whole number, at least 1")
-    if spacing not in (None, *known):
-        raise Refused(
-            f"spacing {spacing!r} is unknown to {type(model.objective).__name__}: there are {', '.join(known)}"
-        )
-    return falling(model.objective.sampling_sigmas(steps, spacing or known[0]), known)
-
-
-def falling(sigmas: Tensor, known: tuple[str, ...]) -> Tensor:
-    if not bool((sigmas[:-1] > sigmas[1:]).all()):
-        raise Refused(
-            f"steps = {len(sigmas) - 1}: noise levels must fall at every step, and these do not; take fewer steps or "
-            f"another spacing ({', '.join(known)})"
-        )
-    return sigmas

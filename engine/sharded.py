@@ -11,6 +11,9 @@ from duotone.engine import zero
 from duotone.engine.optimizer import AdamWEma
 from duotone.engine.update import Update
 
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""The state of DeepSpeed's dynamic loss scaler."""
+
 
 class Sharded:
     """A network under ZeRO: forward, backward, step, and its state by name."""
@@ -118,17 +121,18 @@ class Sharded:
 
     def counters(self) -> dict:
         """The integers of the optimizer's state."""
-        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
-        scale = {
-            k: getattr(scaler, k)
-            for k in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-            if hasattr(scaler, k)
-        }
+        scaler = self.fp16_scaler
         return {
             "adam_steps": int(self.update.steps) if self.update else self.steps_of_stage_3(),
             "skipped": self.skipped,
-            "scaler": scale,
+            "scaler": {} if scaler is None else {name: getattr(scaler, name) for name in SCALER},
         }
+
+    @property
+    def fp16_scaler(self):
+        """DeepSpeed's dynamic loss scaler, or None: the other precisions have a constant one, which no other run should take over."""
+        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
+        return scaler if all(hasattr(scaler, name) for name in SCALER) else None
 
     def steps_of_stage_3(self) -> int:
         shard, _ = next(iter(self.shards()))
@@ -141,8 +145,10 @@ class Sharded:
         for shard, _ in self.shards():
             self.optimizer.state_of(shard)["step"] = counters["adam_steps"]
         self.engine.skipped_steps = counters["skipped"]
-        for name, value in counters["scaler"].items():
-            setattr(self.engine.optimizer.loss_scaler, name, value)
+        stored = counters["scaler"]
+        if self.fp16_scaler is not None and stored.keys() == set(SCALER):
+            for name, value in stored.items():
+                setattr(self.fp16_scaler, name, value)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from duotone.data.refusal import Refused
+from duotone.data.refusal import Refused, at_least
 from duotone.engine.model.blocks import Attention, GroupNormSiLU, ResBlock, SelfAttention, Transformer
 from duotone.engine.model.unet import UNet
 from duotone.kernels.dispatch import runs_kernel
@@ -67,6 +67,7 @@ def choose(speed: Speed, stage: int = 1) -> Choice:
     Stage 3 gathers weights between a block's modules, so that a block is no single graph.
     """
     cuda = torch.cuda.is_available()
+    at_least("speed.threads", 1 if speed.threads is None else speed.threads, 1)
     if speed.device == "cuda" and not cuda:
         raise Refused("speed.device = cuda, but torch finds no CUDA device: leave it at auto to train on the CPU")
     device = "cuda" if cuda and speed.device != "cpu" else "cpu"

@@ -7,14 +7,14 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from duotone.data.refusal import Refused
-from duotone.engine import diffusers_folder, original_layout
+from duotone.engine import artifact, diffusers_folder, original_layout
 from duotone.engine.model.network import Network
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.base import Objective
+from duotone.engine.recipe_json import from_json
 
 CLASSES = "class_embedding.weight"
 
@@ -22,8 +22,10 @@ CLASSES = "class_embedding.weight"
 def begin_from(network: Network, path: Path, config: UNetConfig, objective: Objective | None = None) -> list[str]:
     """Fills the network; returns what a reader should know. Raises Refused where the source does not fit."""
     file = weights_file(path)
-    refuse_other_shape(file, config)
-    given = read(file)
+    given, metadata = artifact.read(file)
+    recipe = from_json(json.loads(metadata["duotone.recipe"])) if "duotone.recipe" in metadata else None
+    refuse_other_shape(file, told_shape(file) if recipe is None else recipe.model, config)
+    taught = told_objective(file) if recipe is None else meaning(recipe.objective)
     named = by_our_names(given, config)
     own = dict(network.named_parameters())
     refuse_misfits(named, own, file)
@@ -31,7 +33,9 @@ def begin_from(network: Network, path: Path, config: UNetConfig, objective: Obje
     with torch.no_grad():
         for name in fitting:
             own[name].copy_(named[name])
-    lines = notes(fitting, named, own, file) + taught_otherwise(file, objective)
+    lines = notes(fitting, named, own, file)
+    if objective is not None:
+        lines += taught_otherwise(taught, objective)
     if original_layout.in_original_layout(given):
         lines.append(
             "of a single file only the UNet is read, and it does not say how many heads there are: model.heads is believed"
@@ -52,16 +56,23 @@ def weights_file(path: Path) -> Path:
     )
 
 
-def refuse_other_shape(file: Path, config: UNetConfig) -> None:
-    """A diffusers folder says what its network is: every field of model that differs is named as a flag."""
+def told_shape(file: Path) -> UNetConfig | None:
+    """What a diffusers folder says its network is."""
     beside = file.with_name("config.json")
     if file.name != diffusers_folder.WEIGHTS or not beside.exists():
+        return None
+    return diffusers_folder.from_config(json_of(beside))
+
+
+def refuse_other_shape(file: Path, theirs: UNetConfig | None, config: UNetConfig) -> None:
+    """Shapes do not tell all: every field of model that differs is named as a flag."""
+    if theirs is None:
         return
-    theirs = diffusers_folder.from_config(json_of(beside))
     differ = [name for name in vars(theirs) if name not in ("zero_init", "dropout") and not same(theirs, config, name)]
     if differ:
         flags = " ".join(f"--model.{name.replace('_', '-')} {written(getattr(theirs, name))}" for name in differ)
-        raise Refused(f"start = {file.parent} is another network than model: give {flags}")
+        source = file.parent if file.name == diffusers_folder.WEIGHTS else file
+        raise Refused(f"start = {source} is another network than model: give {flags}")
 
 
 def json_of(file: Path) -> dict:
@@ -71,15 +82,31 @@ def json_of(file: Path) -> dict:
         raise Refused(f"start: {file} is not readable as JSON ({error}): save the model again") from None
 
 
-def taught_otherwise(file: Path, objective: Objective | None) -> list[str]:
-    """A pipeline's scheduler says what its network predicts: where that is not this run's objective, the weights unlearn it."""
+SCHEDULED = ("prediction_type", "beta_schedule", "num_train_timesteps", "sigma_data")
+"""Of a pipeline's scheduler, what decides the meaning of a network's output."""
+MEANT = ("prediction", "schedule", "steps", "rescale_zero_snr", "sigma_data")
+"""The same of an objective."""
+
+
+def told_objective(file: Path) -> dict:
+    """What a pipeline's scheduler says that its network predicts."""
     beside = file.parent.parent / "scheduler" / "scheduler_config.json"
-    if objective is None or file.name != diffusers_folder.WEIGHTS or not beside.exists():
-        return []
-    theirs, ours = json_of(beside), diffusers_folder.scheduler_config(objective)
-    names = ("prediction_type", "beta_schedule", "num_train_timesteps", "sigma_data")
-    differ = [f"{name} {theirs[name]} there, {ours.get(name, 'none')} here" for name in names
-              if name in theirs and theirs[name] != ours.get(name)]  # fmt: skip
+    if file.name != diffusers_folder.WEIGHTS or not beside.exists():
+        return {}
+    config = json_of(beside)
+    return {name: config[name] for name in SCHEDULED if name in config}
+
+
+def meaning(objective: Objective) -> dict:
+    """What an objective has a network predict."""
+    return {"objective": type(objective).__name__} | {k: v for k, v in vars(objective).items() if k in MEANT}
+
+
+def taught_otherwise(theirs: dict, objective: Objective) -> list[str]:
+    """Where the source was taught another objective than this run's, the weights unlearn it."""
+    ours = meaning(objective) if "objective" in theirs else diffusers_folder.scheduler_config(objective)
+    differ = [f"{name} {value} there, {ours.get(name, 'none')} here" for name, value in theirs.items()
+              if ours.get(name, "none") not in (value, None)]  # fmt: skip
     return [f"it was trained on another objective: {', '.join(differ)}"] if differ else []
 
 
@@ -101,14 +128,6 @@ def same(theirs: UNetConfig, ours: UNetConfig, name: str) -> bool:
 
 def written(value) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def read(file: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
-        raise Refused(f"start = {file} is no readable safetensors file ({error})") from None
 
 
 def by_our_names(named: dict[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ N images of a micro-batch, C channels, H x W pixels.
 import hashlib
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from duotone.data.batch import Batch, sent
-from duotone.engine import artifact, checkpoint, draws, model_card, preview, run_folder, speed, validation, zero
+from duotone.data.whole_file import write_json
+from duotone.engine import artifact, draws, model_card, preview, speed, validation, zero
 from duotone.engine.conditioning.dropout import conditioned
 from duotone.engine.objectives.base import Objective
 from duotone.engine.recipe import Recipe
@@ -35,23 +37,22 @@ def train(recipe: Recipe) -> Path:
     """
     recipe.check()
     began = time.monotonic()
-    run = set_up(recipe)
-    run.whole_step = whole_step(run)
-    try:
+    with ExitStack() as held:
+        held.push(zero.leave)
+        run = set_up(recipe, held)
+        run.whole_step = whole_step(run)
         run.examples = examples(run)  # before the reading thread: one decoder serves one reader
         batches = run.data.batches(plans(run))
         while run.images < recipe.images:
             train_step(run, batches)
-            look(run, drawn=due(run, recipe.preview.every), measured=due(run, recipe.validation.every))
             if due(run, recipe.checkpoint.every):
-                save(run)
+                save(run)  # before pictures, which may fail
+            look(run, drawn=due(run, recipe.preview.every), measured=due(run, recipe.validation.every))
             if over(run, began):
-                return interrupt(run)
-        finish(run)
-    finally:
-        run.log.close()
-        run.data.close()
-        zero.leave()
+                interrupt(run)
+                break
+        else:
+            finish(run)
     return recipe.folder
 
 
@@ -212,29 +213,21 @@ def trace(run: Run, mine: list[tuple[int, str, str]], loss: float) -> None:
 # ------------------------------------------------------------------------------------------ pictures and the end
 
 
-def interrupt(run: Run) -> Path:
+def interrupt(run: Run) -> None:
     """A checkpoint where the run stands, for the same command to go on from."""
-    save_once(run)
+    save(run)
     minutes, images = run.recipe.checkpoint.stop_after, f"{run.images:,} of {run.recipe.images:,} images"
     run.log.say(f"stopped after {minutes:g} minutes at {images}: the same command goes on from there")
-    return run.recipe.folder
-
-
-def save_once(run: Run) -> None:
-    """A checkpoint, unless the newest is of this very step."""
-    newest, _ = checkpoint.newest(run.recipe.folder / "checkpoints")
-    if newest is None or not newest.name.endswith(f"{run.images:012d}"):
-        save(run)
 
 
 def finish(run: Run) -> None:
     """The last checkpoint, export, pictures and losses."""
-    save_once(run)
+    save(run)
     ema = run.sharded.gather("ema")
     if run.ranks.rank == 0:
         path = run.recipe.folder / "ema.safetensors"
         artifact.save(path, ema, run.recipe, run.facts, run.images)
-        run_folder.write_json(run.recipe.folder / "record.json", record(run))
+        write_json(run.recipe.folder / "record.json", record(run))
         model_card.write(run.recipe.folder / "MODEL_CARD.md", run.recipe, run.facts, run.data, run.images)
         model = averaged(run, ema)
         written = draw(run, model)
@@ -253,6 +246,7 @@ def record(run: Run) -> dict:
         "decoder": run.data.decoder,
         "fallbacks": fallbacks(),
         "attention_choices": attention.choices(),
+        "notes": run.notes,
         "graph_breaks": speed.graph_breaks(),
         "recompiles_after_step_2": speed.compiled_graphs() - run.graphs_at_step_2 if run.step > 2 else 0,
     }

@@ -3,6 +3,7 @@
 import statistics
 from dataclasses import dataclass
 
+from duotone.data.refusal import at_least
 from duotone.data.shards import Shards
 from duotone.engine.evaluate.images import Images, read_images
 
@@ -17,6 +18,11 @@ class Validation:
     """Held-out images measured, the same every time."""
     levels: int = 8
     """Equally likely noise levels, at each of which they are measured."""
+
+    def check(self) -> None:
+        at_least("validation.every", self.every, 0)
+        at_least("validation.images", self.images, 2)
+        at_least("validation.levels", self.levels, 1)
 
 
 def held_out(config: Validation, shards: Shards) -> Images | None:

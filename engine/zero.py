@@ -11,6 +11,7 @@ import socket
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +21,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from duotone.data.refusal import Refused
+
+PATIENCE = timedelta(hours=3)
+"""How long ranks wait for one another: rank 0 alone reads shards that have no index yet, and draws previews. Ranks that
+end are noticed by the launcher."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +60,7 @@ def join(device: str) -> Ranks:
         build_communication_operator()
     if not dist.is_initialized():
         try:
-            deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", verbose=False)
+            deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", verbose=False, timeout=PATIENCE)
         except dist.DistNetworkError as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise Refused(
@@ -186,12 +191,26 @@ def gather_weights(partitioned) -> None:
 
 @contextmanager
 def rank_0_first(ranks: Ranks):
-    """Work that rank 0 does before the others look at its result."""
+    """Work that rank 0 does before the others look at its result; what it refuses, all refuse."""
     if ranks.rank:
-        wait()
-    yield
+        refusal = from_rank_0()
+        if refusal is not None:
+            raise refusal
+    try:
+        yield
+    except Refused as refusal:
+        if not ranks.rank:
+            from_rank_0(refusal)
+        raise
     if not ranks.rank:
-        wait()
+        from_rank_0()
+
+
+def from_rank_0(value=None):
+    """What rank 0 gives, on every rank."""
+    found = [value]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 def mean(value: Tensor) -> Tensor:
@@ -218,11 +237,20 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def leave() -> None:
-    """Ends the run's process group. A group of one stays, since a later run in the same process joins it again."""
+def lost_a_rank(error: Exception) -> bool:
+    """Whether this is only that another rank has ended: its own words tell why."""
+    ended = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, dist.DistError) or any(words in str(error) for words in ended)
+
+
+def leave(kind: type | None = None, error: BaseException | None = None, trace=None) -> None:
+    """Ends the run's process group, but not with an error: the other ranks would fail at once, and louder than its cause.
+
+    A group of one stays, since a later run in the same process joins it again.
+    """
     if SET_HERE:
         for name in SET_HERE:
             os.environ.pop(name, None)
         SET_HERE.clear()
-    elif dist.is_initialized():
+    elif error is None and dist.is_initialized():
         dist.destroy_process_group()

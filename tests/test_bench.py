@@ -12,10 +12,10 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
+from duotone.data.whole_file import write_json
 from duotone.engine.command_line import parse
 from duotone.engine.recipe import Recipe
 from duotone.engine.recipe_json import to_json
-from duotone.engine.run_folder import write_json
 from duotone.engine.small import small_text
 
 ROOT = Path(__file__).parent.parent

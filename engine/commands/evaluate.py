@@ -77,8 +77,8 @@ class Evaluate:
             self.against_data(path, model)
 
     def against_data(self, path: Path, model) -> None:
+        from duotone.data.whole_file import write_json
         from duotone.engine.evaluate import evaluation, images, report
-        from duotone.engine.run_folder import write_json
 
         folder = path if path.is_dir() else path.parent
         if self.most < 2 or self.samples < 1:
@@ -125,7 +125,7 @@ class Evaluate:
             own = f"   (checker on real renders: {checker[name]:.1%})" if name in checker else ""
             print(f"  {name.replace('_', ' '):24} {value:6.1%}{own}")
         if self.json:
-            from duotone.engine.run_folder import write_json
+            from duotone.data.whole_file import write_json
 
             command = (
                 f"duotone evaluate RUN --per-caption {self.per_caption} --guidance {self.guidance} --steps {self.steps}"

@@ -75,7 +75,7 @@ class Sample:
         columns = self.columns or (images if several else self.count if self.count > 1 else min(images, 8))
         pictures.grid(drawn, columns).save(self.out)
         if self.gif is not None:
-            pictures.save_gif(self.gif, [pictures.grid(np.concatenate(frame), columns) for frame in frames])
+            pictures.save_gif(self.gif, [pictures.grid(frame, columns) for frame in frames])
         cost = f"{model.forwards:.1f} forward passes each, {model.forwards / model.evaluations:.2f} an evaluation"
         print(f"{len(drawn)} pictures in {self.out}, {cost}{' at the last scale' * several}")
 
@@ -128,21 +128,16 @@ class Sample:
             scales |= {name: float(scale)} if scale else {}
         return states, scales
 
-    def draw(self, model, asked: dict, images: int) -> tuple[np.ndarray, list[list[np.ndarray]]]:
-        """The pictures and, for a GIF, every step's idea of them, chunk by chunk."""
+    def draw(self, model, asked: dict, images: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The pictures and, for a GIF, every step's idea of them."""
         from duotone.engine.artifact import load
         from duotone.engine.guiding.apg import Apg
         from duotone.engine.guiding.cfg_plus_plus import CfgPlusPlus
-        from duotone.engine.pictures import pixels
+        from duotone.engine.pictures import ByStep
         from duotone.engine.sample import sample
 
         guide = load(self.guide, speed=self.speed) if self.guide else None
-        frames: list[list[np.ndarray]] = []
-
-        def keep(step: int, x_NCHW, denoised_NCHW) -> None:
-            frames.extend([] for _ in range(step + 1 - len(frames)))
-            frames[step].append(pixels(denoised_NCHW))
-
+        frames = ByStep()
         drawn = [
             sample(
                 model,
@@ -159,12 +154,12 @@ class Sample:
                 clip=self.clip,
                 seed=self.seed,
                 size=self.size,
-                on_step=keep if self.gif is not None else None,
+                on_step=frames if self.gif is not None else None,
                 progress=sys.stderr.isatty(),
             )
             for scale in self.scales(asked, model)
         ]
-        return np.concatenate(drawn), frames
+        return np.concatenate(drawn), frames.images
 
     def scales(self, asked: dict, model) -> tuple:
         """What sample() is given as guidance, once for each row of the sheet."""

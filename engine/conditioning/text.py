@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from duotone.data.batch import Batch
-from duotone.data.refusal import Refused
+from duotone.data.refusal import Refused, at_least
 from duotone.engine.conditioning.base import Conditioner, Conditioning, Facts
 from duotone.engine.model.blocks import Embedding
 from duotone.engine.model.unet import UNetConfig
@@ -52,6 +52,7 @@ class EncoderText:
     """Share of captions replaced by the null state (all-zero tokens) in training."""
 
     def build(self, network: UNetConfig, facts: Facts) -> "TextConditioner":
+        at_least("conditioning: EncoderText.length", self.length, 2)
         from transformers import AutoModelForTextEncoding, AutoTokenizer
 
         tokenizer, encoder = loaded(self.encoder, AutoTokenizer, AutoModelForTextEncoding)
@@ -69,7 +70,7 @@ def loaded(name: str, tokenizer_class: type, encoder_class: type) -> tuple:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise Refused(
-            f"text encoder {name!r} cannot be loaded ({reason}): give conditioning.0.encoder a folder with a "
+            f"text encoder {name!r} cannot be loaded ({reason}): give its encoder (conditioning.0.encoder where it is the first condition) a folder with a "
             "text model and its tokenizer, or a name that can be reached from here"
         ) from None
 
@@ -95,6 +96,11 @@ class ByteText:
     """Share of captions replaced by the null state (all-zero tokens) in training."""
 
     def build(self, network: UNetConfig, facts: Facts) -> "TextConditioner":
+        for name in ("width", "layers", "heads"):
+            at_least(f"conditioning: ByteText.{name}", getattr(self, name), 1)
+        at_least("conditioning: ByteText.length", self.length, 2)  # its two marks
+        if self.width % self.heads:
+            raise Refused(f"conditioning: ByteText.heads = {self.heads} does not divide its width of {self.width}")
         from transformers import CLIPTextConfig, CLIPTextModel
 
         config = CLIPTextConfig(

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from duotone.data.refusal import Refused
+from duotone.data.whole_file import draft_of, write_json
 from duotone.engine.evaluate.images import Images, Splits
 from duotone.engine.evaluate.progress import Progress
 from duotone.engine.evaluate.shares import Share
 from duotone.engine.log import say
-from duotone.engine.run_folder import write_json
 
 CHUNK = 512
 VERSION = 1  # of network and training: part of the key of what is stored
@@ -282,9 +282,8 @@ def write(folder: Path, network: Classifier, splits: Splits, config: ClassifierC
     }
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
-    draft = folder / ".classifier.draft"
-    save_file(tensors, draft)
-    draft.replace(folder / "classifier.safetensors")
+    with draft_of(folder / "classifier.safetensors") as draft:
+        save_file(tensors, draft)
     write_json(folder / "classifier.json", facts)
     say(f"classifier: accuracy {accuracy} on {len(splits.held_out):,} images of the {splits.held_out_is}; in {folder}")
     return facts

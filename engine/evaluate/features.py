@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from duotone.data.refusal import Refused
+from duotone.data.whole_file import draft_of
 from duotone.engine.evaluate.classifier import Judge
 from duotone.engine.evaluate.images import Splits
 from duotone.engine.evaluate.progress import Progress
@@ -207,7 +208,6 @@ def made(network: FeatureNetwork, splits: Splits, path: Path) -> dict[str, Tenso
         for name, images in splits.parts.items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
-    save_file(found, draft)
-    draft.replace(path)
+    with draft_of(path) as draft:
+        save_file(found, draft)
     return found

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from duotone.data.refusal import Refused
+from duotone.data.refusal import Refused, at_least
 from duotone.engine.model.blocks import (
     Downsample,
     Embedding,
@@ -95,6 +95,10 @@ class UNetConfig:
                 raise Refused(
                     f"model.{name} has {len(getattr(self, name))} entries and model.channels {levels}: give one per level"
                 )
+        for name in ("in_channels", "out_channels", "context_width", "groups"):
+            at_least(f"model.{name}", getattr(self, name), 1)
+        at_least("model.extra_channels", self.extra_channels, 0)
+        at_least("model.time_width", 1 if self.time_width is None else self.time_width, 1)
         for name in ("channels", "heads", "blocks", "depth"):
             if min(getattr(self, name)) < 1:
                 raise Refused(f"model.{name} = {getattr(self, name)}: every entry must be at least 1")

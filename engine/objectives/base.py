@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from duotone.data.refusal import Refused
+
 LossKind = Literal["squared", "absolute", "huber"]
 
 
@@ -67,6 +69,21 @@ class Objective(ABC):
     @abstractmethod
     def sampling_sigmas(self, steps: int, spacing: str) -> Tensor:
         """Falling noise levels for `steps` steps, the last one 0: float64, (steps + 1,)."""
+
+    def falling_sigmas(self, steps: int, spacing: str | None = None) -> Tensor:
+        """sampling_sigmas by a spacing's name, or by the default; raises Refused where they cannot be sampled along."""
+        if not isinstance(steps, int) or steps < 1:
+            raise Refused(f"steps = {steps}: it must be a whole number, at least 1")
+        known, kind = ", ".join(self.spacings), type(self).__name__
+        if spacing not in (None, *self.spacings):
+            raise Refused(f"spacing {spacing!r} is unknown to {kind}: there are {known}")
+        sigmas = self.sampling_sigmas(steps, spacing or self.spacings[0])
+        if not bool((sigmas[:-1] > sigmas[1:]).all()):
+            raise Refused(
+                f"steps = {steps}: noise levels must fall at every step, and these do not; take fewer steps or another "
+                f"spacing ({known})"
+            )
+        return sigmas
 
     def coefficients(self, sigma_N: Tensor) -> Tensor:
         """(a, b, p, q) of each image, (N, 4): the network's input is a x0 + b noise, its target F* is p x0 + q noise.

@@ -17,7 +17,7 @@ from duotone.data.refusal import Refused
 from duotone.engine import artifact, checkpoint, diffusers_folder
 from duotone.engine.command_line import parse
 from duotone.engine.conditioning.base import Facts
-from duotone.engine.conditioning.text import ClipText
+from duotone.engine.conditioning.text import ByteText, ClipText, EncoderText
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.recipe import Recipe
 from duotone.engine.recipe_json import from_json, to_json
@@ -74,11 +74,40 @@ def test_a_wrong_name_or_value_is_one_line_with_the_nearest_key(flags, says):
         (["--model.heads", "2"], "model.heads has 1 entries and model.channels 2"),
         (["--model.attention", "none", "none", "--model.middle", "none"], "no cross level"),
         (["--data.channels", "1"], "model.in_channels = 3, but data.channels = 1"),
+        (["--data.channels", "1", "--model.in-channels", "1"], "model.out_channels = 3, but data.channels = 1"),
+        (["--model.groups", "0"], "model.groups = 0: it must be at least 1"),
+        (["--model.time-width", "0"], "model.time_width = 0"),
+        (["--preview.sampler", "huen"], "preview: sampler 'huen' is unknown: there are euler"),
+        (["--preview.steps", "0"], "preview.steps = 0: it must be at least 1"),
+        (["--preview.columns", "0"], "preview.columns = 0"),
+        (["--preview.guidance", "inf"], "preview.guidance = inf"),
+        (
+            ["objective:ddpm", "--objective.steps", "4", "--preview.steps", "9"],
+            "preview: steps = 9: noise levels must fall",
+        ),
+        (["--log.every", "0"], "log.every = 0"),
+        (["--ema.half-life", "-5"], "ema.half_life = -5"),
+        (["--ema.power", "0.7", "--ema.max-decay", "1.1"], "ema.max_decay = 1.1"),
+        (["--checkpoint.keep", "0"], "checkpoint.keep = 0"),
+        (["--zero.bucket", "0"], "zero.bucket = 0"),
     ],
 )
 def test_a_value_out_of_range_or_a_bad_combination_is_named(flags, says):
     with pytest.raises(Refused, match=says):
         parse(Recipe, flags, default=tiny()).check()
+
+
+@pytest.mark.parametrize(
+    ("condition", "says"),
+    [
+        (ByteText(length=1), "ByteText.length = 1: it must be at least 2"),
+        (ByteText(width=16, heads=3), "ByteText.heads = 3 does not divide its width of 16"),
+        (EncoderText(length=0), "EncoderText.length = 0"),
+    ],
+)
+def test_a_text_that_cannot_be_built_is_named(condition, says):
+    with pytest.raises(Refused, match=says):
+        condition.build(UNetConfig(context_width=16), Facts())
 
 
 def test_counts_may_be_written_short():
@@ -190,10 +219,13 @@ def test_another_run_in_the_folder_is_refused_with_the_differing_fields(shards, 
     assert sorted(p.name for p in folder.iterdir()) == ["recipe.json"]
 
 
-def test_a_folder_that_is_no_run_is_left_alone(shards, tmp_path):
+@pytest.mark.parametrize("flags", [[], ["--fresh"]])
+def test_a_folder_that_is_no_run_is_left_alone(flags, shards, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
-    assert "no run's folder" in refused(str(RECIPE), "--data.shards", str(shards), "--out", "run", cwd=tmp_path)
+    line = refused(str(RECIPE), "--data.shards", str(shards), "--out", "run", *flags, cwd=tmp_path)
+    assert "no run's folder" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
 
 
@@ -217,6 +249,20 @@ def test_a_checkpoint_that_does_not_verify_is_passed_over_by_name(tmp_path):
     assert checkpoint.newest(tmp_path)[0] == found
     shutil.rmtree(found)
     assert checkpoint.newest(tmp_path)[0] is None
+
+
+def test_damaged_checkpoints_push_no_readable_one_out(tmp_path):
+    """A run that goes on from before them writes lower numbers than theirs."""
+    for images in (32, 40, 8, 16, 24):
+        checkpoint.publish(tmp_path, images, tensors(), {})
+    for images in (32, 40):
+        (tmp_path / checkpoint.name_of(images) / "manifest.json").write_text("{")
+    checkpoint.retire(tmp_path, 2, images=24)
+    assert [int(path.name[-2:]) for path in sorted(tmp_path.iterdir())] == [16, 24, 32, 40]
+    assert checkpoint.newest(tmp_path)[0].name == checkpoint.name_of(24)
+    checkpoint.publish(tmp_path, 40, tensors(), {})
+    checkpoint.retire(tmp_path, 1, images=40)
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name_of(40)]
 
 
 def test_an_interrupted_write_is_never_seen(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Conditionings by themselves: what reaches the network's ports, drop rates there, null states, values that do not fit."""
 
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -331,6 +332,24 @@ def test_previews_ask_for_what_the_model_is_conditioned_on(config, tmp_path):
     assert model.can_be_guided, "dropped together, they have a null state"
     drawn = [path.name for path in preview.draw(settings, model, preview.Examples(), tmp_path, "p")]
     assert drawn == ["p.png", "p-conditional.png", "p-unconditional.png", "p.gif"]
+
+
+def test_a_strip_holds_every_row_however_few_fit_into_memory(monkeypatch):
+    model, rows = model_of(Label()), {"labels": [0, 1, 2, 0, 1, 2, 0, 1]}
+    settings, found = {"steps": 4, "sampler": "euler"}, []
+    for fitting in (8, 4, 3):
+        monkeypatch.setattr(
+            importlib.import_module("duotone.engine.sample"), "rows_that_fit", lambda *_, fitting=fitting: fitting
+        )
+        found.append(preview.strip(model, rows, settings, columns=4).astype(int))
+    assert found[0].shape == (32, 8, 8, 3)
+    assert all(np.abs(strip - found[0]).max() <= 1 for strip in found[1:])
+
+
+def test_no_strip_shows_a_null_state_that_was_never_trained(tmp_path):
+    settings = preview.Previews(columns=2, rows=2, steps=1, sampler="euler", strips=True)
+    drawn = preview.draw(settings, model_of(Label(dropout=0.0)), preview.Examples(), tmp_path, "p")
+    assert [path.name for path in drawn] == ["p.png", "p-conditional.png", "p.gif"]
 
 
 SPATIAL = [LowResolution(factor=4), Hole()]

@@ -28,6 +28,7 @@ from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.temperature import Temperature
 from duotone.engine.conditioning.text import ByteText
 from duotone.engine.guidance import GuidedDenoiser
+from duotone.engine.guiding.apg import Apg
 from duotone.engine.log import Log
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.ddpm import DDPM
@@ -241,6 +242,11 @@ def test_guidance_free_network_is_guided_in_one_forward():
         sample(model, labels=[0], guidance=0.5, steps=1)
     with pytest.raises(Refused, match="guidance needs a condition"):
         sample(model, count=1, guidance=2.0, steps=1)
+    with pytest.raises(Refused, match="guidance = 6.0: this model was trained guidance-free up to 5"):
+        sample(model, labels=[0], guidance=6.0, steps=1)
+    for steering in ({"rescale": 0.5}, {"interval": (0.1, 1.0)}, {"rule": Apg()}, {"negative": {"labels": [1]}}):
+        with pytest.raises(Refused, match="trained guidance-free: it takes guidance as one number"):
+            sample(model, labels=[0], guidance=2.0, steps=1, **steering)
 
 
 @pytest.mark.parametrize("first", [0, draws.BLOCK - 3, 2**32 - 2, 2**33 + 5])

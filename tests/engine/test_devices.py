@@ -26,7 +26,8 @@ from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.objectives.flow import Flow
 from duotone.engine.recipe import Recipe
-from duotone.engine.sample import SAMPLERS, Steering, composed_denoiser, guided_denoiser, sampling_sigmas
+from duotone.engine.sample import Steering, composed_denoiser, guided_denoiser
+from duotone.engine.samplers.named import SAMPLERS
 from duotone.engine.speed import Choice
 from duotone.engine.train import micro_step
 
@@ -97,7 +98,7 @@ def sampled(denoise, solver, sigmas: torch.Tensor) -> None:
 def test_guided_sampling_stays_on_its_device(kind, objective):
     config, values = KINDS[kind]
     model = model_of(config, OBJECTIVES[objective])
-    solver, sigmas = SAMPLERS["stochastic_heun"], sampling_sigmas(model, 2, None)
+    solver, sigmas = SAMPLERS["stochastic_heun"], model.objective.falling_sigmas(2)
     steering = Steering(interval=(0.1, 100.0), rescale=0.0, rule=None, guide=None)
     guidance = steering.guidance([2.0, 3.0], sigmas, solver)
     sampled(guided_denoiser(model, ({config.kind: values}, {}), steering, guidance, 2, (8, 8)), solver, sigmas)
@@ -108,7 +109,7 @@ def test_every_sampler_stays_on_its_device(solver):
     model = model_of(Label(), EDM())
     nobody = Steering(interval=(0.0, 100.0), rescale=0.0, rule=None, guide=None)
     denoise = guided_denoiser(model, ({"label": ["dog", "cat"]}, {}), nobody, None, 2, (8, 8))
-    sampled(denoise, SAMPLERS[solver], sampling_sigmas(model, 3, None))
+    sampled(denoise, SAMPLERS[solver], model.objective.falling_sigmas(3))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_every_sampler_stays_on_its_device(solver):
 def test_every_way_to_guide_stays_on_its_device(settings):
     config, values = KINDS["text"]
     model = model_of(config, EDM())
-    sigmas, solver = sampling_sigmas(model, 3, None), SAMPLERS["euler"]
+    sigmas, solver = model.objective.falling_sigmas(3), SAMPLERS["euler"]
     plain = {"interval": (0.0, 100.0), "rescale": 0.0, "rule": None, "guide": None}
     steering = Steering(**plain | settings | ({"guide": model_of(config, EDM())} if "guide" in settings else {}))
     guidance = steering.guidance([0.5, 0.6], sigmas, solver)
@@ -130,7 +131,7 @@ def test_scales_by_attribute_stay_on_their_device():
     config, values = KINDS["attributes"]
     model = model_of(config, DDPM())
     denoise = composed_denoiser(model, {"attributes": values}, {"Bald": 2.0, "Male": 3.0}, (8, 8))
-    sampled(denoise, SAMPLERS["heun"], sampling_sigmas(model, 3, None))
+    sampled(denoise, SAMPLERS["heun"], model.objective.falling_sigmas(3))
 
 
 # ------------------------------------------------------------------------------------------------------- training

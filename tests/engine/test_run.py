@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from duotone.data import captioned_shapes
-from duotone.engine import artifact, checkpoint, cli
+from duotone.data.refusal import Refused
+from duotone.engine import artifact, checkpoint, cli, run_folder
 from duotone.engine.command_line import parse
 from duotone.engine.recipe import Recipe
 from duotone.engine.train import train
@@ -220,6 +221,82 @@ def test_a_finished_run_says_so_and_changes_nothing(whole, shards):
     assert_equal_states(before, state(whole))
 
 
+def test_a_failing_picture_costs_no_training(shards, tmp_path, monkeypatch):
+    """The checkpoint that is due at the same step comes first."""
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("duotone.engine.preview.draw", full)
+    with pytest.raises(OSError, match="No space"):
+        run_here(shards, tmp_path / "run", "--preview.every", "16")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["images-000000000016"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--fresh"]])
+def test_a_folder_in_use_is_refused_and_left_as_it_is(whole, shards, tmp_path, flags):
+    out = shutil.copytree(whole, tmp_path / "used")
+    with run_folder.claimed(out), pytest.raises(Refused, match="used is in use by process"):
+        run_here(shards, out, *flags)
+    assert rows(out) == rows(whole) and [path.name for path in tmp_path.iterdir()] == ["used"]
+    run_here(shards, out, *flags)
+
+
+def test_a_resumed_run_does_not_ask_for_the_weights_it_began_from(whole, shards, tmp_path):
+    source, out = shutil.copytree(whole, tmp_path / "source"), tmp_path / "run"
+    flags = ["--start", str(source), "--optimizer.schedule", "constant"]
+    run_here(shards, out, *flags, "--images", "16")
+    shutil.rmtree(source)
+    run_here(shards, out, *flags, "--images", "32")
+    assert [row["images"] for row in rows(out)] == [8, 16, 24, 32]
+
+
+REFUSING = """
+import os, runpy, sys
+from duotone.data.refusal import Refused
+from duotone.engine import {module} as seen
+real, calls = seen.{name}, []
+
+def refusing(*arguments, **options):
+    calls.append(1)
+    if os.environ["RANK"] == "{rank}" and len(calls) == {call}:
+        raise Refused("nothing is right here")
+    return real(*arguments, **options)
+
+seen.{name} = refusing
+runpy.run_path({recipe!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize(
+    "module,name,rank,call,says",
+    [
+        ("train", "train_step", 1, 3, "duotone: refused on rank 1 ("),
+        ("run", "with_embedded_data", 0, 1, "duotone: refused: "),
+    ],
+    ids=["one rank in the middle", "rank 0 before the others"],
+)
+def test_what_a_rank_refuses_is_the_only_thing_heard(shards, tmp_path, module, name, rank, call, says):
+    """No traceback of the others, who lose it: one line, and exit code 2."""
+    script = tmp_path / "refusing.py"
+    script.write_text(REFUSING.format(module=module, name=name, rank=rank, call=call, recipe=str(RECIPE)))
+    start = command(shards, tmp_path / "run", ranks=2)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    start[start.index(str(RECIPE))] = str(script)
+    done = subprocess.run(
+        start, capture_output=True, text=True, env=environment | {"DS_ACCELERATOR": "cpu"}, timeout=400
+    )
+    assert done.returncode == 2, done.stderr[-3000:]
+    lines = [line for line in done.stderr.splitlines() if "refused" in line]
+    assert len(lines) == 1 and lines[0].startswith(says) and lines[0].endswith("nothing is right here")
+    assert "Traceback" not in done.stderr + done.stdout
+
+
 def test_fresh_moves_the_old_run_aside(whole, shards, tmp_path):
     out = shutil.copytree(whole, tmp_path / "again")
     run_here(shards, out, "--images", "24", "--fresh")
@@ -233,3 +310,4 @@ def test_gradient_checkpointing_and_trackers(whole, shards, tmp_path):
     run(shards, out, "--speed.gradient-checkpointing", "--log.tensorboard", "--log.wandb")
     assert [r["loss"] for r in rows(out)] == pytest.approx([r["loss"] for r in rows(whole)], rel=1e-6)
     assert list((out / "tensorboard").iterdir()) and list((out / "wandb").iterdir())
+    assert len((out / "wandb_id").read_text()) == 9, "a later start goes on under it, and no other run has it"

@@ -21,8 +21,9 @@ from duotone.engine.model.blocks import Attention
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
+from duotone.engine.pictures import ByStep
 from duotone.engine.recipe import Recipe
-from duotone.engine.sample import sample
+from duotone.engine.sample import Steps, in_chunks, sample
 from duotone.engine.samplers.ancestral import ancestral
 from duotone.engine.samplers.stochastic_heun import stochastic_heun
 from duotone.engine.train import Run, conditions
@@ -274,6 +275,43 @@ def test_guidance_without_a_null_state_is_refused_with_the_reason():
     assert not undropped.can_be_guided and not model_of().can_be_guided
     half = model_of(Label(), ClassMap(dropout=0.0), network=replace(PLAIN, extra_channels=4))
     assert model_of(Label()).can_be_guided and not half.can_be_guided
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_condition_that_was_never_left_out_must_be_given(guidance):
+    """Its null state is a row of random numbers."""
+    both = model_of(CONDITIONS["text"][0], Label(dropout=0.0), network=CONDITIONS["text"][1])
+    for asked in ({"count": 1}, {"prompts": ["x"], "guidance": guidance}):
+        with pytest.raises(Refused, match="never trained without its labels: give labels"):
+            sample(both, **asked, steps=1)
+    assert not both.can_be_asked_for_anything and model_of(Label()).can_be_asked_for_anything
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_steps_are_told_once_for_each_image_whatever_the_chunks(sampler):
+    model, asked = model_of(Label()), {"labels": [0, 1, 2, 0, 1], "steps": 3, "sampler": sampler, "seed": 4}
+    whole, parts = ByStep(), ByStep()
+    sample(model, **asked, on_step=whole)
+    sample(model, **asked, chunk=2, on_step=parts)
+    assert len(whole.images) == 3
+    for one, other in zip(whole.images, parts.images, strict=True):
+        assert np.abs(one.astype(int) - other).max() <= 1
+
+
+def test_a_chunk_that_runs_out_of_memory_tells_no_step_twice():
+    """Five images at once fail at their second step, as where guidance begins; then three and two go through."""
+    told, bars = [], Steps(10, lambda step, x, denoised: told.append((step, x.tolist())), shown=False)
+
+    def draw(rows: slice, on_step):
+        x = torch.arange(5)[rows]
+        for step in range(2):
+            if step == 1 and len(x) > 3:
+                raise torch.cuda.OutOfMemoryError
+            on_step(step, x, x)
+        return x.numpy()
+
+    assert in_chunks(draw, 5, 5, bars).tolist() == [0, 1, 2, 3, 4]
+    assert told == [(0, [0, 1, 2, 3, 4]), (1, [0, 1, 2]), (1, [3, 4])]
 
 
 def test_sigmas_that_do_not_fall_are_refused():

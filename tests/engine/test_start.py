@@ -54,6 +54,15 @@ def test_a_tracker_that_fails_is_dropped_and_the_metrics_go_on(tmp_path, capsys)
     assert duration(3725) == "1:02:05"
 
 
+def test_a_tracker_that_does_not_start_is_one_line(tmp_path, capsys):
+    (tmp_path / "tensorboard").write_text("in the way")
+    logger = Logger(Log(every=1, tensorboard=True), tmp_path, 8, 0, speaks=True, recipe={})
+    logger.step(1, 8, 8, lambda: {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-3})
+    logger.close()
+    assert "tensorboard does not start, metrics.jsonl goes on" in capsys.readouterr().out
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
 def test_learning_rate_and_ema_are_functions_of_images():
     schedule = AdamW(lr=1.0, warmup=100, schedule="cosine")
     assert schedule.lr_at(0, 1100) == 0 and schedule.lr_at(50, 1100) == 0.5 and schedule.lr_at(100, 1100) == 1
@@ -117,6 +126,35 @@ def test_previews_ask_for_what_the_model_takes():
     assert asked_for(Previews(rows=2), model, Examples(captions=("a", "b", "c"))) == {"prompts": ["a", "b"]}
     assert asked_for(Previews(prompts=("x",)), model, Examples(captions=("a",))) == {"prompts": ["x"]}
     assert repeated({"prompts": ["a", "b"]}, 2) == {"prompts": ["a", "a", "b", "b"]}
+
+
+def test_a_folder_has_one_process_at_a_time(tmp_path):
+    """Held as long as a process lives: what it leaves behind says nothing."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with run_folder.claimed(folder):
+        for other in (lambda: run_folder.claimed(folder).__enter__(), lambda: run_folder.move_aside(folder)):
+            with pytest.raises(Refused, match=f"run is in use by process {os.getpid()} on .*: wait"):
+                other()
+    with run_folder.claimed(folder):
+        pass
+    code = "import sys, os; from pathlib import Path; from duotone.engine.run_folder import claimed\n"
+    code += "with claimed(Path(sys.argv[1])): os._exit(0)"
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True)
+    assert run_folder.stored_recipe(folder) is None, "a claim alone is no content"
+    assert run_folder.move_aside(folder).name == "run-before-1"
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Refused, match="cannot be made .*: give another --out"):
+        run_folder.made(tmp_path / "file" / "run")
+
+
+def test_the_folder_one_stands_in_can_be_moved_aside(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    assert run_folder.move_aside(Path(".")) == tmp_path / "run-before-1"
 
 
 def test_an_old_run_is_moved_aside_not_deleted(tmp_path):
@@ -197,7 +235,8 @@ def test_the_fewest_micro_batches_that_fit_are_taken():
 
 
 @pytest.mark.parametrize(
-    "asked,stored,taken", [(3, {"accumulation": 2}, 3), (None, {"accumulation": 2}, 2), (None, None, 1)]
+    "asked,stored,taken",
+    [(3, {"accumulation": 2}, 3), (None, {"accumulation": 2}, 2), (None, None, 1), (None, {"accumulation": 48}, 1)],
 )
 def test_an_interrupted_run_goes_on_with_its_own_micro_batches(asked, stored, taken):
     ranks = zero.Ranks(0, 1, torch.device("cpu"))

@@ -86,6 +86,21 @@ def test_our_own_file_and_a_condition_that_it_does_not_know(tmp_path):
     assert said[1:] == ["conditioners.label begins at random"]
 
 
+def test_our_own_file_says_what_shapes_do_not(tmp_path):
+    """Heads and the order of a sinusoid change no shape; another prediction changes what the weights mean."""
+    theirs = replace(RECIPE, model=replace(MODEL, heads=(1, 4), time_flip=False), objective=DDPM(prediction="v"))
+    source = fresh(theirs)
+    named = {name: p.detach() for name, p in source.named_parameters()}
+    artifact.save(tmp_path / "ema.safetensors", named, theirs, FACTS, 0)
+    with pytest.raises(Refused, match="another network than model: give --model.heads 1 4 --model.time-flip False"):
+        begin_from(fresh(), tmp_path, MODEL)
+    said = begin_from(fresh(theirs), tmp_path, theirs.model, DDPM(schedule="cosine"))
+    assert said[1:] == [
+        "it was trained on another objective: schedule linear there, cosine here, prediction v there, epsilon here"
+    ]
+    assert begin_from(fresh(theirs), tmp_path, theirs.model, DDPM(prediction="v", gamma=2.0))[1:] == []
+
+
 def test_an_exported_folder_of_a_text_model_begins_a_run_again(tmp_path):
     """Its UNet and the projection of its pooled caption; the byte encoder goes by ema.safetensors, and begins at random."""
     conditions = (ByteText(width=12, layers=1, heads=2, length=8),)
