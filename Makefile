@@ -17,6 +17,8 @@ env: $(VENV)/.ready
 # torch first: deepspeed looks for it while it is being built. A release of torch already on disk is taken as it is.
 $(VENV)/.ready: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 13) else "duotone: needs Python 3.11 or 3.12; pass PYTHON=python3.12")'
+	@command -v g++ > /dev/null && $(PYTHON) -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' \
+		|| { echo "duotone: needs g++ and Python.h, with which kernels and DeepSpeed's operator are built (Debian: apt-get install g++ python3-dev python3-venv)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt setuptools wheel
 	$(BIN)/pip install -q -c constraints.txt torch numpy

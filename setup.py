@@ -14,7 +14,7 @@ setup(
     version="0.1.0",
     description="A training engine for conditional diffusion models",
     license="Apache-2.0",
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.13",
     package_dir={f"duotone.{folder}": folder for folder in FOLDERS},
     packages=[f"duotone.{package}" for package in find_namespace_packages(include=[f"{f}*" for f in FOLDERS])],
     install_requires=[

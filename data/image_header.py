@@ -4,6 +4,7 @@ import re
 import struct
 from dataclasses import dataclass
 
+EXIF = b"Exif\0\0"
 MAX_BYTES = 1 << 26  # of one encoded image: 64 MiB
 MAX_PIXELS = 1 << 26  # height x width: 8192 x 8192
 PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}
@@ -72,8 +73,8 @@ def _jpeg(data: bytes) -> ImageHeader:
             frame = struct.unpack_from(">BHHB", data, at + 2)
         elif marker in JPEG_OTHER_FRAMES:
             raise Unreadable("its JPEG process is not supported (lossless or arithmetic)")
-        elif marker == 0xE1:
-            orientation = _exif_orientation(data[at + 2 : at + length])
+        elif marker == 0xE1 and data[at + 2 : at + 8] == EXIF and orientation == 1:  # XMP is of this marker too
+            orientation = _orientation(data[at + 8 : at + length])
         elif marker == 0xD9 or length < 2:
             raise Unreadable("its JPEG markers are damaged")
         elif marker == 0xDA:
@@ -89,11 +90,10 @@ def _jpeg(data: bytes) -> ImageHeader:
     return ImageHeader("jpeg", height, width, channels, orientation)
 
 
-def _exif_orientation(segment: bytes) -> int:
-    """Orientation from an APP1 segment; 1 (upright) wherever the EXIF block is absent or damaged."""
-    tiff = segment[6:]
+def _orientation(tiff: bytes) -> int:
+    """Orientation from an EXIF block; 1 (upright) wherever it is absent or damaged."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
-    if segment[:6] != b"Exif\0\0" or order is None:
+    if order is None:
         return 1
     try:
         (start,) = struct.unpack_from(order + "I", tiff, 4)
@@ -115,7 +115,18 @@ def _png(data: bytes) -> ImageHeader:
         raise Unreadable("it is a PNG of 16 bits per channel; 8 are supported")
     if b"IEND" not in data[-64:] and b"IEND" not in data:
         raise Unreadable("it is truncated: the PNG end chunk is missing")
-    return ImageHeader("png", height, width, PNG_CHANNELS[colour])
+    return ImageHeader("png", height, width, PNG_CHANNELS[colour], _orientation(_png_chunk(data, b"eXIf")))
+
+
+def _png_chunk(data: bytes, wanted: bytes) -> bytes:
+    """The content of the first chunk of this name, empty where there is none."""
+    at = 8
+    while at + 8 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, at)
+        if name == wanted:
+            return data[at + 8 : at + 8 + length]
+        at += 12 + length
+    return b""
 
 
 def _webp(data: bytes) -> ImageHeader:
@@ -135,7 +146,19 @@ def _webp(data: bytes) -> ImageHeader:
         width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
     else:
         raise Unreadable("its WebP header is damaged")
-    return ImageHeader("webp", height, width, 3)
+    exif = _webp_chunk(data, b"EXIF") if chunk == b"VP8X" else b""
+    return ImageHeader("webp", height, width, 3, _orientation(exif.removeprefix(EXIF)))
+
+
+def _webp_chunk(data: bytes, wanted: bytes) -> bytes:
+    """The same of a WebP file, whose chunks begin at even places."""
+    at = 12
+    while at + 8 <= len(data):
+        name, length = struct.unpack_from("<4sI", data, at)
+        if name == wanted:
+            return data[at + 8 : at + 8 + length]
+        at += 8 + length + length % 2
+    return b""
 
 
 def _npy(data: bytes) -> ImageHeader:

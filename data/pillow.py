@@ -84,3 +84,12 @@ def cut_stored(image_HWC: np.ndarray, box_4: np.ndarray, side: int, channels: in
         return image_HWC[top : top + side, left : left + side]
     whole = Image.fromarray(image_HWC[:, :, 0] if image_HWC.shape[2] == 1 else image_HWC)
     return cut(whole.convert(MODES[channels]), box_4, side)
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    """Gray stays gray, everything else becomes RGB; what is transparent turns white."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        coloured = image.convert("RGBA")
+        white = Image.new("RGBA", coloured.size, "white")
+        return Image.alpha_composite(white, coloured).convert("RGB")
+    return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")

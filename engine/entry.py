@@ -59,6 +59,11 @@ def base_of(recipe: Recipe, embedded: Recipe | None, arguments: list[str]) -> Re
         raise Refused(f"--small: {recipe.name} has no small network of its own")
     if small:
         return embedded
+    if embedded is not None and not {"-h", "--help"}.isdisjoint(arguments):
+        say(
+            f"the defaults are {recipe.name}'s; without --data.shards, or with --small, a small network is trained instead"
+        )
+        return recipe
     if embedded is None or any(a.split("=")[0] == "--data.shards" for a in arguments):
         return recipe
     say(

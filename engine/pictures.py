@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from duotone.data.pillow import opaque
 from duotone.data.refusal import Refused
+
+FILMS = {".gif", ".webp", ".png"}
 
 
 def pixels(x_NCHW: Tensor) -> np.ndarray:
@@ -46,13 +49,13 @@ def grid(images_NHWC: np.ndarray, columns: int, *, gap: int = 2, zoom: int = 1) 
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
 
 
-def refuse_unwritable(path: Path) -> None:
-    """Makes the folder, and refuses what a picture could not be written to, before anything is drawn."""
-    endings = sorted({e for e, name in Image.registered_extensions().items() if name in Image.SAVE})
-    if path.suffix.lower() not in endings:
-        raise Refused(
-            f"{path}: {path.suffix or 'no ending'} is no kind of picture; end it in .png, .jpg, .webp or .gif"
-        )
+def refuse_unwritable(path: Path, *, film: bool = False) -> None:
+    """Makes the folder, and refuses what a picture, or a film, could not be written to, before anything is drawn."""
+    kinds = Image.SAVE_ALL if film else Image.SAVE
+    endings = {ending for ending, name in Image.registered_extensions().items() if name in kinds}
+    if path.suffix.lower() not in endings & FILMS if film else path.suffix.lower() not in endings:
+        what, such = ("film", ".gif, .webp or .png") if film else ("picture", ".png, .jpg, .webp or .gif")
+        raise Refused(f"{path}: {path.suffix or 'no ending'} is no kind of {what}; end it in {such}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -71,10 +74,12 @@ def opened(paths: Sequence[Path]) -> list[Image.Image]:
 
 
 def read(path: Path, channels: int) -> np.ndarray:
-    """A picture as uint8 (H, W, C), in grey for one channel; raises Refused where it cannot be read."""
+    """A picture as uint8 (H, W, C), upright, on white, in grey for one channel, as `duotone prepare` reads it; raises Refused
+    where it cannot be read."""
     try:
         with Image.open(path) as picture:
-            converted = np.array(picture.convert("RGB" if channels == 3 else "L"))
+            shown = opaque(ImageOps.exif_transpose(picture))
+            converted = np.array(shown.convert("RGB" if channels == 3 else "L"))
     except (OSError, UnidentifiedImageError) as error:
         raise Refused(f"{path} is no readable picture ({error})") from None
     return converted.reshape(*converted.shape[:2], -1)

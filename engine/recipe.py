@@ -72,6 +72,10 @@ class Recipe:
     def folder(self) -> Path:
         return self.out or Path("runs") / self.name
 
+    @property
+    def wants_captions(self) -> bool:
+        return any(condition.kind == "text" for condition in self.conditioning)
+
     def check(self) -> None:
         """Refuses values out of range, naming the key, before anything heavy is loaded."""
         for name in ("batch_size", "images"):

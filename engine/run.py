@@ -64,7 +64,7 @@ def set_up(recipe: Recipe, held: ExitStack) -> Run:
     ranks = zero.join(choice.device)
     with zero.rank_0_first(ranks):
         recipe = with_embedded_data(recipe)
-        data = recipe.data.open(ranks.device, require_captions=wants_captions(recipe))
+        data = recipe.data.open(ranks.device, require_captions=recipe.wants_captions)
         held.callback(data.close)
         held_out = validation.held_out(recipe.validation, recipe.data) if ranks.rank == 0 else None
     facts = Facts(classes=as_tuple(data.classes), attributes=as_tuple(data.attributes))
@@ -183,10 +183,6 @@ def with_embedded_data(recipe: Recipe) -> Recipe:
         folder.parent.mkdir(parents=True, exist_ok=True)
         captioned_shapes.write(folder, count=4096, size=recipe.data.size, seed=0)
     return replace(recipe, data=replace(recipe.data, shards=folder))
-
-
-def wants_captions(recipe: Recipe) -> bool:
-    return any("Text" in type(condition).__name__ for condition in recipe.conditioning)
 
 
 def as_tuple(names: list[str] | None) -> tuple[str, ...] | None:

@@ -72,15 +72,22 @@ def refuse_strangers(folder: Path) -> None:
         raise Refused(f"{folder} exists and is no run's folder (no recipe.json): give another --out")
 
 
-def made(folder: Path) -> Path:
-    """The folder, made where it is not there; raises Refused where it cannot be written to."""
+def made(folder: Path, flag: str = "--out") -> Path:
+    """The folder that a flag names, made where it is not there; raises Refused where it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Refused(f"{folder} cannot be made ({error.strerror}): give another --out") from None
+        raise Refused(f"{folder} cannot be made ({error.strerror}): give another {flag}") from None
     if not os.access(folder, os.W_OK):
-        raise Refused(f"{folder} cannot be written to: give another --out")
+        raise Refused(f"{folder} cannot be written to: give another {flag}")
     return folder
+
+
+def refuse_unwritable(folder: Path, flag: str) -> None:
+    """Raises Refused where a folder could not be made or written to, and makes nothing."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise Refused(f"{folder} cannot be written to, since {there} cannot: give another {flag}")
 
 
 def stored_recipe(folder: Path) -> dict | None:

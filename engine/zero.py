@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import sys
+import sysconfig
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -76,14 +77,15 @@ def join(device: str) -> Ranks:
 
 
 def refuse_without_compiler() -> None:
-    """DeepSpeed builds its CPU communication operator on first use, with g++ and ninja."""
+    """DeepSpeed builds its CPU communication operator on first use, with g++, ninja and Python's headers."""
     # This environment's own ninja comes first: two versions of ninja rebuild each other's work at every start.
     os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
     missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
+    missing += [] if Path(sysconfig.get_path("include"), "Python.h").exists() else ["Python.h"]
     if missing:
         raise Refused(
             f"{' and '.join(missing)} not found: DeepSpeed compiles an operator on the CPU the first time; "
-            "install them (Debian: apt-get install g++ ninja-build)"
+            "install them (Debian: apt-get install g++ ninja-build python3-dev)"
         )
 
 

@@ -1,7 +1,8 @@
 """CelebA without conditions, 128 px, EDM.
 
-duotone prepare celeba --images img_align_celeba --attributes list_attr_celeba.txt --split train --out shards/celeba --size 128
-deepspeed recipes/celeba_edm.py --data.shards shards/celeba
+duotone prepare celeba --images img_align_celeba --attributes list_attr_celeba.txt --partition list_eval_partition.txt --split train --size 128 --out shards/celeba_train
+duotone prepare celeba --images img_align_celeba --attributes list_attr_celeba.txt --partition list_eval_partition.txt --split test --size 128 --out shards/celeba_test
+deepspeed recipes/celeba_edm.py --data.shards shards/celeba_train
 duotone evaluate runs/celeba_edm --test shards/celeba_test --samples 50000 --floor 9000 --guidance 1 --steps 50 --sampler stochastic_heun --features.network inception
 
 After Zenchiyu/diffusion's smallest CelebA run: 64 channels doubling over 1, 2 and 4 blocks, its objective, noise levels, batch and

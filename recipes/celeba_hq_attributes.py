@@ -1,7 +1,7 @@
 """CelebA-HQ by attributes, 256 px: multi-hot attributes as tokens, cross-attention at the bottleneck alone, FiLM.
 
-duotone prepare celeba --images img_align_celeba --attributes list_attr_celeba.txt --out shards/celeba --size 256
-deepspeed recipes/celeba_hq_attributes.py --data.shards shards/celeba
+duotone prepare celeba --images CelebA-HQ-img --attributes CelebAMask-HQ-attribute-anno.txt --size 256 --out shards/celeba_hq
+deepspeed recipes/celeba_hq_attributes.py --data.shards shards/celeba_hq
 
 After ntat/Class-Conditional-Diffusion: cosine schedule, epsilon, bf16, EMA, 256 -> 16 px over four levels and a bottleneck. Its
 widths are not published. Put right here: attributes are dropped for 10 % of the images, so guidance works (theirs never

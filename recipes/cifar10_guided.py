@@ -1,6 +1,7 @@
 """CIFAR-10 by class, 32 px, EDM with guidance: labels dropped for 20 % of the images.
 
 duotone prepare cifar10 --source cifar-10-batches-bin --out shards/cifar10
+duotone prepare cifar10 --source cifar-10-batches-bin --split test --out shards/cifar10_test
 deepspeed recipes/cifar10_guided.py --data.shards shards/cifar10
 duotone evaluate runs/cifar10_guided --test shards/cifar10_test --samples 50000 --floor 9000 --guidance 2.5 --steps 50 --sampler euler --features.network inception
 

@@ -1,9 +1,9 @@
 """Text to image on COCO 2017 captions: CLIP ViT-B/32, 109.5 M parameters, 128 px, DDPM on epsilon with guidance.
 
-deepspeed recipes/coco_clip.py                              the embedded captioned shapes and a small network
-deepspeed recipes/coco_clip.py --data.shards shards/coco    COCO, after `duotone prepare coco`
+duotone prepare coco --images train2017 --annotations annotations/captions_train2017.json --size 160 --out shards/coco
+deepspeed recipes/coco_clip.py --data.shards shards/coco
 
-After PyTorch-Adventures' "Conditional Diffusion": same data, encoder, schedule and budget. Put right here: its null state
+Without --data.shards, the embedded captioned shapes and a small network. After PyTorch-Adventures' "Conditional Diffusion": same data, encoder, schedule and budget. Put right here: its null state
 was drawn for 54 % of the captions where 10 % was meant, its gradient norm was fixed, and it sampled without guidance.
 """
 

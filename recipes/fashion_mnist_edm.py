@@ -1,6 +1,7 @@
 """Fashion-MNIST by class, EDM with guidance: 32 px (28 padded), labels dropped for 20 % of the images.
 
 duotone prepare idx --images train-images-idx3-ubyte.gz --labels train-labels-idx1-ubyte.gz --names fashion-mnist --out shards/fashion_mnist
+duotone prepare idx --images t10k-images-idx3-ubyte.gz --labels t10k-labels-idx1-ubyte.gz --names fashion-mnist --out shards/fashion_mnist_test
 deepspeed recipes/fashion_mnist_edm.py --data.shards shards/fashion_mnist
 duotone evaluate runs/fashion_mnist_edm --test shards/fashion_mnist_test --samples 50000 --floor 9000 --guidance 1 --steps 50 --sampler euler --features.network inception
 

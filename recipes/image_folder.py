@@ -1,4 +1,4 @@
-"""Your own pictures: class = sub-folder, or none. DDPM on a six-level UNet, any size, up to 512 px with checkpointing.
+"""Your own pictures: class = sub-folder. DDPM on a six-level UNet, any size, up to 512 px with checkpointing.
 
 duotone prepare folder ~/pictures --out shards/mine
 deepspeed recipes/image_folder.py --data.shards shards/mine --data.size 64

@@ -1,9 +1,12 @@
 """Every recipe from start to export: its small network on the embedded data, and its own on real images, for two steps."""
 
+import ast
 import gzip
+import importlib
 import json
 import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -12,7 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from duotone.engine import memory
+from duotone.engine import cli, memory
+from duotone.engine.command_line import parse
+from duotone.engine.commands.evaluate import Evaluate
+from duotone.engine.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
@@ -62,6 +68,38 @@ def test_its_arithmetic_can_be_counted(recipe):
     with torch.device("meta"):
         parameters = sum(p.numel() for p in found.model.build().parameters())
     assert memory.flops_of(found.model, found.data.size) > 2 * parameters
+
+
+def commands_of(recipe: Path) -> list[list[str]]:
+    """The commands of its docstring, as words."""
+    lines = ast.get_docstring(ast.parse(recipe.read_text())).splitlines()
+    return [shlex.split(line) for line in lines if line.startswith(("duotone ", "deepspeed ", "python "))]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_the_commands_of_its_docstring_fit_together(recipe):
+    """Flags that are known and go together, and no shards that no command before has made."""
+    made, found = set(), runpy.run_path(str(recipe))["recipe"]
+    for program, *words in commands_of(recipe):
+        flags = words[2:] if program == "duotone" else words[1:]
+        if words[0] == "prepare":
+            module, cls, _ = cli.PREPARE[words[1]]
+            made.add(str(parse(getattr(importlib.import_module(module), cls), flags).out))
+        elif program == "deepspeed":
+            assert words[0] == f"recipes/{recipe.name}"
+            parse(Recipe, flags, default=found).check()
+        elif words[0] == "evaluate":
+            assert words[1] == f"runs/{found.name}"
+            parse(Evaluate, flags)
+        assert {word for word in words if word.startswith("shards/")} <= made
+    assert made
+
+
+def test_no_two_recipes_write_other_shards_to_one_folder():
+    said: dict[str, set[tuple]] = {}
+    for words in (words for recipe in RECIPES for words in commands_of(recipe) if words[1] == "prepare"):
+        said.setdefault(words[words.index("--out") + 1], set()).add(tuple(words))
+    assert [folder for folder, ways in said.items() if len(ways) > 1] == []
 
 
 def one_of_each_small_network() -> list[Path]:

@@ -25,6 +25,11 @@ class PrepareCeleba(PictureOptions):
     split: Literal["train", "valid", "test", "all"] = "all"
     """Which part to take."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.split != "all" and self.partition is None:
+            raise Refused(f"split is {self.split}: it needs --partition list_eval_partition.txt")
+
     def run(self) -> dict:
         """Writes the shards and returns a summary; raises Refused naming the file or the line."""
         check_folder(self.images, "images")
@@ -42,8 +47,6 @@ class PrepareCeleba(PictureOptions):
     def _wanted(self) -> set[str] | None:
         if self.split == "all":
             return None
-        if self.partition is None:
-            raise Refused(f"split is {self.split}: it needs --partition list_eval_partition.txt")
         lines = [line.replace(",", " ").split() for line in read_text_file(self.partition, "partition").splitlines()]
         return {line[0] for line in lines if len(line) == 2 and line[1] == str(SPLITS[self.split])}
 
@@ -54,13 +57,14 @@ def read_attributes(path: Path) -> tuple[list[str], dict[str, list[int]]]:
     lines = (
         list(csv.reader(text.splitlines())) if path.suffix == ".csv" else [line.split() for line in text.splitlines()]
     )
+    first = 2
     if lines and len(lines[0]) == 1 and lines[0][0].isdecimal():  # the text form begins with the number of images
-        lines = lines[1:]
+        lines, first = lines[1:], 3
     if len(lines) < 2:
         raise Refused(f"{path}: it is not an attribute list (names, then a line for each image); check the path")
     names = lines[0][1:] if path.suffix == ".csv" else lines[0]  # the CSV form names its first column too
     rows = {}
-    for number, line in enumerate(lines[1:], start=2):
+    for number, line in enumerate(lines[1:], start=first):
         if not line:
             continue
         if len(line) != 1 + len(names) or any(value not in VALUES for value in line[1:]):

@@ -106,8 +106,8 @@ def read_pickled_arrays(path: Path, raw: bytes) -> dict:
     """A pickled dictionary of arrays and plain values; anything else in the pickle is refused before it is made."""
     try:
         content = _ArraysOnly(io.BytesIO(raw), encoding="bytes").load()
-    except Refused:
-        raise
+    except Refused as refusal:
+        raise Refused(f"{path}: {refusal}") from None
     except Exception as error:  # a damaged pickle can raise almost anything
         raise Refused(f"{path}: it is damaged ({type(error).__name__}); download it again") from None
     if not isinstance(content, dict):

@@ -20,17 +20,19 @@ class PrepareCoco(PictureOptions):
     def run(self) -> dict:
         """Writes the shards and returns a summary; raises Refused naming the file or the image id."""
         check_folder(self.images, "images")
-        pictures = self._pictures(_read(self.annotations))
-        return self.write(pictures, len(pictures), about={"made_by": "prepare coco", "size": self.size})
+        pictures, bare = self._pictures(_read(self.annotations))
+        summary = self.write(pictures, len(pictures), about={"made_by": "prepare coco", "size": self.size})
+        return summary | {"skipped": [f"{picture.path}: it has no caption" for picture in bare] + summary["skipped"]}
 
-    def _pictures(self, content: dict) -> list[Picture]:
+    def _pictures(self, content: dict) -> tuple[list[Picture], list[Picture]]:
+        """Those with captions, and those without."""
         captions = _captions_by_image(self.annotations, content["annotations"])
         pictures = [self._picture(entry, captions) for entry in content["images"]]
-        bare = next((picture for picture in pictures if not picture.captions), None)
-        if bare is not None and self.on_bad == "refuse":
+        bare = [picture for picture in pictures if not picture.captions]
+        if bare and self.on_bad == "refuse":
             remedy = "add one, or pass --on-bad skip to leave such images out"
-            raise Refused(f"{self.annotations}: {bare.source} has no caption; {remedy}")
-        return sorted((picture for picture in pictures if picture.captions), key=lambda picture: picture.source)
+            raise Refused(f"{self.annotations}: {bare[0].source} has no caption; {remedy}")
+        return sorted((p for p in pictures if p.captions), key=lambda picture: picture.source), bare
 
     def _picture(self, entry: dict, captions: dict[int, list[str]]) -> Picture:
         try:

@@ -52,6 +52,9 @@ class PrepareIdx:
                 raise Refused(f"{name} is {value}: use 1 or more")
         if self.names and self.classes:
             raise Refused("names and classes are both given: use one of them")
+        for name in ("names", "classes", "caption"):
+            if self.labels is None and getattr(self, name) is not None:
+                raise Refused(f"{name} is given without labels, which it is about: give --labels too, or leave it out")
 
     def run(self) -> dict:
         """Writes the shards and returns a summary; raises Refused naming the file."""

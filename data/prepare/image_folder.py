@@ -49,7 +49,11 @@ class PrepareFolder(PictureOptions):
         if self.images in folders:
             stray = next(path for path in paths if path.parent == self.images)
             raise Refused(f"{stray}: it lies beside the class folders; move it into one, or pass --classes none")
-        return [_printable(folder.relative_to(self.images)) for folder in folders]
+        names = [_printable(folder.relative_to(self.images)) for folder in folders]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise Refused(f"{self.images}: two folders are both read as {twice!r}; give them UTF-8 names that differ")
+        return names
 
     def _picture(self, path: Path, names: list[str] | None) -> Picture:
         within = path.relative_to(self.images)
@@ -76,15 +80,28 @@ class PrepareFolder(PictureOptions):
 
 def _pictures_below(folder: Path) -> tuple[list[Path], int]:
     """Picture files in natural order, and how many other files there are, hidden ones and .txt not counted."""
-    paths, others = [], 0
-    for root, folders, files in os.walk(folder):
+    paths, others, walked = [], 0, set()
+    for root, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
+        _refuse_twice(Path(root), walked)
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(root, name) for name in files if not name.startswith(".")):
             if path.suffix.lower() in SUFFIXES:
                 paths.append(path)
-            elif path.suffix.lower() != ".txt":
+            elif path.suffix != ".txt":
                 others += 1
     return sorted(paths, key=_natural), others
+
+
+def _refuse(error: OSError) -> None:
+    raise Refused(f"{error.filename}: it cannot be read ({error.strerror}); check its permissions, or move it away")
+
+
+def _refuse_twice(folder: Path, walked: set[Path]) -> None:
+    """Links are followed, but not into what was read already, or in circles."""
+    real = folder.resolve()
+    if real in walked:
+        raise Refused(f"{folder}: it is a link to a folder that is read already ({real}); remove it")
+    walked.add(real)
 
 
 def _printable(path: Path) -> str:

@@ -1,5 +1,6 @@
 """Picture files -> samples: guarded, shrunk on a few threads, in order; what every `prepare` of files has in common."""
 
+import hashlib
 import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +15,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from duotone.data.image_header import MAX_BYTES, Unreadable, read_header
-from duotone.data.pillow import FORMATS
+from duotone.data.pillow import FORMATS, opaque
 from duotone.data.refusal import Refused
 from duotone.data.write_shards import ImageFormat, Sample, write_shards
 
@@ -93,12 +94,17 @@ class PictureOptions:
             yield Sample(
                 image=image,
                 extension=extension,
-                key=picture.key,
+                key=picture.key or key_of(picture.source),
                 captions=picture.captions,
                 label=picture.label,
                 attributes=picture.attributes,
                 source=picture.source,
             )
+
+
+def key_of(source: str | None) -> str | None:
+    """A key that stays a picture's own when others are added: runs hold images out by it."""
+    return None if source is None else hashlib.blake2b(source.encode(), digest_size=8).hexdigest()
 
 
 def in_order(work: Callable, items: Iterable, threads: int) -> Iterator[tuple[object, Future]]:
@@ -139,7 +145,7 @@ def _kept(image: Image.Image, encoded: bytes, kind: str) -> tuple[bytes, str]:
     image.load()
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         stream = io.BytesIO()
-        _opaque(ImageOps.exif_transpose(image)).save(stream, "PNG")
+        opaque(ImageOps.exif_transpose(image)).save(stream, "PNG")
         return stream.getvalue(), "png"
     return encoded, EXTENSIONS[kind]
 
@@ -147,22 +153,13 @@ def _kept(image: Image.Image, encoded: bytes, kind: str) -> tuple[bytes, str]:
 def _shrunk(image: Image.Image, size: int) -> np.ndarray:
     # JPEG can decode at a half, a quarter or an eighth; two pixels a wanted one leave the filter enough to work with.
     image.draft("RGB", (2 * size, 2 * size))
-    image = _opaque(ImageOps.exif_transpose(image))
+    image = opaque(ImageOps.exif_transpose(image))
     shrink = min(image.size) / size
     if shrink > 1:
         sides = [max(size, round(side / shrink)) for side in image.size]
         image = image.resize(sides, Image.Resampling.LANCZOS)
     image_HWC = np.asarray(image)
     return image_HWC[:, :, None] if image_HWC.ndim == 2 else image_HWC
-
-
-def _opaque(image: Image.Image) -> Image.Image:
-    """Gray stays gray, everything else becomes RGB; what is transparent turns white."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        coloured = image.convert("RGBA")
-        white = Image.new("RGBA", coloured.size, "white")
-        return Image.alpha_composite(white, coloured).convert("RGB")
-    return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")
 
 
 def class_caption(template: str, name: str) -> str:

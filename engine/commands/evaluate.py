@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from duotone.data.refusal import Refused
+from duotone.data.whole_file import write_json
 from duotone.engine.evaluate.classifier import ClassifierConfig
 from duotone.engine.evaluate.features import FeaturesConfig
+from duotone.engine.run_folder import made, refuse_unwritable
 from duotone.engine.speed import SAMPLING, Speed
 
 
@@ -71,28 +73,37 @@ class Evaluate:
         dataclasses.replace(self, guidance=guidance).measure(path, model)
 
     def measure(self, path: Path, model) -> None:
+        if self.json is not None:
+            refuse_unwritable(self.json.parent, "--json")
         if self.data.shards is None and draws_captioned_shapes(model):
+            self.refuse_unread(AGAINST_DATA, "of captioned shapes, which are read from their pixels")
             self.obedience(model)
         else:
+            self.refuse_unread(("per_caption",), "beside data")
             self.against_data(path, model)
 
+    def refuse_unread(self, names: tuple[str, ...], where: str) -> None:
+        for name in names:
+            if getattr(self, name) != getattr(Evaluate(), name):
+                raise Refused(f"--{name.replace('_', '-')} has no effect on a measurement {where}: leave it out")
+
     def against_data(self, path: Path, model) -> None:
-        from duotone.data.whole_file import write_json
         from duotone.engine.evaluate import evaluation, images, report
 
-        folder = path if path.is_dir() else path.parent
+        folder, name = place_of(path)
         if self.most < 2 or self.samples < 1:
             raise Refused(f"most = {self.most}, samples = {self.samples}: give --most 2 and --samples 1 or more")
         shards = self.data.shards or shards_of(folder)
         framed = dataclasses.replace(model.recipe.data, shards=shards, threads=self.data.threads)
+        out = self.out or folder / name
+        refuse_unwritable(out, "--out")
         splits = images.read_splits(framed, self.test, self.most)
         result = evaluation.evaluate(model, splits, self.settings())
         print(report.table(result, splits))
-        out = self.out or folder / "evaluation"
         written = report.draw(result, splits, out)
         values = {"command": self.command(), **evaluation.to_json(result, splits, model)}
         for target in [out / "evaluation.json", *([self.json] if self.json else [])]:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            made(target.parent)
             write_json(target, values)
         print(f"\nwritten: {out / 'evaluation.json'}, {', '.join(str(p) for p in written)}")
 
@@ -105,32 +116,60 @@ class Evaluate:
     def command(self) -> str:
         """The command without the paths of this machine."""
         test = " --test DIR" if self.test else ""
-        floor = f" --floor {self.floor}" if self.floor else ""
-        numbers = (
-            f"--samples {self.samples}{floor} --guidance {self.guidance} --steps {self.steps} --sampler {self.sampler}"
-        )
-        return f"duotone evaluate RUN --data.shards DIR{test} {numbers} --seed {self.seed}"
+        always = ("samples", "guidance", "steps", "sampler", "seed")
+        rest = ("floor", "features", "classifier", "loss_images", "loss_levels", "most")
+        said = [flag for name in always for flag in changed(name, getattr(self, name), None)]
+        said += [flag for name in rest for flag in changed(name, getattr(self, name), getattr(Evaluate(), name))]
+        return " ".join([f"duotone evaluate RUN --data.shards DIR{test}", *said])
 
     def obedience(self, model) -> None:
         """The captioned shapes, read back from their pixels."""
         from duotone.engine.evaluate.captioned_shapes import obedience
 
         result = obedience(
-            model, per_caption=self.per_caption, guidance=self.guidance, steps=self.steps, seed=self.seed
+            model,
+            per_caption=self.per_caption,
+            guidance=self.guidance,
+            steps=self.steps,
+            sampler=self.sampler,
+            seed=self.seed,
         )
         values = dataclasses.asdict(result)
         checker = values.pop("checker")
-        print(f"{result.samples} pictures, one for each caption, guidance {self.guidance}")
+        print(f"{result.samples} pictures, {self.per_caption} for each caption, guidance {self.guidance}")
         for name, value in list(values.items())[1:]:
             own = f"   (checker on real renders: {checker[name]:.1%})" if name in checker else ""
             print(f"  {name.replace('_', ' '):24} {value:6.1%}{own}")
         if self.json:
-            from duotone.data.whole_file import write_json
+            made(self.json.parent)
+            always = ("per_caption", "guidance", "steps", "sampler", "seed")
+            said = [flag for name in always for flag in changed(name, getattr(self, name), None)]
+            write_json(self.json, {"command": " ".join(["duotone evaluate RUN", *said]), **values, "checker": checker})
 
-            command = (
-                f"duotone evaluate RUN --per-caption {self.per_caption} --guidance {self.guidance} --steps {self.steps}"
-            )
-            write_json(self.json, {"command": f"{command} --seed {self.seed}", **values, "checker": checker})
+
+AGAINST_DATA = ("test", "samples", "floor", "features", "classifier", "loss_images", "loss_levels", "most", "out")
+"""What only a measurement against data reads."""
+
+
+def changed(name: str, value, default) -> list[str]:
+    """The flags of a setting that differs from its default; a path is said to be there, and no more."""
+    if value == default:
+        return []
+    if dataclasses.is_dataclass(value):
+        fields = [field.name for field in dataclasses.fields(value)]
+        return [flag for f in fields for flag in changed(f"{name}.{f}", getattr(value, f), getattr(default, f))]
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [flag if value else f"{flag.rpartition('.')[0]}.no-{flag.rpartition('.')[2]}"]
+    return [f"{flag} {'PATH' if isinstance(value, Path) else value}"]
+
+
+def place_of(path: Path) -> tuple[Path, str]:
+    """The run's folder, and the name there of a model's evaluation: a checkpoint will be removed, with what lies in it."""
+    folder = path if path.is_dir() else path.parent
+    if folder.parent.name == "checkpoints":
+        return folder.parent.parent, f"evaluation-{folder.name}"
+    return folder, "evaluation"
 
 
 def draws_captioned_shapes(model) -> bool:

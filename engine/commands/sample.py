@@ -86,7 +86,8 @@ class Sample:
             if path is not None and path.exists() and not self.overwrite:
                 raise Refused(f"{path} exists: give another --{'out' if path == self.out else 'gif'}, or --overwrite")
             if path is not None:
-                pictures.refuse_unwritable(path)
+                pictures.refuse_unwritable(path, film=path == self.gif)
+        self.attributes()
         for name in ("count", "columns"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise Refused(f"{name} = {getattr(self, name)}: it must be at least 1")
@@ -120,7 +121,7 @@ class Sample:
         """What every picture is asked to have, and the scales of those that have one of their own."""
         states, scales = {}, {}
         for text in self.attribute:
-            found = re.fullmatch(r"([^=]+)(?:=([01])(?::([\d.]+))?)?", text)
+            found = re.fullmatch(r"([^=]+)(?:=([01])(?::(\d+(?:\.\d*)?|\.\d+))?)?", text)
             if not found:
                 raise Refused(f"attribute {text!r}: write NAME, NAME=0, or NAME=1:3 for a guidance scale of 3")
             name, state, scale = found.groups()

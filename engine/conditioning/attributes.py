@@ -61,6 +61,9 @@ class AttributesConditioner(Conditioner):
         dropped_NK = sent(u_NK < self.attribute_dropout, batch.attributes_NK.device)
         return {"attributes_NK": batch.attributes_NK.masked_fill(dropped_NK, UNKNOWN)}
 
+    def of_batch_whole(self, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
+        return {"attributes_NK": batch.attributes_NK}
+
     def of_values(self, values: list, size: tuple[int, int] | None = None) -> dict[str, Tensor]:
         rows = [attribute_row(value, self.names) for value in values]
         return {"attributes_NK": torch.tensor(rows, dtype=torch.int8)}

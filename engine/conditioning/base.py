@@ -53,6 +53,10 @@ class Conditioner(nn.Module, ABC):
     def of_batch(self, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
         """The tensors of a training batch; what is drawn at random is a function of the seed and the batch's positions."""
 
+    def of_batch_whole(self, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
+        """The same with all that the data says, where of_batch leaves out a part of it at random."""
+        return self.of_batch(batch, seed)
+
     @abstractmethod
     def of_values(self, values: list, size: tuple[int, int] | None = None) -> dict[str, Tensor]:
         """The tensors of what a person asks for when sampling at `size` pixels; refuses values that do not fit."""

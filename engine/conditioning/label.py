@@ -43,7 +43,10 @@ class Label:
 
 def classes_of(facts: Facts) -> tuple[str, ...]:
     if not facts.classes:
-        raise Refused("conditioning by label needs class names, and the data has none: prepare it with classes")
+        raise Refused(
+            "conditioning by label needs class names, and the data has none: prepare it with classes (of your own pictures "
+            "one per sub-folder), or take a recipe without a condition, as recipes/celeba_edm.py"
+        )
     return facts.classes
 
 

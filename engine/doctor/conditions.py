@@ -23,11 +23,12 @@ def drop_rates(patient: Patient) -> Iterator[Finding]:
     for kind, why in absent.items():
         yield Finding("unknown", f"{kind}.dropout", f"not measured: {why}")
     flip_N = torch.zeros(ROWS, dtype=torch.bool)
-    tensors, keep = conditioned(built, patient.batch, recipe.seed, flip_N, recipe.drop_together)
+    _, keep = conditioned(built, patient.batch, recipe.seed, flip_N, recipe.drop_together)
     for kind, conditioner in built.items():
         if kind == "temperature":
             continue
-        null_N = is_null(conditioner, tensors[kind], keep[kind])
+        # Attributes made unknown one by one have a setting of their own.
+        null_N = is_null(conditioner, conditioner.of_batch_whole(patient.batch, recipe.seed), keep[kind])
         yield rate(kind, conditioner.dropout, recipe.drop_together, float(null_N.double().mean()))
 
 

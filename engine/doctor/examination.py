@@ -37,7 +37,10 @@ class Patient:
     @cached_property
     def data(self) -> Dataset | None:
         """The data, where the recipe names any."""
-        return None if self.recipe.data.shards is None else self.recipe.data.open(torch.device("cpu"))
+        recipe = self.recipe
+        if recipe.data.shards is None:
+            return None
+        return recipe.data.open(torch.device("cpu"), require_captions=recipe.wants_captions)
 
     @cached_property
     def facts(self) -> Facts:

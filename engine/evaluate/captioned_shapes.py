@@ -26,11 +26,11 @@ class Obedience:
 
 
 def obedience(
-    model: Model, *, per_caption: int = 1, guidance: float = 2.0, steps: int = 18, seed: int = 1
+    model: Model, *, per_caption: int = 1, guidance: float = 2.0, steps: int = 18, sampler: str = "heun", seed: int = 1
 ) -> Obedience:
     """Samples every caption `per_caption` times with guidance and reads each picture back."""
     captions = [caption for caption in captioned_shapes.captions() for _ in range(per_caption)]
-    images_NHWC = sample(model, prompts=captions, guidance=guidance, steps=steps, seed=seed)
+    images_NHWC = sample(model, prompts=captions, guidance=guidance, steps=steps, sampler=sampler, seed=seed)
     right_NP = np.array([rightness(image, caption) for image, caption in zip(images_NHWC, captions)])
     own = captioned_shapes.confusion(size=model.size)
     return Obedience(

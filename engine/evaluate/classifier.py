@@ -5,6 +5,7 @@ N images of H x W pixels and C channels, D features, K classes or attributes.
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,12 +18,14 @@ from torch import Tensor, nn
 
 from duotone.data.refusal import Refused
 from duotone.data.whole_file import draft_of, write_json
+from duotone.engine.checkpoint import digest
 from duotone.engine.evaluate.images import Images, Splits
 from duotone.engine.evaluate.progress import Progress
 from duotone.engine.evaluate.shares import Share
 from duotone.engine.log import say
 
 CHUNK = 512
+WEIGHTS = "classifier.safetensors"
 VERSION = 1  # of network and training: part of the key of what is stored
 
 
@@ -93,25 +96,27 @@ class Judge:
     accuracy: Share
     by_name: dict[str, Share]
     key: str
-    """Of data and settings."""
+    """Of its weights."""
     folder: Path
     """Where it is stored."""
 
     def logits(self, images_NHWC: np.ndarray) -> np.ndarray:
-        return self.run(self.network, images_NHWC)
+        return run(self.network, images_NHWC)
 
     def features(self, images_NHWC: np.ndarray) -> np.ndarray:
-        return self.run(self.network.embed, images_NHWC)
-
-    @torch.inference_mode()
-    def run(self, function, images_NHWC: np.ndarray) -> np.ndarray:
-        device = self.network.head.weight.device
-        parts = [function(unit(part, device)).cpu() for part in chunks(images_NHWC)]
-        return torch.cat(parts).numpy()
+        return run(self.network.embed, images_NHWC)
 
     def shares(self, images_NHWC: np.ndarray, wanted: np.ndarray) -> tuple[Share, dict[str, Share]]:
         """How often it sees what was wanted, labels_N or attributes_NK: over all, and by name."""
         return shares(self.logits(images_NHWC), wanted, self.names)
+
+
+@torch.inference_mode()
+def run(function: Callable, images_NHWC: np.ndarray) -> np.ndarray:
+    """What a classifier, or its `embed`, makes of the images, a chunk at a time."""
+    network = getattr(function, "__self__", function)
+    device = network.head.weight.device
+    return torch.cat([function(unit(part, device)).cpu() for part in chunks(images_NHWC)]).numpy()
 
 
 def unit(images_NHWC: np.ndarray, device: torch.device) -> Tensor:
@@ -132,7 +137,8 @@ def shares(logits_NK: np.ndarray, wanted: np.ndarray, names: tuple[str, ...]) ->
         return Share.of(right_N), by_name
     right_NK, known_NK = (logits_NK > 0) == (wanted == 1), wanted >= 0
     by_name = {name: Share.of(right_NK[known_NK[:, k], k]) for k, name in enumerate(names)}
-    return Share.of(right_NK[known_NK]), by_name
+    # The answers of one image hang together: between images lies what is uncertain.
+    return Share.of(right_NK[known_NK], independent=int(known_NK.any(1).sum())), by_name
 
 
 # ------------------------------------------------------------------------------------------------------- training
@@ -142,14 +148,14 @@ def judge_of(splits: Splits, config: ClassifierConfig, cache: Path, device: torc
     """The classifier of these images from the cache, or trained and stored there; raises Refused without labels."""
     config.check()
     names, several = names_of(splits.train)
-    key = key_of(splits, config)
-    folder = cache / f"classifier-{key}"
+    folder = cache / f"classifier-{key_of(splits, config)}"
     network = network_of(splits.train, config, names).to(device)
     stored = read(folder, network)
     if stored is None:
         say(f"training a classifier on {len(splits.train):,} images, {config.epochs} epochs: once for this data")
         train(network, splits.train, config, device)
-        stored = write(folder, network, splits, config, names)
+        write(folder, network, splits, config, names)
+        stored = read(folder, network)  # where another process wrote at the same time, what is there now counts
     else:
         say(f"the classifier of this data is in {folder}: test accuracy {stored['accuracy']['value']:.1%}")
     network.eval().requires_grad_(False)
@@ -159,7 +165,7 @@ def judge_of(splits: Splits, config: ClassifierConfig, cache: Path, device: torc
         attributes=several,
         accuracy=Share.from_json(stored["accuracy"]),
         by_name={name: Share.from_json(share) for name, share in stored["by_name"].items()},
-        key=key,
+        key=digest(folder / WEIGHTS)[:16],
         folder=folder,
     )
 
@@ -254,7 +260,7 @@ def augmented(x_NCHW: Tensor, config: ClassifierConfig, random: torch.Generator)
 
 def read(folder: Path, network: Classifier) -> dict | None:
     """What is stored of a classifier, its weights put into the network; None where there is none that can be read."""
-    weights, facts = folder / "classifier.safetensors", folder / "classifier.json"
+    weights, facts = folder / WEIGHTS, folder / "classifier.json"
     if not (weights.exists() and facts.exists()):
         return None
     try:
@@ -266,13 +272,10 @@ def read(folder: Path, network: Classifier) -> dict | None:
     return stored
 
 
-def write(folder: Path, network: Classifier, splits: Splits, config: ClassifierConfig, names: tuple[str, ...]) -> dict:
+def write(folder: Path, network: Classifier, splits: Splits, config: ClassifierConfig, names: tuple[str, ...]) -> None:
     """Stores weights and test accuracy; the JSON last, since it makes the pair count."""
     network.eval()
-    judge = Judge(
-        network=network, names=names, attributes=False, accuracy=Share(0, 0), by_name={}, key="", folder=folder
-    )
-    accuracy, by_name = judge.shares(splits.held_out.images_NHWC, wanted(splits.held_out))
+    accuracy, by_name = shares(run(network, splits.held_out.images_NHWC), wanted(splits.held_out), names)
     facts = {
         "accuracy": accuracy.to_json(),
         "by_name": {name: share.to_json() for name, share in by_name.items()},
@@ -282,8 +285,7 @@ def write(folder: Path, network: Classifier, splits: Splits, config: ClassifierC
     }
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
-    with draft_of(folder / "classifier.safetensors") as draft:
+    with draft_of(folder / WEIGHTS) as draft:
         save_file(tensors, draft)
     write_json(folder / "classifier.json", facts)
     say(f"classifier: accuracy {accuracy} on {len(splits.held_out):,} images of the {splits.held_out_is}; in {folder}")
-    return facts

@@ -107,8 +107,10 @@ class Distance:
 
 
 def distance(x_ND: np.ndarray, reference_MD: np.ndarray, like_ND: np.ndarray) -> Distance:
-    """Of N vectors from a reference: Frechet from all of it, the others from as many of it (`like_ND`)."""
-    precision, recall = precision_recall(like_ND, x_ND)
+    """Of N vectors from a reference: Frechet from all of it, the others from some of it (`like_ND`), precision and recall
+    with as many of both."""
+    n = min(len(x_ND), len(like_ND))
+    precision, recall = precision_recall(like_ND[:n], x_ND[:n])
     return Distance(
         frechet=frechet(Statistics.of(x_ND), Statistics.of(reference_MD)),
         kernel=kernel_distance(x_ND, like_ND),

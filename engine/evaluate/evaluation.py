@@ -94,7 +94,6 @@ def evaluate(model: Model, splits: Splits, settings: Settings) -> Evaluation:
     refuse_unfit(model, splits, settings)
     network, judge = judges(model, splits, settings)
     real = real_features(network, splits, settings.cache)
-    refuse_too_few(min(settings.samples, settings.real), real.train_ND.shape[1])
     asked_for = as_asked(splits.train, settings.samples)
     samples_NHWC = drawn(model, asked_for, settings)
     made_ND = network(samples_NHWC, "features of the samples")
@@ -119,9 +118,16 @@ def evaluate(model: Model, splits: Splits, settings: Settings) -> Evaluation:
 def judges(model: Model, splits: Splits, settings: Settings) -> tuple[FeatureNetwork, Judge | None]:
     """The feature network and, where the data has names for it, the classifier: a network from elsewhere is looked for first."""
     elsewhere = settings.features.network in ("inception", "dinov2")
-    network = choose(settings.features, None, model.device) if elsewhere else None
+    network = chosen(settings, None, model) if elsewhere else None
     judge = judge_of(splits, settings.classifier, settings.cache, model.device) if has_names(splits) else None
-    return network or choose(settings.features, judge, model.device), judge
+    return network or chosen(settings, judge, model), judge
+
+
+def chosen(settings: Settings, judge: Judge | None, model: Model) -> FeatureNetwork:
+    """The feature network, refused where there are too few images for it."""
+    network = choose(settings.features, judge, model.device)
+    refuse_too_few(min(settings.samples, settings.real), network.width)
+    return network
 
 
 def has_names(splits: Splits) -> bool:
@@ -150,6 +156,8 @@ def refuse_unfit(model: Model, splits: Splits, settings: Settings) -> None:
                 f"the {name} has {len(images)} images, and the floor is to have {settings.real}, as many as samples where "
                 f"--floor says nothing; give --samples {len(images)} or less, more images with --test, or --floor"
             )
+    if settings.loss_images and len(splits.held_out):
+        conditions(model, splits.held_out.take(np.arange(1)))  # the losses are measured on these
     asked(model, splits.train.take(np.arange(1)), settings)  # what sample() refuses, it refuses for one image
 
 

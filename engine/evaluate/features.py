@@ -9,16 +9,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from duotone.data.refusal import Refused
 from duotone.data.whole_file import draft_of
+from duotone.engine.checkpoint import digest
 from duotone.engine.evaluate.classifier import Judge
 from duotone.engine.evaluate.images import Splits
 from duotone.engine.evaluate.progress import Progress
@@ -45,6 +48,7 @@ class FeatureNetwork:
 
     name: str
     key: str
+    width: int
     embed: Callable[[np.ndarray], np.ndarray]
     """uint8 (N, H, W, C) to features (N, D) fp32."""
 
@@ -83,6 +87,7 @@ def from_classifier(config: FeaturesConfig, judge: Judge | None, device: torch.d
     return FeatureNetwork(
         name=f"the data's own classifier, penultimate layer ({width})",
         key=f"classifier-{judge.key}",
+        width=width,
         embed=judge.features,
     )
 
@@ -100,11 +105,19 @@ def inception(config: FeaturesConfig, judge: Judge | None, device: torch.device)
     from torchvision.models import inception_v3
 
     network = inception_v3(weights=None, init_weights=False, transform_input=True)
-    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    try:
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (OSError, RuntimeError, ValueError, TypeError, EOFError, UnpicklingError) as error:
+        raise Refused(
+            f"{path} does not hold torchvision's inception_v3 ({first_line(error)[:200]}): fetch it again"
+        ) from None
     network.fc = torch.nn.Identity()
     network = network.to(device).eval().requires_grad_(False)
     return FeatureNetwork(
-        name="Inception v3 of torchvision (2048)", key=f"inception-{hash_of(path)}", embed=resized(network, 299, device)
+        name="Inception v3 of torchvision (2048)",
+        key=f"inception-{digest(path)[:16]}",
+        width=2048,
+        embed=resized(network, 299, device),
     )
 
 
@@ -135,7 +148,8 @@ def dinov2(config: FeaturesConfig, judge: Judge | None, device: torch.device) ->
     weights = sorted(config.weights.glob("*.safetensors")) or sorted(config.weights.glob("*.bin"))
     return FeatureNetwork(
         name=f"DINOv2 ({network.config.hidden_size})",
-        key=f"dinov2-{hash_of(weights[0])}",
+        key=f"dinov2-{digest(weights[0])[:16]}",
+        width=network.config.hidden_size,
         embed=resized(lambda x_NCHW: network(pixel_values=x_NCHW).last_hidden_state[:, 0], 224, device),
     )
 
@@ -144,15 +158,7 @@ BUILD = {"classifier": from_classifier, "inception": inception, "dinov2": dinov2
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
-
-
-def hash_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def resized(network: Callable, side: int, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
@@ -195,10 +201,22 @@ def real_features(network: FeatureNetwork, splits: Splits, cache: Path) -> RealF
     """From the cache, keyed by data and network, or made and stored there in fp32, which they were made in."""
     said = f"{splits.fingerprint} {network.key}"
     path = cache / f"features-{hashlib.sha256(said.encode()).hexdigest()[:16]}.safetensors"
-    found = load_file(path) if path.exists() else made(network, splits, path)
+    found = stored(path, splits) or made(network, splits, path)
     parts = {name: found[name].double().numpy() for name in splits.parts}
     seen_ND = parts["train"] if splits.is_apart else np.concatenate([parts["train"], parts["held_out"]])
     return RealFeatures(parts=parts, seen_ND=seen_ND)
+
+
+def stored(path: Path, splits: Splits) -> dict[str, Tensor] | None:
+    """Features from the cache; None where they are not there, or cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        found = load_file(path)
+        return {name: found[name] for name in splits.parts}
+    except (OSError, SafetensorError, KeyError) as error:
+        say(f"{path} cannot be read ({first_line(error)}): making the features again")
+        return None
 
 
 def made(network: FeatureNetwork, splits: Splits, path: Path) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from duotone.engine import draws
 from duotone.engine.artifact import Model
 from duotone.engine.evaluate.images import Images
 from duotone.engine.evaluate.progress import Progress
-from duotone.engine.evaluate.shares import Z
+from duotone.engine.evaluate.shares import student
 from duotone.kernels.diffuse import diffuse
 
 CHUNK = 64
@@ -27,8 +27,9 @@ class Loss:
     name: str
     """A class, or "all"."""
     loss: float
-    low: float
-    high: float
+    low: float | None
+    """None where there are too few images for an interval."""
+    high: float | None
     images: int
 
 
@@ -82,7 +83,7 @@ def told(model: Model, batch, n: int, seed: int):
     """Every condition that the data gives, none dropped; a temperature stays at plain conditional prediction."""
     device, tensors, keep = model.device, {}, {}
     for kind, conditioner in model.network.conditioners.items():
-        tensors[kind] = {name: t.to(device) for name, t in conditioner.of_batch(batch, seed).items()}
+        tensors[kind] = {name: t.to(device) for name, t in conditioner.of_batch_whole(batch, seed).items()}
         keep[kind] = torch.full((n,), kind != "temperature", device=device)
     return model.network.condition(tensors, keep)
 
@@ -99,5 +100,8 @@ def cells(sigma: float, loss_N: np.ndarray, images: Images) -> list[Loss]:
 def cell(sigma: float, name: str, loss_N: np.ndarray) -> Loss:
     n = len(loss_N)
     mean = float(loss_N.mean()) if n else 0.0
-    half = Z * float(loss_N.std(ddof=1)) / n**0.5 if n > 1 else float("inf")
+    quantile = student(n)
+    if quantile is None:
+        return Loss(sigma=sigma, name=name, loss=mean, low=None, high=None, images=n)
+    half = quantile * float(loss_N.std(ddof=1)) / n**0.5
     return Loss(sigma=sigma, name=name, loss=mean, low=mean - half, high=mean + half, images=n)

@@ -23,12 +23,12 @@ class Nearest:
     places_N: np.ndarray
     distances_N: np.ndarray
     threshold: float
-    """The distance below which one training image in a hundred has another."""
+    """The distance within which one training image in a hundred has another; twins, at 0, do not count."""
 
     @property
     def closer(self) -> float:
-        """Share of samples closer to a training image than the threshold: about 1 % for images that are no copies."""
-        return float((self.distances_N < self.threshold).mean())
+        """Share of samples no farther from a training image than the threshold: about 1 % for images that are no copies."""
+        return float((self.distances_N <= self.threshold).mean())
 
     def closest(self, count: int) -> np.ndarray:
         """The samples that lie nearest to a training image, nearest first."""
@@ -43,7 +43,8 @@ def nearest(samples_ND: np.ndarray, train_MD: np.ndarray) -> Nearest:
     places_N, distances_N = neighbours(samples, train)
     own = torch.arange(min(PAIRS, len(train)))
     _, between = neighbours(train[own], train, own)
-    threshold = float(np.quantile(between, QUANTILE))
+    apart = between[between > 0]
+    threshold = float(np.quantile(apart, QUANTILE)) if len(apart) else 0.0
     return Nearest(places_N=places_N, distances_N=distances_N, threshold=threshold)
 
 

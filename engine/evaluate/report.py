@@ -76,7 +76,7 @@ def loss_lines(result: Evaluation) -> list[str]:
     lines.append(f"  {'sigma':>9}  {'all':24} " + " ".join(f"{name[:10]:>10}" for name in names[1:]))
     for sigma in sigmas:
         whole = found[sigma, "all"]
-        spread = f"{whole.loss:.4f} [{whole.low:.4f}, {whole.high:.4f}]"
+        spread = f"{whole.loss:.4f}" + ("" if whole.low is None else f" [{whole.low:.4f}, {whole.high:.4f}]")
         cells = [f"{found[sigma, name].loss:10.4f}" for name in names[1:]]
         lines.append(f"  {sigma:9.4g}  {spread:24} " + " ".join(cells))
     return lines

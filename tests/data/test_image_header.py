@@ -44,6 +44,20 @@ def test_orientation(photos, encode, orientation):
     assert read_header(encode(photos[0], exif=exif)).orientation == orientation
 
 
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+    "options", [{}, {"xmp": b"<x:xmpmeta xmlns:x='adobe:ns:meta/'/>" + bytes(301)}], ids=["alone", "and xmp"]
+)
+def test_orientation_is_pillows_in_every_format(photos, encode, format, options):
+    """Photo editors write XMP beside EXIF, in JPEG under the same marker."""
+    exif = Image.Exif()
+    exif[0x010E], exif[0x0112] = "odd", 6
+    raw = encode(photos[0][:40, :60], format, exif=exif, **(options if format != "PNG" else {}))
+    with Image.open(io.BytesIO(raw)) as image:
+        assert image.getexif()[0x0112] == 6
+    assert read_header(raw).orientation == 6
+
+
 def test_npy(photos, encode):
     header = read_header(encode(photos[0], "npy"))
     assert (header.kind, header.height, header.width, header.channels) == ("npy", 427, 640, 3)

@@ -58,6 +58,9 @@ def test_idx_names(files, cpu):
     )
     with pytest.raises(Refused, match="both given"):
         PrepareIdx(**files, names="mnist", classes=("a",))
+    for option in ({"names": "mnist"}, {"classes": ("a",)}, {"caption": "{}"}):
+        with pytest.raises(Refused, match=f"{next(iter(option))} is given without labels"):
+            PrepareIdx(images=files["images"], out=files["out"], **option)
 
 
 def test_idx_files_that_are_not(files, tmp_path):
@@ -153,7 +156,9 @@ def test_a_pickle_with_a_payload_is_refused_unrun(tmp_path, place):
     content = {b"data": PIXELS, b"labels": [0] * 6}
     content = Payload(touched) if place == "top" else content | {f"{place}".encode(): Payload(touched)}
     (folder / "data_batch_3").write_bytes(pickle.dumps(content))
-    assert "mkdir" in refusal(PrepareCifar10(source=folder, out=tmp_path / "out")) and not touched.exists()
+    said = refusal(PrepareCifar10(source=folder, out=tmp_path / "out"))
+    assert said.startswith(f"{folder / 'data_batch_3'}: the pickle asks for") and "mkdir" in said
+    assert not touched.exists()
 
 
 def test_cifar10_files_that_are_not(tmp_path):

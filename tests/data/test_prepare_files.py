@@ -86,7 +86,7 @@ def test_coco_names_what_is_wrong(coco, photos):
     edit(coco, lambda content: content["annotations"].pop(1))
     assert "000000000001.jpg has no caption" in refusal(PrepareCoco(**coco))
     summary = PrepareCoco(**coco, on_bad="skip").run()
-    assert summary["images"] == 1
+    assert summary["images"] == 1 and summary["skipped"] == [f"{broken}: it has no caption"]
     shutil.rmtree(coco["out"])
     edit(coco, lambda content: content["images"][0].update(file_name="../../etc/passwd"))
     assert "leaves the image folder" in refusal(PrepareCoco(**coco))
@@ -183,6 +183,44 @@ def test_transparent_becomes_white_and_orientation_is_kept(tmp_path, pictures, p
     assert np.abs(batch.images_NHWC[1].numpy().astype(int) - np.asarray(turned)).mean() < 8
 
 
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, pictures, monkeypatch):
+    """Passed over, its class would be missing without a word."""
+    pictures("cats/a.jpg")
+    locked, scan = pictures("dogs/b.jpg").parent, os.scandir
+
+    def scandir(path):
+        if os.fspath(path) == str(locked):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    config = PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out")
+    assert refusal(config).startswith(f"{locked}: it cannot be read (Permission denied)")
+
+
+def test_a_linked_folder_is_a_class_and_a_circle_is_refused(tmp_path, pictures):
+    pictures("cats/a.jpg")
+    elsewhere = pictures("../elsewhere/b.jpg").resolve().parent
+    (tmp_path / "pictures" / "dogs").symlink_to(elsewhere)
+    config = PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out")
+    assert config.run()["classes"] == ["cats", "dogs"]
+    shutil.rmtree(tmp_path / "out")
+    (elsewhere / "again").symlink_to(tmp_path / "pictures")
+    assert "it is a link to a folder that is read already" in refusal(config)
+
+
+def test_a_key_stays_its_pictures_own_when_others_are_added(tmp_path, pictures, cpu):
+    """By keys a run holds images out, and remembers which."""
+    keys = {}
+    for out, name in (("one", "cats/b.jpg"), ("two", "cats/a.jpg")):
+        pictures(name)
+        PrepareFolder(images=tmp_path / "pictures", out=tmp_path / out).run()
+        dataset = Shards(shards=tmp_path / out, size=64).open(cpu)
+        sources = [json.loads(dataset._bytes._text_member("json", i))["source"] for i in range(dataset.count)]
+        keys[out] = dict(zip(sources, dataset.keys, strict=True))
+    assert len(keys["two"]) == 2 and keys["two"]["cats/b.jpg"] == keys["one"]["cats/b.jpg"] != keys["two"]["cats/a.jpg"]
+
+
 def test_small_pictures_are_not_enlarged(tmp_path, pictures, cpu, plan_for):
     pictures("a.jpg")
     PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out", size=300).run()
@@ -200,6 +238,9 @@ def test_names_that_are_not_utf8(tmp_path, pictures, cpu, plan_for):
     PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out").run()
     _, batch = images_of(tmp_path / "out", cpu, plan_for, 2)
     assert batch.captions == ["a photo of a caf\ufffd", "a photo of a tea"]
+    pictures(os.fsdecode(b"caf\xe8/a.jpg"))
+    config = PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out2")
+    assert "two folders are both read as 'caf\ufffd'" in refusal(config)
 
 
 def test_limit(tmp_path, pictures):
@@ -237,7 +278,19 @@ def test_celeba(tmp_path, pictures, cpu, plan_for, name, text):
     (tmp_path / "split.txt").write_text("0.jpg 0\n1.jpg 2\n2.jpg 0\n")
     split = PrepareCeleba(**config, out=tmp_path / "train", partition=tmp_path / "split.txt", split="train")
     assert split.run()["images"] == 2
-    assert "--partition" in refusal(PrepareCeleba(**config, out=tmp_path / "valid", split="valid"))
+    with pytest.raises(Refused, match="--partition"):
+        PrepareCeleba(**config, out=tmp_path / "valid", split="valid")
+
+
+@pytest.mark.parametrize("name, text", [("list.txt", TEXT_FORM), ("list.csv", CSV_FORM)])
+def test_a_line_of_celeba_is_named_by_its_number(tmp_path, pictures, name, text):
+    pictures("0.jpg")
+    (tmp_path / name).write_text(text.replace("1.jpg", "one dot jpg"))
+    number = next(i for i, line in enumerate(text.splitlines(), 1) if "1.jpg" in line)
+    config = PrepareCeleba(images=tmp_path / "pictures", attributes=tmp_path / name, out=tmp_path / "out")
+    if name == "list.csv":
+        (tmp_path / name).write_text(text.replace("1.jpg,-1", "1.jpg,seven"))
+    assert f"line {number} is not" in refusal(config)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from duotone.data import captioned_shapes
 from duotone.data.batch import Batch
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
-from duotone.engine import artifact, cli, diffusers_folder, preview
+from duotone.engine import artifact, cli, diffusers_folder, pictures, preview
 from duotone.engine.artifact import Model, build
 from duotone.engine.conditioning.attributes import Attributes, attribute_row
 from duotone.engine.conditioning.base import Facts
@@ -332,6 +332,15 @@ def test_previews_ask_for_what_the_model_is_conditioned_on(config, tmp_path):
     assert model.can_be_guided, "dropped together, they have a null state"
     drawn = [path.name for path in preview.draw(settings, model, preview.Examples(), tmp_path, "p")]
     assert drawn == ["p.png", "p-conditional.png", "p-unconditional.png", "p.gif"]
+
+
+def test_a_picture_is_read_as_it_was_prepared(tmp_path):
+    """Upright, and on white where it is transparent."""
+    image, exif = np.zeros((4, 8, 4), np.uint8), Image.Exif()
+    image[:, :4, 3], exif[0x0112] = 255, 6
+    Image.fromarray(image).save(tmp_path / "a.png", exif=exif)
+    read = pictures.read(tmp_path / "a.png", 3)
+    assert read.shape == (8, 4, 3) and (read[:4] == 0).all() and (read[4:] == 255).all()
 
 
 def test_a_strip_holds_every_row_however_few_fit_into_memory(monkeypatch):

@@ -11,8 +11,11 @@ from torch import nn
 
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
+from duotone.data.write_shards import Sample, write_shards
 from duotone.engine import cli, draws
+from duotone.engine.conditioning.attributes import Attributes
 from duotone.engine.conditioning.label import Label
+from duotone.engine.conditioning.text import ByteText
 from duotone.engine.doctor.examination import Finding, examine
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.ddpm import DDPM
@@ -200,6 +203,23 @@ def duotone(monkeypatch, capsys):
 def test_the_command_finds_no_fault_in_a_recipe(recipe, duotone):
     code, said, _ = duotone("doctor", f"recipes/{recipe}.py")
     assert code == 0 and "0 faults" in said, said
+
+
+def test_one_attribute_that_is_dropped_in_two_ways_is_no_fault(tmp_path):
+    """Unknown by itself it looks like all of them dropped; each has a setting of its own."""
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    samples = [Sample(image=pixels + i, attributes=[i % 2]) for i in range(8)]
+    write_shards(samples, tmp_path / "s", attributes=["Smiling"], image_format="npy")
+    data = Shards(shards=tmp_path / "s", size=16)
+    recipe = replace(SOUND, data=data, conditioning=(Attributes(port="vector", attribute_dropout=0.3),))
+    assert found(recipe)["attributes.dropout"].level == "fine"
+
+
+def test_a_text_recipe_over_data_without_captions_is_refused(tmp_path):
+    write_shards([Sample(image=np.zeros((16, 16, 3), np.uint8))] * 8, tmp_path / "s", image_format="npy")
+    recipe = replace(SOUND, data=Shards(shards=tmp_path / "s", size=16), conditioning=(ByteText(),))
+    with pytest.raises(Refused, match="caption"):
+        found(recipe)
 
 
 def test_the_command_tells_a_fault_by_its_exit_code(duotone):

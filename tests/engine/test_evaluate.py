@@ -2,12 +2,13 @@
 
 import importlib.util
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from duotone.data import captioned_shapes
 from duotone.data.prepare.idx import GARMENTS, PrepareIdx
@@ -20,14 +21,22 @@ from duotone.engine.conditioning.image import Hole, LowResolution
 from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.text import ByteText
 from duotone.engine.evaluate import evaluation
+from duotone.engine.evaluate import loss_table as loss_table_module
 from duotone.engine.evaluate.classifier import ClassifierConfig, augmented, judge_of, shares
 from duotone.engine.evaluate.composition import composition
-from duotone.engine.evaluate.distances import Statistics, frechet, frechet_terms, kernel_distance, precision_recall
+from duotone.engine.evaluate.distances import (
+    Statistics,
+    distance,
+    frechet,
+    frechet_terms,
+    kernel_distance,
+    precision_recall,
+)
 from duotone.engine.evaluate.features import FeaturesConfig, choose, real_features
 from duotone.engine.evaluate.images import read_splits, spread
 from duotone.engine.evaluate.loss_table import loss_table
 from duotone.engine.evaluate.nearest import flat, nearest, pairs
-from duotone.engine.evaluate.shares import Share
+from duotone.engine.evaluate.shares import Share, student
 from duotone.engine.log import Log
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.edm import EDM
@@ -141,6 +150,36 @@ def test_a_collapsed_model_is_precise_and_recalls_nothing():
 @pytest.mark.parametrize(("right", "trials", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634)])
 def test_wilson_interval(right, trials, low, high):
     assert Share(right, trials).interval == pytest.approx((low, high), abs=1e-4)
+
+
+def test_answers_of_one_image_are_no_trials_of_their_own():
+    """Forty attributes of ten faces: the interval is that of ten."""
+    share = Share.of(np.ones(400, bool), independent=10)
+    assert share.value == 1 and share.interval == Share(10, 10).interval != Share(400, 400).interval
+    assert Share.from_json(json.loads(json.dumps(share.to_json()))) == share
+
+
+def test_the_quantile_of_student():
+    from scipy.stats import t
+
+    assert student(9) is None
+    for trials in (10, 11, 30, 512):
+        assert student(trials) == pytest.approx(t.ppf(0.975, trials - 1), abs=2e-3)
+
+
+def test_precision_and_recall_compare_as_many_of_both():
+    real_ND, made_MD = normals(30, [0, 0], np.eye(2)), normals(80, [1, 0], np.eye(2), seed=1)
+    found = distance(made_MD, real_ND, real_ND)
+    assert (found.precision, found.recall) == precision_recall(real_ND, made_MD[:30])
+
+
+def test_copies_are_found_where_the_data_has_twins():
+    """Twins lie at 0: as the scale they would call nothing a copy."""
+    train_MD = np.random.default_rng(0).normal(size=(1000, 4)).astype(np.float32)
+    train_MD[:20] = train_MD[20:40]
+    assert nearest(train_MD[:100], train_MD).closer == 1
+    assert nearest(np.ones((5, 4)) + 3 * np.eye(5, 4), train_MD).closer < 1
+    assert nearest(train_MD[:2], np.repeat(train_MD[:1], 5, axis=0)).closer == 0.5
 
 
 def test_any_beginning_of_the_order_holds_every_class():
@@ -278,9 +317,26 @@ def test_a_damaged_cache_is_made_again(clothes, tmp_path, capsys):
     splits = read_splits(replace(FRAME, shards=clothes), None, 200)
     config = ClassifierConfig(epochs=1, width=8)
     folder = judge_of(splits, config, tmp_path, CPU).folder
+    judge = judge_of(splits, config, tmp_path, CPU)
+    network = choose(FeaturesConfig(), judge, CPU)
+    made = real_features(network, splits, tmp_path)
+    (features,) = tmp_path.glob("features-*")
+    features.write_bytes(b"cut off")
+    assert np.array_equal(real_features(network, splits, tmp_path).train_ND, made.train_ND)
+    assert "making the features again" in capsys.readouterr().out
     (folder / "classifier.safetensors").write_bytes(b"cut off")
     judge_of(splits, config, tmp_path, CPU)
     assert "training the classifier again" in capsys.readouterr().out
+
+
+def test_features_belong_to_the_weights_that_made_them(clothes, tmp_path):
+    """The same data and settings trained elsewhere are another network."""
+    splits = read_splits(replace(FRAME, shards=clothes), None, 200)
+    judge = judge_of(splits, ClassifierConfig(epochs=1, width=8), tmp_path, CPU)
+    weights = judge.folder / "classifier.safetensors"
+    save_file({name: value + 0.1 for name, value in load_file(weights).items()}, weights)
+    other = judge_of(splits, ClassifierConfig(epochs=1, width=8), tmp_path, CPU)
+    assert choose(FeaturesConfig(), judge, CPU).key != choose(FeaturesConfig(), other, CPU).key
 
 
 def test_augmentation_moves_and_mirrors_and_keeps_the_shape():
@@ -366,6 +422,15 @@ def test_a_run_that_held_images_out_is_measured_against_three_sets(clothes, cach
     assert "from the validation" in said and "(real: 30 of the test)" in said
 
 
+def test_a_checkpoint_is_measured_and_its_result_outlives_it(run, cache, tmp_path):
+    """Beside the run's own, since a checkpoint is removed with all that lies in it; on the run's own data."""
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    cli.main(["evaluate", str(checkpoint), "--cache", str(cache), "--data.threads", "1", *QUICK])
+    found = json.loads((run / f"evaluation-{checkpoint.name}" / "evaluation.json").read_text())
+    assert found["trained_images"] == 32 and not list(checkpoint.glob("*.png"))
+    assert "--classifier.width 16 --classifier.epochs 1 --loss-images 20 --loss-levels 2" in found["command"]
+
+
 def test_measuring_again_gives_the_same_and_trains_nothing(run, cache, tmp_path, monkeypatch):
     first = evaluated(run, cache, tmp_path / "first")
     monkeypatch.setattr("duotone.engine.evaluate.classifier.train", None)
@@ -396,6 +461,26 @@ def test_losses_repeat_and_do_not_depend_on_the_chunk(run, clothes, monkeypatch)
     assert whole.images == 30 and whole.low < whole.loss < whole.high
     parts = [cell for cell in first if cell.sigma == whole.sigma and cell.name != "all"]
     assert sum(c.loss * c.images for c in parts) / 30 == pytest.approx(whole.loss)
+
+
+def test_losses_are_those_of_every_attribute(tmp_path):
+    """What training makes unknown at random is known when losses are compared."""
+    captioned_shapes.write(tmp_path / "shapes", count=40, size=16)
+    images = read_splits(Shards(size=16, threads=1, shards=tmp_path / "shapes"), None, 40).seen
+    facts, found = Facts(attributes=tuple(captioned_shapes.ATTRIBUTES)), []
+    for dropout in (0.0, 0.9):
+        conditions = (Attributes(port="vector", attribute_dropout=dropout),)
+        model = replace(TINY, in_channels=3, out_channels=3, zero_init=False)
+        path = untrained(tmp_path / "m", conditions, facts, model=model, data=Shards(size=16))
+        found.append(loss_table(artifact.load(path), images, levels=2))
+    assert found[0] == found[1]
+
+
+def test_a_loss_of_few_images_has_no_interval():
+    table = [loss_table_module.cell(1.0, "x", np.arange(n, dtype=float)) for n in (1, 9, 10)]
+    assert [(cell.low, cell.high) for cell in table[:2]] == [(None, None)] * 2
+    assert json.loads(json.dumps(asdict(table[0]), allow_nan=False))["low"] is None
+    assert table[2].high - table[2].loss == pytest.approx(2.262 * np.arange(10).std(ddof=1) / 10**0.5, rel=1e-3)
 
 
 def test_losses_of_a_network_of_zeros_are_those_of_its_target(tmp_path):
@@ -521,6 +606,12 @@ def refused(capsys, *arguments: str) -> str:
         (["--features.network", "dinov2"], "--features.weights"),
         (["--features.network", "inception"], "torchvision|inception_v3"),
         (["--sampler", "rk45"], "rk45.*heun"),
+        (["--per-caption", "3"], "--per-caption has no effect on a measurement beside data"),
+        (
+            ["--out", str(FASHION / "t10k-labels-idx1-ubyte.gz" / "out")],
+            "labels-idx1-ubyte.gz cannot: give another --out",
+        ),
+        (["--json", str(FASHION / "t10k-labels-idx1-ubyte.gz" / "x.json")], "cannot: give another --json"),
     ],
 )
 def test_what_does_not_fit_is_one_line(flags, says, run, cache, tmp_path, capsys):

@@ -62,6 +62,8 @@ MISTAKES = [
     ("text", "--prompt a --columns -2", "columns = -2: it must be at least 1"),
     ("text", "--prompt a --out sheet.xyz", "sheet.xyz: .xyz is no kind of picture; end it in .png"),
     ("text", "--prompt a --out /proc/new/sheet.png", "/proc/new cannot be made"),
+    ("text", "--prompt a --gif film.jpg", "film.jpg: .jpg is no kind of film; end it in .gif"),
+    ("nothing there", "--attribute Male=1:1.2.3", "attribute 'Male=1:1.2.3': write NAME, NAME=0, or NAME=1:3"),
     ("text", "--label cat", "this model takes no labels: it takes prompts"),
     ("label", "--label wolf", "label 'wolf' is no class of this model: give a number below 2 or one of cat, dog"),
     ("label", "--label cat --negative blurry", "negative prompts given, but this model takes no prompts"),

@@ -12,7 +12,7 @@ import torch
 
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
-from duotone.engine import memory, run_folder, zero
+from duotone.engine import main, memory, run_folder, zero
 from duotone.engine.log import Log, Logger, duration
 from duotone.engine.model.network import Network
 from duotone.engine.model.unet import UNetConfig
@@ -28,7 +28,7 @@ CPU = Choice("cpu", "fp32", False)
 
 def test_a_missing_compiler_is_one_line_with_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(Refused, match=r"g\+\+.* not found.*apt-get install g\+\+ ninja-build"):
+    with pytest.raises(Refused, match=r"g\+\+.* not found.*apt-get install g\+\+ ninja-build python3-dev"):
         zero.refuse_without_compiler()
 
 
@@ -188,6 +188,16 @@ def test_the_estimate_of_activations_is_what_autograd_keeps():
     real = sum(storage.nbytes() for at, storage in kept.items() if at not in weights)
     assert memory.saved_per_image(unet, 32, CPU) == pytest.approx(real, rel=0.02)
     assert memory.saved_per_image(unet, 32, Choice("cuda", "bf16", True)) < real / 2
+
+
+def test_help_shows_the_recipe_and_tells_of_the_small_network(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        main(Recipe(name="full", batch_size=96), Recipe(name="small", batch_size=16))
+    said = capsys.readouterr().out
+    assert (
+        "with --small, a small network is trained instead" in said and "96" in said and "training a small" not in said
+    )
 
 
 def test_a_port_that_another_run_holds_is_one_line(tmp_path):
