@@ -1,5 +1,6 @@
 # make demo   environment, embedded data, training, pictures, export: the main job on a fresh machine
 # make test   environment, then every test that needs no GPU
+# make long   the campaigns that `make test` leaves out, for an hour or more
 # make gpu    the GPU tests
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,9 +8,11 @@ BIN := $(VENV)/bin
 RUN := runs/captioned_shapes
 # Tests keep to one thread each; a worker takes neighbours, since a file's tests share what is dear to set up.
 WORKERS ?= 2
+# A machine with a GPU tests what needs none as any other does.
+NO_GPU := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: env demo test gpu lint
+.PHONY: env demo test long gpu lint
 .DEFAULT_GOAL := test
 
 env: $(VENV)/.ready
@@ -35,8 +38,12 @@ demo: env
 
 test: env
 	$(BIN)/ruff check .
-	TRITON_INTERPRET=1 $(PYTEST) tests/kernels -m "not gpu and not long"
-	$(PYTEST) tests --ignore tests/kernels -m "not gpu and not long"
+	$(NO_GPU) TRITON_INTERPRET=1 $(PYTEST) tests/kernels -m "not gpu and not long"
+	$(NO_GPU) $(PYTEST) tests --ignore tests/kernels -m "not gpu and not long"
+
+long: env
+	$(NO_GPU) TRITON_INTERPRET=1 $(PYTEST) tests/kernels -m "long and not gpu"
+	$(NO_GPU) $(PYTEST) tests --ignore tests/kernels -m "long and not gpu"
 
 gpu: env
 	$(BIN)/python -m pytest tests -m gpu

@@ -5,11 +5,12 @@
     python bench/gpu_day.py --only correctness kernels
     python bench/gpu_day.py --dry-run             # the plan, and whether every command can start; needs no GPU
 
-A stage that fails or runs out of time is recorded and the next one begins; what it had written stays. Stages whose packages
-are missing (training needs deepspeed) are skipped with one line.
+A stage that fails or runs out of time is recorded and the next one begins; what it had written stays, and training ends with a
+checkpoint before its time does. Stages whose packages are missing (training needs deepspeed) are skipped with one line.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -66,19 +67,24 @@ def stages(out: Path) -> list[Stage]:
     def bench(script: str, name: str, *flags: str) -> tuple[str, ...]:
         return python, f"bench/{script}.py", *flags, "--json", str(out / f"{name}.json")
 
-    recipe = (python, "recipes/coco_clip.py")
+    def trained(recipe: str, name: str, minutes: float, *flags: str) -> Stage:
+        """A run that ends by itself, with a checkpoint, before its box does."""
+        folder, stop_after = str(out / name.replace(" ", "_")), str(0.9 * minutes - 0.5)
+        command = (python, f"recipes/{recipe}.py", "--out", folder, "--checkpoint.stop-after", stop_after, *flags)
+        return Stage(name, command, minutes, TRAINING)
+
     tests = ("tests/kernels", "tests/engine/test_speed.py")
     # Most of their time is the compiler's, on one core each.
     together = ("-n", str(min(8, os.cpu_count() or 1))) if installed("xdist") else ()
     scratch = out / "speedrun"
-    epochs = ("--data.shards", str(scratch / "shards" / "train"), "--out", str(out / "fashion_mnist_edm"))
+    shards = str(scratch / "shards" / "train")
     return [
-        Stage("first steps", (*recipe, "--out", str(out / "first"), "--images", "3200", "--speed.whole-step"), 2, TRAINING),
+        trained("coco_clip", "first steps", 2, "--images", "3200", "--speed.whole-step"),
         Stage("correctness", (python, "-m", "pytest", *tests, "-m", "gpu", "-q", *together), 12, ("pytest", "triton")),
         Stage("ceilings", bench("ceilings", "ceilings"), 2),
         Stage("kernels", bench("throughput", "throughput"), 8, ("triton",)),
-        Stage("speedrun", (python, "bench/speedrun.py", "--scratch", str(scratch), "--side", "engine", "--device", "cuda"), 5, TRAINING),
-        Stage("100 epochs", (python, "recipes/fashion_mnist_edm.py", *epochs, "--speed.whole-step", "--speed.compile", "False"), 15, TRAINING),
+        Stage("speedrun", bench("speedrun", "speedrun", "--scratch", str(scratch), "--side", "engine", "--device", "cuda", "--minutes", "6"), 8, TRAINING),
+        trained("fashion_mnist_edm", "100 epochs", 15, "--data.shards", shards, "--speed.whole-step", "--speed.compile", "False"),
         Stage("their distance", (python, "-m", "duotone.engine.cli", "evaluate", *distance(out)), 3, TRAINING),
         Stage("convolution", bench("conv", "conv"), 10),
         Stage("step", bench("train_step", "train_step"), 8, ("diffusers",)),
@@ -86,20 +92,20 @@ def stages(out: Path) -> list[Stage]:
         Stage("switches", bench("switches", "switches"), 5),
         Stage("step of sd15", bench("train_step", "train_step-sd15", "--unet", "sd15", "--steps", "20"), 8, ("diffusers",)),
         Stage("shards", (python, "bench/decoded_shapes.py", "--out", str(out / "shards"), "--size", "128"), 3, ("webdataset",)),
-        Stage("demo", (*recipe, "--out", str(out / "captioned_shapes")), 5, TRAINING),
-        Stage("guidance", bench("sampling", "guidance", "--run", str(out / "captioned_shapes"), "--quality"), 5, TRAINING),
-        Stage("reference", (*recipe, "--small", "--out", str(out / "reference"), *reference(out)), 20, TRAINING),
+        trained("coco_clip", "demo", 5),
+        Stage("guidance", bench("sampling", "guidance", "--run", str(out / "demo"), "--quality"), 5, TRAINING),
+        trained("coco_clip", "reference", 20, "--small", *reference(out)),
         Stage("whole step", (python, "-m", "pytest", "tests/engine/test_whole_step.py", "tests/engine/test_muon.py", "-m", "gpu", "-q"), 3, ("pytest", *TRAINING)),
-        Stage("reference whole", (*recipe, "--small", "--out", str(out / "reference_whole"), *reference(out), "--speed.whole-step"), 10, TRAINING),
+        trained("coco_clip", "reference whole", 10, "--small", *reference(out), "--speed.whole-step"),
     ]  # fmt: skip
 
 
 def distance(out: Path) -> tuple[str, ...]:
     """How the 100 epochs are measured: by the published run's sampler, steps and guidance, 9,000 of its 50,000 samples."""
     return (
-        *(str(out / "fashion_mnist_edm"), "--test", str(out / "speedrun" / "shards" / "t10k")),
+        *(str(out / "100_epochs"), "--test", str(out / "speedrun" / "shards" / "t10k")),
         *("--samples", "9000", "--floor", "9000", "--guidance", "1", "--steps", "50", "--sampler", "euler"),
-        *("--json", str(out / "fashion_mnist_edm.json")),
+        *("--json", str(out / "100_epochs.json")),
     )
 
 
@@ -131,9 +137,11 @@ def boxed(words: tuple[str, ...], seconds: float, log) -> int | str:
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
         return "out of time"
+    finally:  # also where this process is interrupted: nothing goes on training behind its back
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def dry_run(chosen: list[Stage]) -> int:
@@ -183,6 +191,9 @@ def main() -> None:
         sys.exit(1 if dry_run(chosen) else 0)
     if not torch.cuda.is_available():
         refuse("no CUDA device here; bench/ledger.py says what can be known without one, --dry-run shows the plan")
+    if (out / "gpu_day.json").exists():
+        refuse(f"{out} holds another day, whose runs would be taken for done: give another --out")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     out.mkdir(parents=True, exist_ok=True)
     record = {"machine": machine(), "command": command(), "stages": []}
     ends = time.monotonic() + 60 * asked.minutes

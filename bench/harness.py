@@ -132,13 +132,21 @@ def resources(launch: Launch, capability: int) -> Resources:
     )
 
 
+def fp64_arithmetic(launch: Launch, capability: int) -> list[str]:
+    """Instructions in fp64 where numbers come in fp64, as torch.compile hands them over; narrowing them is none."""
+    source, options = _source(launch, numbers="fp64")
+    ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+    words = [line.split() for line in ptx.splitlines() if ".f64" in line and not line.strip().startswith((".", "//"))]
+    return [" ".join(line) for line in words if not line[0].startswith(("cvt.rn.f32.f64", "ld.param", "mov."))]
+
+
 def compile_key(launch: Launch) -> tuple:
     """What distinguishes two launches for the compiler."""
     source, options = _source(launch)
     return launch.name, str(source.signature), str(source.constants), str(source.attrs), str(options)
 
 
-def _source(launch):
+def _source(launch, numbers="fp32"):
     constants = {p.name for p in launch.kernel.params if p.is_constexpr}
     generic = {p.name for p in launch.kernel.params if p.do_not_specialize}
     signature, constexprs, attributes = {}, {}, {}
@@ -148,7 +156,7 @@ def _source(launch):
         if name in constants or (is_special and value == 1):
             signature[name], constexprs[(index,)] = "constexpr", value
             continue
-        signature[name] = _type(value)
+        signature[name] = numbers if isinstance(value, float) else _type(value)
         if isinstance(value, torch.Tensor) or (is_special and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     options = {name: launch.arguments[name] for name in _OPTIONS if name in launch.arguments}
@@ -158,8 +166,6 @@ def _source(launch):
 def _type(value):
     if isinstance(value, torch.Tensor):
         return _TYPES[value.dtype]
-    if isinstance(value, float):
-        return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import step_counters
 import torch
 from harness import CHIPS, compile_key, counted, resources
-from record import NOT_MEASURED, RESULTS, machine, table, write_json
+from record import NOT_MEASURED, RESULTS, command, machine, table, write_json
 from subjects import SUBJECTS, forward_backward, launches_of
 
 from duotone.kernels import attention
@@ -203,7 +203,7 @@ def main():
         print("without the compiled step: no record is written")
     print("\n".join(found) or held + (", no graph break or recompile" if step else ""))
     if not options.check and step:
-        write_json(options.json, {"machine": machine(), "rows": rows, "step": step})
+        write_json(options.json, {"command": command(), "machine": machine(), "rows": rows, "step": step})
         print(f"record: {options.json}")
     sys.exit(1 if found else 0)
 

@@ -8,7 +8,6 @@ round, so that a busy neighbour slows all of them alike. Ours reads in a shuffle
 
 import argparse
 import io
-import json
 import platform
 import statistics
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from record import command, machine, refuse, write_json
 
 from duotone.data import captioned_shapes
 from duotone.data.batch import Plan
@@ -209,14 +209,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS / f"loader-{date.today()}.json")
     options = parser.parse_args()
+    if options.rounds < 1 or options.seconds <= 0 or options.threads < 1:
+        refuse("--rounds and --threads must be at least 1, and --seconds above 0")
     with tempfile.TemporaryDirectory() as folder:
         measured = [measure(job, options.rounds, options.seconds, options.threads) for job in jobs(Path(folder))]
     print(table(measured))
     packages = ["torch", "pillow", "webdataset", "nvidia-dali-cuda130", "numpy"]
-    content = {"date": str(date.today()), "command": "python bench/loader.py", "threads": options.threads}
+    content = {"date": str(date.today()), "command": command(), "machine": machine(), "threads": options.threads}
     content |= {"rounds": options.rounds, "seconds": options.seconds, "processor": platform.machine()}
     content |= {"versions": {name: version(name) for name in packages} | {"python": sys.version.split()[0]}}
-    options.out.write_text(json.dumps(content | {"results": measured}, indent=1) + "\n")
+    write_json(options.out, content | {"results": measured})
 
 
 if __name__ == "__main__":

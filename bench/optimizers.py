@@ -19,6 +19,8 @@ from pathlib import Path
 from fashion import shards
 from record import machine, refuse, table, write_json
 
+from duotone.data.refusal import Refused
+
 RESULTS = Path(__file__).parent / "results"
 MEASUREMENTS = 6
 
@@ -50,13 +52,21 @@ def started(contender: Contender, scratch: Path, images: int) -> subprocess.Pope
         return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
-def core_seconds(process: subprocess.Popen) -> float:
-    """What it used until it ended; refuses where it failed."""
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        refuse(f"{' '.join(process.args)} ended with exit code {process.returncode}: its log is in the scratch folder")
-    return used.ru_utime + used.ru_stime
+def core_seconds(running: dict[str, subprocess.Popen]) -> dict[str, float]:
+    """What each used until it ended; refuses as soon as one has failed."""
+    named, seconds = {process.pid: (name, process) for name, process in running.items()}, {}
+    while named:
+        pid, status, used = os.wait4(-1, 0)
+        if pid not in named:
+            continue
+        name, process = named.pop(pid)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            refuse(
+                f"{' '.join(process.args)} ended with exit code {process.returncode}: its log is in the scratch folder"
+            )
+        seconds[name] = used.ru_utime + used.ru_stime
+    return {name: seconds[name] for name in running}
 
 
 def curve(folder: Path) -> list[tuple[int, float]]:
@@ -99,7 +109,7 @@ def main() -> None:
     shards(arguments.scratch, "train")  # before both ask for them
     running = {c.name: started(c, arguments.scratch, arguments.images) for c in CONTENDERS}
     try:
-        seconds = {name: core_seconds(process) for name, process in running.items()}
+        seconds = core_seconds(running)
     finally:  # where one has failed, the other races nobody
         for process in running.values():
             if process.returncode is None:
@@ -116,4 +126,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Refused as refused:
+        refuse(str(refused))

@@ -10,7 +10,7 @@ import importlib
 import torch
 import torch.nn.functional as F
 
-from duotone.kernels import attention, diffuse, group_norm_silu, guided_step
+from duotone.kernels import attention, diffuse, guided_step
 
 PACKAGES = ("xformers", "apex", "liger-kernel", "gnnhwc")
 MODULATION = ("add_NC", "scale_NC", "shift_NC")
@@ -30,12 +30,13 @@ def compiled(function):
 
 
 def eager_norm(i):
-    if "scale_NC" in i:
-        return group_norm_silu.group_norm_silu_reference(
-            *list(i.values())[:4], **{name: i[name] for name in MODULATION}
-        )
-    weight, bias = i["weight"].to(i["x"].dtype), i["bias"].to(i["x"].dtype)
-    return F.silu(F.group_norm(i["x"], i["groups"], weight, bias))
+    """In the image's type, as a person writes it."""
+    x_NCHW, weight, bias = i["x"], i["weight"].to(i["x"].dtype), i["bias"].to(i["x"].dtype)
+    if "scale_NC" not in i:
+        return F.silu(F.group_norm(x_NCHW, i["groups"], weight, bias))
+    add, scale, shift = (i[name].to(x_NCHW.dtype)[:, :, None, None] for name in MODULATION)
+    h_NCHW = F.group_norm(x_NCHW + add, i["groups"], weight, bias)
+    return F.silu(torch.addcmul(shift, h_NCHW, 1 + scale))
 
 
 def refuse_modulation(i):
@@ -94,11 +95,16 @@ def backend(name):
 _MOST_SCORES = 2**30
 
 
-def definition_of_attention(i):
+def eager_attention(i):
+    """Two matrix products and a softmax in the tokens' type."""
     (images, queries, heads, _), keys = i["q"].shape, i["k"].shape[1]
     if images * heads * queries * keys > _MOST_SCORES:
         raise NotImplementedError("its scores would take the memory of a GPU")
-    return attention.attention_reference(i["q"], i["k"], i["v"], mask_NM=i["mask"])
+    q_NHLD, k_NHMD, v_NHMD = (i[name].transpose(1, 2) for name in "qkv")
+    score_NHLM = q_NHLD @ k_NHMD.mT * i["q"].shape[-1] ** -0.5
+    if i["mask"] is not None:
+        score_NHLM = score_NHLM.masked_fill(~i["mask"][:, None, None, :], torch.finfo(score_NHLM.dtype).min)
+    return (score_NHLM.softmax(-1) @ v_NHMD).transpose(1, 2)
 
 
 # ---------------------------------------------------------------------------------------------- diffusion, guidance

@@ -37,6 +37,7 @@ from duotone.engine.objectives.edm import EDM
 from duotone.engine.recipe import Recipe
 from duotone.engine.sample import condition, image_shape, noise, sample
 from duotone.engine.samplers.heun import heun
+from duotone.engine.speed import SAMPLING, choose, set_up
 
 EVERYWHERE = (0.0, float("inf"))
 
@@ -143,7 +144,7 @@ def sampled(job: Job, way: Way) -> tuple[torch.Tensor, float]:
 
 
 def evaluations(job: Job) -> float:
-    """Calls of the denoiser in one"""
+    """Forward passes of one image without guidance, one for each call of the denoiser."""
     return sampled(job, Way("", GuidedDenoiser, 1.0))[1]
 
 
@@ -259,6 +260,8 @@ def random_model(name: str, device: str) -> artifact.Model:
     """The named network with random weights, none of them zero."""
     config = replace(NAMED[name], zero_init=False)
     recipe = Recipe(name=name, data=Shards(size=SIZES[name]), model=config, objective=EDM())
+    if device == "cuda":
+        set_up(SAMPLING, choose(SAMPLING))  # as load() does
     torch.manual_seed(0)
     network = Network(config.build(), []).eval().requires_grad_(False).to(device)
     return artifact.Model(network, recipe.objective, Facts(), recipe)

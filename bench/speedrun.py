@@ -4,6 +4,7 @@ python bench/speedrun.py --scratch DIR                 both sides, one after the
 python bench/speedrun.py --scratch DIR --side engine   one of them
 python bench/speedrun.py --scratch DIR --side engine --minutes 60          in parts: the same command goes on, the clock adds up
 python bench/speedrun.py --scratch DIR --side engine --again --checks 1    the last weights measured once more
+python bench/speedrun.py --scratch DIR --side engine --json FILE    the record, and its picture, elsewhere than among the results
 python bench/speedrun.py --scratch DIR --side engine --device cuda          our side on one GPU
 
 The bar: 1,000 samples that a classifier of the data recognises in 90 % of cases, and whose Frechet distance from the training
@@ -35,6 +36,7 @@ import torch
 from fashion import CLASSES, DATA, SAMPLES, Course, shards
 from record import machine, refuse, write_json
 
+from duotone.data.refusal import Refused
 from duotone.engine import Recipe, artifact, checkpoint, main, pictures
 from duotone.engine.checkpoint import Checkpoints
 from duotone.engine.conditioning.base import Facts
@@ -160,7 +162,9 @@ def engine_side(scratch: Path, course: Course, images: int) -> dict:
         # Steps cost alike, so a checkpoint's share of the run's core-seconds is its share of the images.
         used = clock.cpu_seconds * model.images / images
         checks.append(check(course, drawn, (at, used), model.images, took))
-        picture(drawn, "engine")
+    if not checks:
+        refuse(f"{out / 'checkpoints'} holds none of the checks of {images:,} images: train without --again")
+    picture(drawn, "engine")
     parameters = sum(p.numel() for p in model.network.parameters())
     return record("engine", course, checks, clock, str(SAMPLING), parameters) | {"log": told(out / "metrics.jsonl")}
 
@@ -214,7 +218,7 @@ def notebook_side(scratch: Path, course: Course, core_seconds: float) -> dict:
 
     out = scratch / "notebook"
     out.mkdir(exist_ok=True)
-    for old in [] if "--again" in sys.argv else out.glob("images-*.pt"):
+    for old in [] if parsed().again else out.glob("images-*.pt"):
         old.unlink()
     command = [sys.executable, str(Path(__file__).with_name("speedrun_notebook.py")), "--scratch", str(scratch)]
     command += ["--core-seconds", str(core_seconds), "--kept", str(CHECKS)]
@@ -228,7 +232,9 @@ def notebook_side(scratch: Path, course: Course, core_seconds: float) -> dict:
         took, at = time.monotonic() - began, clock.at(path.stat().st_mtime)
         _, images, used = path.stem.split("-")
         checks.append(check(course, drawn, (at, float(used)), int(images), took))
-        picture(drawn, "notebook")
+    if not checks:
+        refuse(f"{out} holds no weights: train without --again")
+    picture(drawn, "notebook")
     sampling = f"diffusers DDIMScheduler, x0 clipped, {parsed().notebook_steps} steps, no guidance"
     return record("notebook", course, checks, clock, sampling, sum(p.numel() for p in model.parameters()))
 
@@ -270,6 +276,8 @@ class Clock:
 def clocked(command: list[str], log: Path, goes_on: bool = False) -> Clock:
     """Runs a training process to its end; the clock of one that goes on adds up."""
     kept = log.with_suffix(".json")
+    if parsed().again and not kept.exists():
+        refuse(f"--again: {kept} is not there, nothing was trained here; leave --again out")
     parts = [Part(**part) for part in json.loads(kept.read_text())] if goes_on or parsed().again else []
     if parsed().again:
         return Clock(parts)
@@ -334,7 +342,10 @@ def record(side: str, course: Course, checks: list[dict], clock: Clock, sampling
     reached = next((c["seconds"] for c in checks if c["reached"]), None)
     command = f"python bench/speedrun.py --scratch DIR --side {side}"
     command += " --device cuda" if parsed().device == "cuda" else ""
-    command += "" if side == "notebook" or parsed().images is None else f" --images {parsed().images}"
+    if side == "engine":
+        command += f" --images {parsed().images or usual_images()}"
+    else:
+        command += f" --core-seconds {parsed().core_seconds:g} --notebook-steps {parsed().notebook_steps}"
     command += f" --again --checks {parsed().checks}" if parsed().again else ""
     command += f" --seed {parsed().seed}" if parsed().seed != SEED else ""
     return {
@@ -374,16 +385,29 @@ def name(side: str) -> str:
     )
 
 
+def result(side: str) -> Path:
+    """The file of a side's record; its picture lies beside it."""
+    return parsed().json if parsed().json is not None else RESULTS / f"{name(side)}.json"
+
+
 def picture(drawn: np.ndarray, side: str) -> None:
     """Ten of each class, a row for each."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = result(side).with_suffix(".png")
+    path.parent.mkdir(parents=True, exist_ok=True)
     rows = drawn.reshape(CLASSES, -1, *drawn.shape[1:])[:, :10]
-    pictures.grid(rows.reshape(-1, *drawn.shape[1:]), 10, zoom=2).save(RESULTS / f"{name(side)}.png")
+    pictures.grid(rows.reshape(-1, *drawn.shape[1:]), 10, zoom=2).save(path)
 
 
 def race(arguments: argparse.Namespace) -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         refuse("--device cuda: torch finds no CUDA device; leave it out to train on two CPU cores")
+    if arguments.json is not None and arguments.side == "both":
+        refuse("--json is for one side: give --side engine or --side notebook")
+    between = CHECKS * (128 if arguments.device == "cuda" else recipe.batch_size)
+    if arguments.images is not None and (arguments.images < 1 or arguments.images % between):
+        refuse(f"--images {arguments.images}: give a multiple of {between}, of batches and checks")
+    if arguments.checks < 1 or arguments.core_seconds <= 0 or arguments.notebook_steps < 1:
+        refuse("--checks and --notebook-steps must be at least 1, and --core-seconds above 0")
     course = Course.laid(arguments.scratch)
     print(f"classifier {course.judge.accuracy}; floor {course.floor:.3f}, bar {MOST_RATIO * course.floor:.3f}")
     for side in ("engine", "notebook") if arguments.side == "both" else (arguments.side,):
@@ -392,7 +416,7 @@ def race(arguments: argparse.Namespace) -> None:
             found = engine_side(arguments.scratch, course, arguments.images or usual_images())
         else:
             found = notebook_side(arguments.scratch, course, arguments.core_seconds)
-        write_json(RESULTS / f"{name(side)}.json", found)
+        write_json(result(side), found)
 
 
 @cache
@@ -411,6 +435,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="measure what was trained before once more")
     parser.add_argument("--checks", type=int, default=CHECKS, help="measure only the last so many of what was kept")
     parser.add_argument("--seed", type=int, default=SEED, help="of the noise that our side's samples begin with")
+    parser.add_argument("--json", type=Path, help="of one side's record (default: bench/results/speedrun/)")
     parser.add_argument("--notebook-steps", type=int, default=25, help="DDIM steps of the notebook's side")
     return parser.parse_args()
 
@@ -419,4 +444,7 @@ if __name__ == "__main__":
     if "LOCAL_RANK" in os.environ:  # started by deepspeed: this is the training process itself
         main(recipe)
     else:
-        race(parsed())
+        try:
+            race(parsed())
+        except Refused as refused:
+            refuse(str(refused))

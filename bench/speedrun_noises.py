@@ -16,7 +16,7 @@ import numpy as np
 from fashion import SAMPLES, SIDE, Course
 from record import machine, refuse, write_json
 from speedrun import RESULTS, SAMPLING, SEED, posed, samples
-from speedrun_sampling import described, said
+from speedrun_sampling import described, said, trained_last
 
 from duotone.data.refusal import Refused
 from duotone.engine import artifact
@@ -84,7 +84,7 @@ def main() -> None:
     arguments = parse()
     if arguments.noises < 1:
         raise Refused(f"--noises {arguments.noises}: give at least 1")
-    model = loaded(arguments.weights or arguments.scratch / "engine")
+    model = loaded(arguments.weights or trained_last(arguments.scratch))
     course = Course.laid(arguments.scratch)
     print(f"{SAMPLES} samples of the model of {model.images:,} images from each noise; floor {course.floor:.2f}")
     ours, real = from_noises(course, model, arguments.noises, arguments.guidance), of_real(course)

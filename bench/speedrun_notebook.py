@@ -19,6 +19,7 @@ from fashion import CLASSES, DATA, SIDE, shards
 from record import refuse
 from torch import Tensor, nn
 
+from duotone.data.refusal import Refused
 from duotone.engine import pictures
 from duotone.engine.evaluate.images import read_splits
 
@@ -97,4 +98,7 @@ if __name__ == "__main__":
     if arguments.core_seconds <= 0 or arguments.kept < 1:
         refuse("--core-seconds must be above 0 and --kept at least 1")
     (arguments.scratch / "notebook").mkdir(parents=True, exist_ok=True)
-    training(arguments.scratch, arguments.core_seconds, arguments.kept)
+    try:
+        training(arguments.scratch, arguments.core_seconds, arguments.kept)
+    except Refused as refused:
+        refuse(str(refused))

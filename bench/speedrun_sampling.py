@@ -24,6 +24,7 @@ from record import machine, refuse, write_json
 from speedrun import RESULTS, SAMPLING, Sampling, posed, samples, trained
 from torch import Tensor
 
+from duotone.data.refusal import Refused
 from duotone.engine import artifact
 
 SAMPLES, SEED = 500, 2
@@ -92,6 +93,12 @@ class Under:
         return self.solver(denoise, clean_NCHW + noise_NCHW, sigmas, **rest)
 
 
+def trained_last(scratch: Path) -> Path:
+    """The folder of our side's last training, on a CPU or a GPU."""
+    folders = [folder for folder in (scratch / "engine", scratch / "engine-gpu") if (folder / "metrics.jsonl").exists()]
+    return max(folders, key=lambda folder: (folder / "metrics.jsonl").stat().st_mtime, default=scratch / "engine")
+
+
 def described(course: Course, drawn: np.ndarray) -> dict:
     made_of = course.composed(drawn)
     return course.measured(drawn) | {
@@ -113,7 +120,7 @@ def main() -> None:
     parser.add_argument("--from-real", action="store_true", help="only the way back from noise")
     arguments = parser.parse_args()
     both = arguments.sweep == arguments.from_real
-    checkpoints = arguments.scratch / "engine" / "checkpoints"
+    checkpoints = trained_last(arguments.scratch) / "checkpoints"
     paths = sorted(checkpoints.glob("images-*"))
     if not paths:
         refuse(f"{checkpoints} holds no checkpoint: python bench/speedrun.py --scratch {arguments.scratch} makes them")
@@ -136,4 +143,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Refused as refused:
+        refuse(str(refused))

@@ -225,8 +225,8 @@ SUBJECTS = {
             _one_image,
             {name: peers.backend(name) for name in attention.BACKENDS}
             | {
-                "eager": lambda: peers.definition_of_attention,
-                "compiled": peers.compiled(peers.definition_of_attention),
+                "eager": lambda: peers.eager_attention,
+                "compiled": peers.compiled(peers.eager_attention),
             },
         ),
         Subject(

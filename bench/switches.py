@@ -19,7 +19,7 @@ from networks import NAMED, SIZES
 from record import NOT_MEASURED, command, default_path, load_average, machine, refuse, table, write_json
 
 from duotone.engine.model.unet import UNet
-from duotone.engine.speed import Choice, Speed, choose, make_ready
+from duotone.engine.speed import Choice, Speed, choose, make_ready, set_up
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,7 @@ def main() -> None:
     images = (32 if usual.device == "cuda" else 2) if asked.batch is None else asked.batch
     if min(images, asked.rounds) < 1:
         refuse("--batch and --rounds must be at least 1")
+    set_up(Speed(), usual)  # as a run does: cuDNN's search, TF32
     loads = [load_average()]
     rows = measure(network, images, asked.rounds, usual)
     print(

@@ -14,7 +14,8 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def newest(pattern: str) -> tuple[Path, dict]:
-    path = sorted(RESULTS.glob(pattern))[-1]
+    """By the date in its name, whatever the machine's."""
+    path = max(RESULTS.glob(pattern), key=lambda path: (re.findall(r"\d{4}-\d{2}-\d{2}", path.stem), path.name))
     return path, json.loads(path.read_text())
 
 
@@ -280,7 +281,11 @@ def share(found: dict) -> str:
 def setting_of(result: dict) -> str:
     """What was measured and on what, in a line above its table."""
     machine, batch = result["machine"], f"{result['batch']} images of " if "batch" in result else ""
-    where = f"{machine.get('threads', 1)} thread of a CPU" if machine["device"] == "cpu" else machine["device"]
+    where = (
+        f"{machine.get('threads', 1)} thread{'s' * (machine.get('threads', 1) > 1)} of a CPU"
+        if machine["device"] == "cpu"
+        else machine["device"]
+    )
     load = f", load average {max(result['load_average']):.1f}" if machine["device"] == "cpu" else ""
     return f"{result['network']} network, {batch}{result['size']} px, {where}, {result['clock']}{load}\n\n"
 

@@ -17,7 +17,7 @@ import torch
 from bars import backward_median, bars, timed
 from clocks import copy_bandwidth, interleaved, spread, time_on_cpu
 from harness import CHIPS, resources
-from record import NOT_MEASURED, RESULTS, installed, machine, table, write_json
+from record import NOT_MEASURED, RESULTS, command, installed, machine, refuse, table, write_json
 from subjects import SUBJECTS, forward_backward, launches_of, leaves
 from torch.utils._pytree import tree_leaves
 
@@ -203,17 +203,19 @@ def _chosen(kernel, case):
     pairs = [(s, c) for s in SUBJECTS.values() for c in s.cases if c.timed or c.name == case]
     pairs = [(s, c) for s, c in pairs if kernel in (None, s.name) and case in (None, c.name)]
     if not pairs:
-        sys.exit(
-            f"no case is called {case}; there are: {', '.join(c.name for s in SUBJECTS.values() for c in s.cases)}"
-        )
+        there = [c.name for s in SUBJECTS.values() for c in s.cases if kernel in (None, s.name)]
+        refuse(f"no case{f' of {kernel}' if kernel else ''} is called {case}; there are: {', '.join(there)}")
     return pairs
 
 
 def main():
     """Measure what was asked for, print it, and leave a record, written after every case."""
     options = _parse()
+    if options.rounds < 1:
+        refuse(f"--rounds {options.rounds}: it must be at least 1")
     dtype, on_gpu, results = DTYPES[options.dtype], torch.cuda.is_available(), []
-    record = {"machine": machine() | {"peers": {name: installed(name) for name in peers.PACKAGES}}, "results": results}
+    about = machine() | {"peers": {name: installed(name) for name in peers.PACKAGES}}
+    record = {"command": command(), "machine": about, "results": results}
     if on_gpu:
         record["copy_gigabytes_per_second"] = ceiling = copy_bandwidth()
     name = record["machine"]["device"].replace(" ", "-").lower()
@@ -227,7 +229,10 @@ def main():
         write_json(path, record)
     if on_gpu:
         _print_gpu(results, ceiling)
-        _draw_chart(results, path.with_suffix(".png"))
+        try:
+            _draw_chart(results, path.with_suffix(".png"))
+        except ImportError as error:
+            print(f"no chart: {error}", file=sys.stderr)
     else:
         _print_cpu(results)
     print(f"\nrecord: {path}")

@@ -14,11 +14,13 @@ from duotone.data.refusal import Refused
 from duotone.data.whole_file import draft_of
 from duotone.engine import speed as switches
 from duotone.engine.conditioning.base import Facts
+from duotone.engine.log import say
 from duotone.engine.model.network import Network
 from duotone.engine.model.uncertainty import Uncertainty
 from duotone.engine.objectives.base import Objective
 from duotone.engine.recipe import Recipe
 from duotone.engine.recipe_json import from_json, to_json
+from duotone.kernels.self_test import tested_once
 
 
 @dataclass
@@ -136,6 +138,9 @@ def put_to_sample(network: Network, device: str | torch.device | None, speed: sw
     choice = switches.choose(speed)
     if choice.device == "cuda" or speed.threads:
         switches.set_up(speed, choice)
+    if choice.device == "cuda":
+        for line in tested_once(torch.device(device or "cuda"), speed.norms_in_turns, speed.norms_join_skips):
+            say(line)
     network.eval().requires_grad_(False).to(device or choice.device, choice.dtype)
     network.records = speed.cuda_graphs and choice.device == "cuda"
     switches.make_ready(network.unet, speed, choice)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from duotone.data.refusal import Refused
+from duotone.engine.model.blocks import image_of, tokens_of
 from duotone.kernels.attention import attention
 from duotone.kernels.group_norm_silu import group_norm_silu
 
@@ -96,6 +97,9 @@ def fuse_end(unet: nn.Module, fused: Fused) -> None:
     """The last group norm takes the SiLU that follows it."""
     if unet.conv_norm_out is None or not isinstance(unet.conv_act, nn.SiLU):
         fused.left["conv_norm_out"] = "no group norm and SiLU before the last convolution"
+        return
+    if not is_plain(unet.conv_norm_out, nn.GroupNorm) or not is_plain(unet.conv_act, nn.SiLU):
+        fused.left["conv_norm_out"] = "it, or its SiLU, has a hook or a forward of its own"
         return
     unet.conv_norm_out.__class__ = FusedGroupNormSiLU.of(type(unet.conv_norm_out))
     unet.conv_act.__class__ = Nothing.of(type(unet.conv_act))
@@ -227,7 +231,17 @@ def is_plain(layer: nn.Module, kind: type) -> bool:
 
 
 def normed(norm: nn.GroupNorm, x_NCHW: Tensor, *, silu: bool = True, **modulation: Tensor) -> Tensor:
+    """The norm with what surrounds it in one operation, or, where it may not be read, run between them."""
+    if not is_plain(norm, nn.GroupNorm) and not isinstance(norm, FusedPart):
+        return normed_in_parts(norm, x_NCHW, silu, **modulation)
     return group_norm_silu(x_NCHW, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu, **modulation)
+
+
+def normed_in_parts(norm: nn.Module, x_NCHW: Tensor, silu: bool, add_NC=None, scale_NC=None, shift_NC=None) -> Tensor:
+    h_NCHW = norm(x_NCHW if add_NC is None else x_NCHW + add_NC[:, :, None, None])
+    if scale_NC is not None:
+        h_NCHW = h_NCHW * (1 + scale_NC[:, :, None, None]) + shift_NC[:, :, None, None]
+    return F.silu(h_NCHW) if silu else h_NCHW
 
 
 class FusedTransformer(FusedPart):
@@ -255,15 +269,6 @@ class FusedUpsample(FusedPart):
         if not self.use_conv:
             return x_NCHW
         return self.conv(x_NCHW) if self.name == "conv" else self.Conv2d_0(x_NCHW)
-
-
-def tokens_of(x_NCHW: Tensor) -> Tensor:
-    """The image as tokens_NLC: a view of a channels-last image."""
-    return x_NCHW.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def image_of(tokens_NLC: Tensor, size: tuple[int, int]) -> Tensor:
-    return tokens_NLC.unflatten(1, size).permute(0, 3, 1, 2)
 
 
 def projected(layer: nn.Module, tokens_NLC: Tensor, size: tuple[int, int]) -> Tensor:
@@ -314,8 +319,9 @@ class FusedAttention:
         else:
             (q,) = packed(attn.heads, x_NLC, attn.to_q)
             k, v = packed(attn.heads, context_NMD, attn.to_k, attn.to_v)
-        # Their bias is 0 where a key counts and -10000 where it does not.
+        # Their bias is 0 where a key counts and -10000 where it does not: a row of nothing but the latter attends to all.
         mask_NM = None if bias_N1M is None else bias_N1M[:, 0] > -5000
+        mask_NM = None if mask_NM is None else mask_NM | ~mask_NM.any(dim=1, keepdim=True)
         return attention(q, k, v, mask_NM=mask_NM, scale=attn.scale).flatten(2)
 
 

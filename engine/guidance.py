@@ -85,6 +85,8 @@ class GuidedDenoiser:
     def guided(self, output_2NCHW: Tensor, x_NCHW: Tensor, skip_N: Tensor, out_N: Tensor, sigma: float) -> Tensor:
         """D from both branches' outputs."""
         guidance = self.guidance
+        if not output_2NCHW.is_contiguous():  # of a network that carries more channels than it shows
+            output_2NCHW = output_2NCHW.contiguous(memory_format=torch.channels_last)
         if guidance.rule is not None:
             conditional_NCHW, other_NCHW = (denoised(f, x_NCHW, skip_N, out_N) for f in output_2NCHW.chunk(2))
             return guidance.rule(conditional_NCHW, other_NCHW, self.scale_N, sigma)

@@ -104,7 +104,7 @@ def muon_ema_(
     average_P.lerp_(grad_P, ((1 - momentum) * taken).to(exact))
     step_P = matrices.each(grad_P.lerp(average_P, momentum), partial(step_of, iterations=iterations))
     rate = (lr * taken).to(exact)
-    master_P.mul_(1 - rate * weight_decay).sub_(rate * step_P)
+    master_P.sub_(rate * (step_P + weight_decay * master_P))
     for ema_P, decay in zip(emas, ema_decays, strict=True):
         ema_P.lerp_(master_P, ((1 - decay) * taken).to(exact))
     weights_out.copy_(master_P)

@@ -16,7 +16,9 @@ def fits(unet: UNet, size: int, rows: int, needed: Estimate, switches: speed.Spe
     """Whether two steps of `rows` images run on the device of `unet`, in a twin of it, beside the optimizer's state."""
     device = unet.conv_in.weight.device
     try:
-        return runs(unet.config, size, rows, needed, switches, choice, device)
+        # Random numbers are left as they were: a run that tries goes on as one that does not.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return runs(unet.config, size, rows, needed, switches, choice, device)
     except torch.cuda.OutOfMemoryError:
         return False
     finally:
@@ -25,8 +27,7 @@ def fits(unet: UNet, size: int, rows: int, needed: Estimate, switches: speed.Spe
 
 
 def runs(config, size: int, rows: int, needed: Estimate, switches, choice, device: torch.device) -> bool:
-    # Random numbers are left as they were: a run that tries goes on as one that does not.
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+    with device:
         twin = UNet(config).to(choice.dtype)
     # Uncompiled: that holds more than what is compiled, and does not keep the run waiting.
     speed.make_ready(twin, switches, replace(choice, compile=False))

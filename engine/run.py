@@ -62,6 +62,7 @@ def set_up(recipe: Recipe, held: ExitStack) -> Run:
     refuse_other_run(recipe, stored)
     recipe.micro_batch(zero.world_size())
     ranks = zero.join(choice.device)
+    faults = kernel_faults(ranks.device, recipe.speed)  # before a kernel is used, by the trial of a micro-batch as well
     with zero.rank_0_first(ranks):
         recipe = with_embedded_data(recipe)
         data = recipe.data.open(ranks.device, require_captions=recipe.wants_captions)
@@ -93,7 +94,7 @@ def set_up(recipe: Recipe, held: ExitStack) -> Run:
         recipe.log, recipe.folder, recipe.images, run.images, speaks=ranks.rank == 0, recipe=to_json(recipe)
     )
     held.callback(run.log.close)
-    announce(run, predicted, begun)
+    announce(run, predicted, begun, faults)
     return run
 
 
@@ -194,13 +195,12 @@ def kernel_faults(device: torch.device, switches: speed.Speed) -> list[str]:
     return self_test(device, switches.norms_in_turns, switches.norms_join_skips) if device.type == "cuda" else []
 
 
-def announce(run: Run, predicted: Estimate, begun: list[str]) -> None:
+def announce(run: Run, predicted: Estimate, begun: list[str], faults: list[str]) -> None:
     """The plan in one line, then every substitution in one line each."""
     recipe, choice = run.recipe, run.choice
     parameters = sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in run.network.parameters())
     micro = recipe.micro_batch(run.ranks.count)
     stage, why = zero.stage_taken(recipe.zero, choice.precision, recipe.accumulation)
-    faults = kernel_faults(run.ranks.device, recipe.speed)
     fused, sites = speed.kernel_sites(run.network, run.ranks.device)
     run.log.say(
         f"{recipe.name}: {parameters / 1e6:.1f} M parameters, {choice.precision} on {choice.device}"

@@ -73,7 +73,9 @@ def choose(speed: Speed, stage: int = 1) -> Choice:
     device = "cuda" if cuda and speed.device != "cpu" else "cpu"
     precision = speed.precision
     if precision == "auto":
-        precision = "fp32" if device == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        precision = (
+            "fp32" if device == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        )
     compiled = device == "cuda" and stage < 3 if speed.compile is None else speed.compile
     return Choice(device, precision, compiled)
 

@@ -56,7 +56,7 @@ class Update:
         squares = sum(squared_norm(grad_P) for grad_P in gradients)
         if dist.get_world_size() > 1:
             dist.all_reduce(squares, group=self.partitioned.dp_process_group)
-        scale = self.scale(squares)
+        scale = self.counted_scale(squares)
         for group, grad_P in enumerate(gradients):
             self.update(group, grad_P, scale)
         return squares
@@ -102,8 +102,8 @@ class Update:
     def shard(self, group: int) -> Tensor:
         return self.partitioned.single_partition_of_fp32_groups[group]
 
-    def scale(self, squares: Tensor) -> Tensor:
-        """What gradients are multiplied with: unscaled, clipped to the largest norm, NaN where they are not finite."""
+    def counted_scale(self, squares: Tensor) -> Tensor:
+        """Counts the step, or skips it, and gives what gradients are multiplied with: unscaled, clipped to the largest norm, NaN where they are not finite."""
         finite = squares.isfinite()
         self.steps += finite
         self.skipped += ~finite

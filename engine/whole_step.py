@@ -24,7 +24,7 @@ _ALLOWED_ELSEWHERE = 0.5
 
 
 class WholeStep:
-    """One optimizer step a call: recorded at the first, where it proves itself against an eager step, then replayed."""
+    """One optimizer step a call: recorded at the first that moves anything, where it proves itself against an eager step, then replayed."""
 
     def __init__(self, sharded: Sharded, loss_of: Callable, say: Callable[[str], None], recorder=Recorded):
         """`loss_of(network, inputs)` is the loss of a tree of tensors; `recorder(function, tensors)` makes the replay."""
@@ -39,6 +39,8 @@ class WholeStep:
         """The loss of the step taken; inputs of another form than the first ones are taken eagerly."""
         tensors, tree = tree_flatten(inputs)
         form = tree, [(tensor.shape, tensor.dtype) for tensor in tensors]
+        if self.form is None and not self.sharded.optimizer.param_groups[0]["lr"]:
+            return self.eager(inputs)  # a rate of 0 moves nothing, and a recording that moved nothing would pass
         if self.form is None:
             self.form = form
             return self.first(inputs, tensors)

@@ -1,7 +1,8 @@
 """AdamW on a flat shard, then every EMA track towards the new weights, then the bf16 copy: each array moves once.
 
 Bytes per parameter with fp32 gradients and no EMA: read 16, written 12; each EMA track adds 8, the bf16 weights add 2.
-Loshchilov and Hutter 2019, algorithm 2; the arithmetic is torch.optim.AdamW's. P parameters.
+Loshchilov and Hutter 2019, algorithm 2, as in torch.optim.AdamW; but decay and step are one subtraction, since 1 - lr * decay is
+exactly 1 in fp32 below 3e-8 and would decay nothing. P parameters.
 """
 
 import math
@@ -49,12 +50,12 @@ def adamw_ema_reference_(
         return
     beta1, beta2 = betas
     grad_P = grad_P.to(master_P.dtype) * grad_scale
-    master_P.mul_(1 - lr * weight_decay)
     exp_avg_P.lerp_(grad_P, 1 - beta1)
     exp_avg_sq_P.mul_(beta2).addcmul_(grad_P, grad_P, value=1 - beta2)
     root_correction = (1 - beta2**step) ** 0.5
     denominator_P = (exp_avg_sq_P.sqrt() / root_correction).add_(eps)
-    master_P.sub_((exp_avg_P / denominator_P).mul_(lr / (1 - beta1**step)))
+    step_P = (exp_avg_P / denominator_P).mul_(1 / (1 - beta1**step)).add_(master_P, alpha=weight_decay)
+    master_P.sub_(step_P.mul_(lr))
     for ema_P, decay in zip(emas, ema_decays, strict=True):
         ema_P.add_((master_P - ema_P).mul_(1 - decay))
     if weights_out is not None:
@@ -131,9 +132,9 @@ def _update(
     _write(exp_avg, average_P, at_P, parameters, FULL)
     _write(exp_avg_sq, square_P, at_P, parameters, FULL)
 
-    master_P = _read(master, at_P, parameters, FULL) * (1.0 - rate * weight_decay)
+    master_P = _read(master, at_P, parameters, FULL)
     denominator_P = tl.sqrt(square_P) / tl.sqrt(correction2) + eps
-    master_P -= rate / correction1 * (average_P / denominator_P)
+    master_P -= rate * (average_P / denominator_P / correction1 + weight_decay * master_P)
     _write(master, master_P, at_P, parameters, FULL)
     if TRACKS > 0:
         ema_P = _read(first, at_P, parameters, FULL)
@@ -152,6 +153,10 @@ def _kernel(
     TRACKS: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """`numbers` is (lr, step, grad_scale, 1 - decay of each track), where a captured graph finds the current ones."""
+    # torch.compile hands numbers over in fp64, and all that they meet would be.
+    log_beta1, log_beta2 = tl.cast(log_beta1, tl.float32), tl.cast(log_beta2, tl.float32)
+    share1, share2 = tl.cast(share1, tl.float32), tl.cast(share2, tl.float32)
+    eps, weight_decay = tl.cast(eps, tl.float32), tl.cast(weight_decay, tl.float32)
     first_of_block = tl.program_id(0).to(tl.int64) * BLOCK
     at_P = first_of_block + tl.arange(0, BLOCK)
     rate, count, scale = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)

@@ -120,6 +120,7 @@ def _weights(
     q_LD, k_MD, mask, image, key_M, real_M, keys, scale, MASKED: tl.constexpr,
 ):
     """Softmax over the admitted keys; a row without any is 0."""
+    scale = tl.cast(scale, tl.float32)  # torch.compile hands numbers over in fp64, and all that they meet would be
     score_LM = _product(q_LD, tl.trans(k_MD)) * scale
     admitted_M = real_M
     if MASKED:
@@ -167,6 +168,7 @@ def _backward_kernel(
     BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """One program owns a head's keys and a share of its queries: dk and dv stay on chip, dq is written once."""
+    scale = tl.cast(scale, tl.float32)  # torch.compile hands numbers over in fp64, and all that they meet would be
     image = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1)
     key_M = tl.arange(0, BLOCK_M)
@@ -403,7 +405,11 @@ def _measure(images, queries, keys, heads, width, dtype, masked):
     milliseconds, refused = {}, {}
     for name, run in BACKENDS.items():
         try:
-            with warnings.catch_warnings():  # a backend that cannot run says at length why
+            # A run that measures here draws, afterwards, what one draws that has measured before.
+            with (
+                torch.random.fork_rng([torch.cuda.current_device()]),
+                warnings.catch_warnings(),
+            ):  # a backend that cannot run says at length why
                 warnings.simplefilter("ignore")
                 milliseconds[name] = _time(run, images, queries, keys, heads, width, dtype, masked)
         except Exception as error:  # whatever another library raises costs its place, never the run

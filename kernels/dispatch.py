@@ -84,7 +84,7 @@ def direct(kernel):
 def runs_kernel(kernel: str, tensor: torch.Tensor) -> bool:
     """True where a Triton kernel can be launched on this tensor's device and its self-test has not disabled it."""
     if tensor.is_meta:
-        return _imagining
+        return _imagining and kernel not in _disabled
     if kernel in _disabled:
         return False
     return INTERPRETED if tensor.device.type == "cpu" else HAS_TRITON and tensor.device.type == "cuda"
@@ -92,6 +92,8 @@ def runs_kernel(kernel: str, tensor: torch.Tensor) -> bool:
 
 def count_fallback(kernel: str, reason: str, *shape: int) -> None:
     """Note that `kernel` went to its reference for this reason, once per shape (in a compiled graph, once)."""
+    if _imagining:
+        return
     if torch.compiler.is_compiling():
         _note(kernel, reason)
     else:

@@ -34,6 +34,7 @@ def forward_whole(
     SPAN: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
 ):
     """One program keeps its slab on chip: mean, then centred squares, then the output, from one read."""
+    eps = tl.cast(eps, tl.float32)  # torch.compile hands numbers over in fp64, and all that they meet would be
     image = tl.program_id(1).to(tl.int64)
     channel_C, real_C = channels_of(tl.program_id(0), channels, SPAN, BLOCK_C)
     row_R = tl.arange(0, BLOCK_R)
@@ -140,6 +141,7 @@ def _merged(
     partial, image, group_G, real_G, groups, pixels, rows, chunks, eps, PER_GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """Mean and reciprocal deviation of each group from its chunks."""
+    eps = tl.cast(eps, tl.float32)  # torch.compile hands numbers over in fp64
     chunk_K = tl.arange(0, BLOCK_K)
     real_KG = (chunk_K < chunks)[:, None] & real_G[None, :]
     slot_KG = partial + (image * chunks + chunk_K)[:, None] * 2 * groups + group_G[None, :]

@@ -129,6 +129,7 @@ def _kernel(
     real_V = value_V < values
     _, guided_V = _denoised(prediction, x, c_skip, c_out, scale, image, images, value_V, real_V, values)
     if RESCALE:
+        rescale = tl.cast(rescale, tl.float32)  # torch.compile hands numbers over in fp64
         chunk_K = tl.arange(0, BLOCK_K)
         real_K = chunk_K < chunks
         count_K = tl.maximum(tl.minimum(values - chunk_K * BLOCK, BLOCK), 0).to(tl.float32)

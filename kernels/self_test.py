@@ -32,6 +32,12 @@ def self_test(device, in_turns: bool = False, joins_skips: bool = False) -> list
     return lines
 
 
+@functools.cache
+def tested_once(device, in_turns: bool = False, joins_skips: bool = False) -> list[str]:
+    """The same, once a process: every model that is loaded asks."""
+    return self_test(device, in_turns, joins_skips)
+
+
 def _reason(check, device):
     """Why a kernel cannot be trusted, or None."""
     try:
@@ -131,14 +137,18 @@ def _check_guided_step(device):
 
 
 def _check_adamw_ema(device):
-    options = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "step": 3, "ema_decays": (0.9,)}
+    """As training calls it: gradients and weights in bf16, numbers on the device."""
+    numbers = {name: torch.full((), value, device=device) for name, value in {"lr": 1e-3, "step": 3.0, "grad_scale": 0.5}.items()}  # fmt: skip
+    options = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "ema_decays": (0.9,)}
     mine = [torch.rand(3000, device=device) for _ in range(5)]
+    mine[1] = mine[1].bfloat16()
     truth = [value.clone() for value in mine]
-    before = mine[0].clone()
-    adamw_ema.adamw_ema_(*mine[:4], mine[4:], **options)
-    adamw_ema.adamw_ema_reference_(*truth[:4], truth[4:], **options)
+    before, weights, true_weights = mine[0].clone(), *(torch.zeros_like(mine[1]) for _ in range(2))
+    adamw_ema.adamw_ema_(*mine[:4], mine[4:], **options, **numbers, weights_out=weights)
+    plain = {name: value.item() for name, value in numbers.items()}
+    adamw_ema.adamw_ema_reference_(*truth[:4], truth[4:], **options, **plain, weights_out=true_weights)
     yield "the update", mine[0] - before, truth[0] - before
-    yield from zip(("exp_avg", "exp_avg_sq", "ema"), mine[2:], truth[2:])
+    yield from zip(("exp_avg", "exp_avg_sq", "ema", "weights"), [*mine[2:], weights], [*truth[2:], true_weights])
 
 
 def _check_squared_norm(device):

@@ -38,7 +38,7 @@ def test_tables_are_those_of_the_results():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_and_pictures_exist(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
 
@@ -55,6 +55,8 @@ def test_a_documented_command_is_one_that_the_parser_takes(command):
             small = next(value for name, value in module.items() if name.startswith("small_"))
             base = small if "--small" in flags or "--data.shards" not in flags else module["recipe"]
             parse(Recipe, [flag for flag in flags if flag != "--small"], default=base).check()
+        for flag in flags if script.startswith("bench/") else ():
+            assert not flag.startswith("--") or f'"{flag}"' in (ROOT / script).read_text(), f"{script} has no {flag}"
     elif words[1] == "prepare":
         module, cls, _ = cli.PREPARE[words[2]]
         assert cli.flags_of(getattr(__import__(module, fromlist=[cls]), cls), words[3:], "duotone prepare")

@@ -218,3 +218,25 @@ def test_the_update_of_apex_is_asked_in_its_own_words(bench, monkeypatch):
     assert bench.difference(subject, with_its_gradient, case, torch.bfloat16, "cpu") < 1e-2
     with pytest.raises(NotImplementedError, match="one track"):
         bench.difference(subject, with_its_gradient, replace(case, tracks=2), torch.bfloat16, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "case"),
+    [
+        ("group_norm_silu", "level_8"),
+        ("group_norm_silu", "level_32"),
+        ("group_norm_silu in turns", "level_32"),
+        ("attention", "level_8_words"),
+        ("guided_step", "batch_128_rescaled"),
+        ("adamw_ema", "two_tracks"),
+    ],
+)
+def test_numbers_handed_over_in_fp64_widen_nothing(bench, kernel, case):
+    """As torch.compile does: every value that met one would be computed in fp64, at a fraction of the speed."""
+    harness, subjects = importlib.import_module("harness"), importlib.import_module("subjects")
+    subject = subjects.SUBJECTS[kernel]
+    launches = subjects.launches_of(subject, next(c for c in subject.cases if c.name == case), torch.bfloat16)
+    taking = [launch for launch in launches if any(isinstance(v, float) for v in launch.arguments.values())]
+    assert taking
+    for launch in taking:
+        assert harness.fp64_arithmetic(launch, 90) == [], launch.name

@@ -18,9 +18,9 @@ def tokens_of(x_NCHW: Tensor) -> Tensor:
     return x_NCHW.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def image_of(tokens_NLC: Tensor, like_NCHW: Tensor) -> Tensor:
-    """Tokens back as a channels-last image of the height and width of `like_NCHW`: a view."""
-    return tokens_NLC.unflatten(1, like_NCHW.shape[2:]).permute(0, 3, 1, 2)
+def image_of(tokens_NLC: Tensor, size: tuple[int, int]) -> Tensor:
+    """Tokens back as a channels-last image of this height and width: a view."""
+    return tokens_NLC.unflatten(1, size).permute(0, 3, 1, 2)
 
 
 def repeated(x: Tensor, copies: int) -> Tensor:
@@ -179,7 +179,7 @@ class SelfAttention(Attention):
 
     def forward(self, x_NCHW: Tensor, context=None, mask_NM: Tensor | None = None) -> Tensor:
         h = x_NCHW if self.group_norm is None else self.group_norm(x_NCHW, silu=False)
-        return x_NCHW + image_of(super().forward(tokens_of(h)), x_NCHW)
+        return x_NCHW + image_of(super().forward(tokens_of(h)), x_NCHW.shape[2:])
 
 
 class GEGLU(nn.Module):
@@ -238,16 +238,16 @@ class Transformer(nn.Module):
         return F.linear(x_NLC, layer.weight.flatten(1), layer.bias)
 
     def forward(self, x_NCHW: Tensor, context=None, mask_NM: Tensor | None = None, copies: int = 1) -> Tensor:
-        """`context` is tokens_NMD for every layer, or an iterator over keys and values, one pair a layer.
+        """`context` is tokens_NMD for every layer, or a tuple of keys and values, one pair a layer.
 
         With `copies`, context and mask hold that many times N rows, and so does the result.
         """
         h = self.project(self.proj_in, tokens_of(self.norm(x_NCHW, silu=False)))
         x_NCHW = repeated(x_NCHW, copies)
-        for layer in self.transformer_blocks:
-            h = layer(h, context if isinstance(context, Tensor) else next(context), mask_NM, copies)
+        for i, layer in enumerate(self.transformer_blocks):
+            h = layer(h, context[i] if isinstance(context, tuple) else context, mask_NM, copies)
             copies = 1
-        return x_NCHW + image_of(self.project(self.proj_out, h), x_NCHW)
+        return x_NCHW + image_of(self.project(self.proj_out, h), x_NCHW.shape[2:])
 
 
 class EndConv(nn.Conv2d):

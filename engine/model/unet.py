@@ -3,6 +3,7 @@
 N images, C channels, H x W pixels, M condition tokens, D condition width, E embedding width.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -131,7 +132,7 @@ class Level(nn.Module):
 
     def block(self, i: int, x_NCHW: Tensor, embedding_NE: Tensor, context, mask_NM, skip_NCHW=None) -> Tensor:
         x_NCHW = self.resnets[i](x_NCHW, embedding_NE, skip_NCHW)
-        return self.attentions[i](x_NCHW, context, mask_NM) if hasattr(self, "attentions") else x_NCHW
+        return attended(self.attentions[i], x_NCHW, context, mask_NM) if hasattr(self, "attentions") else x_NCHW
 
 
 class DownLevel(Level):
@@ -166,7 +167,7 @@ class Middle(nn.Module):
     def forward(self, x_NCHW: Tensor, embedding_NE: Tensor, context, mask_NM) -> Tensor:
         x_NCHW = self.resnets[0](x_NCHW, embedding_NE)
         if hasattr(self, "attentions"):
-            x_NCHW = self.attentions[0](x_NCHW, context, mask_NM)
+            x_NCHW = attended(self.attentions[0], x_NCHW, context, mask_NM)
         return x_NCHW if len(self.resnets) == 1 else self.resnets[1](x_NCHW, embedding_NE)
 
 
@@ -196,6 +197,17 @@ def attention_block(config: UNetConfig, kind: str, index: int) -> nn.Module:
         groups=config.groups,
         linear=config.linear_projection,
     )
+
+
+def attended(block: nn.Module, x_NCHW: Tensor, context, mask_NM: Tensor | None, *copies: int) -> Tensor:
+    """An attention block's result; of an iterator over keys and values it is given those of its own layers.
+
+    A compiled block cannot draw from the iterator itself.
+    """
+    if isinstance(context, Iterator):
+        own = len(block.transformer_blocks) if isinstance(block, Transformer) else 0
+        context = tuple(itertools.islice(context, own))
+    return block(x_NCHW, context, mask_NM, *copies)
 
 
 def for_copies(skips: list[Tensor], condition: tuple, copies: int) -> tuple[list[Tensor], tuple]:
@@ -300,7 +312,7 @@ class UNet(nn.Module):
     def parted(self, level: Level, x_NCHW: Tensor, skips: list[Tensor], condition: tuple, copies: int) -> tuple:
         """The first block that reads tokens: within its attention the copies go apart."""
         embedding_NE, *tokens_mask = condition
-        x_NCHW = level.attentions[0](level.resnets[0](x_NCHW, embedding_NE), *tokens_mask, copies)
+        x_NCHW = attended(level.attentions[0], level.resnets[0](x_NCHW, embedding_NE), *tokens_mask, copies)
         return x_NCHW, *for_copies(skips, condition, copies)
 
     def up(self, x_NCHW: Tensor, skips: list[Tensor], condition: tuple) -> Tensor:

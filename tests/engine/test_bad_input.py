@@ -184,19 +184,19 @@ def damaged(shards: Path, to: Path) -> None:
 
 
 DATA = {
-    "missing": (lambda s, t: None, "absent"),
-    "empty": (lambda s, t: t.mkdir(), "shards"),
-    "no tar": (damaged, ".tar"),
-    "no captions": (without_captions, "caption"),
+    "missing": (lambda s, t: None, "there is no such folder"),
+    "empty": (lambda s, t: t.mkdir(), "it holds no .tar shards"),
+    "no tar": (damaged, "it is not a tar"),
+    "no captions": (without_captions, "it has no captions"),
 }
 
 
 @pytest.mark.parametrize("fault", DATA)
 def test_shards_that_cannot_be_used_are_refused_and_nothing_is_written(fault, shards, tmp_path):
-    make, _ = DATA[fault]
+    make, says = DATA[fault]
     make(shards, tmp_path / "absent-shards")
     line = refused(str(RECIPE), "--data.shards", "absent-shards", "--out", "run", cwd=tmp_path)
-    assert "absent-shards" in line
+    assert "absent-shards" in line and says in line
     assert not (tmp_path / "run").exists()
 
 

@@ -221,7 +221,7 @@ def test_an_adapter_around_a_projection_is_run():
 def test_what_watches_a_layer_or_replaces_its_forward_is_run(way):
     """Features are read, and weights brought from elsewhere, by hooks on layers and by forwards of their own."""
     unet, seen = conditioned(), []
-    names = ("to_q", "to_k", "to_v", "proj_in", "proj_out", "conv1", "conv2")
+    names = ("to_q", "to_k", "to_v", "proj_in", "proj_out", "conv1", "conv2", "norm1", "norm2", "norm", "conv_norm_out")
     watched = {name: part for name, part in unet.named_modules() if name.rpartition(".")[2] in names}
 
     def watch(name, layer):
@@ -240,6 +240,16 @@ def test_what_watches_a_layer_or_replaces_its_forward_is_run(way):
     fuse(unet, quiet=True)
     assert (call(unet) - expected).abs().max() <= 1e-5
     assert len(order) == len(watched) > 20 and sorted(seen) == sorted(order)
+
+
+def test_a_row_whose_mask_admits_nothing_attends_to_all_as_theirs_does():
+    unet, g = conditioned(), torch.Generator().manual_seed(1)
+    inputs = (torch.randn(2, 3, 16, 16, generator=g), torch.tensor([3, 500]), torch.randn(2, 5, 12, generator=g))
+    mask = torch.tensor([[0, 0, 0, 0, 0], [1, 1, 0, 0, 0]], dtype=torch.bool)
+    expected = unet(*inputs, encoder_attention_mask=mask).sample
+    fuse(unet, quiet=True)
+    # Theirs adds -10,000 to the scores of that row, which leaves three digits of them.
+    assert (unet(*inputs, encoder_attention_mask=mask).sample - expected).abs().max() <= 2e-4
 
 
 def test_it_can_be_moved():

@@ -168,10 +168,24 @@ def test_a_compiled_network_gives_what_it_gave():
     torch.testing.assert_close(compiled(*inputs), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_compiled_network_reads_keys_and_values_that_are_already_projected():
+    """As sampling gives them, one pair for each layer of every transformer, in fullgraph blocks."""
+    torch.manual_seed(0)
+    unet = replace(SHAPE, depth=tuple(2 for _ in SHAPE.depth)).build().eval()
+    tokens = torch.randn(1, 5, SHAPE.context_width)
+    pairs = [attention.keys_values(tokens) for attention in unet.cross_attentions()]
+    inputs = torch.randn(1, 3, 8, 8), torch.zeros(1), None
+    expected = unet(*inputs, tokens)
+    torch.testing.assert_close(unet(*inputs, iter(pairs)), expected, rtol=1e-5, atol=1e-5)
+    speed.make_ready(unet, speed.Speed(backend="aot_eager"), speed.Choice("cpu", "fp32", True))
+    with torch.no_grad():
+        torch.testing.assert_close(unet(*inputs, iter(pairs)), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_zero_3_runs_its_blocks_uncompiled(monkeypatch):
     """It gathers weights between a block's modules; a compiled block would have to be one graph."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     compiled = {stage: speed.choose(speed.Speed(), stage).compile for stage in (1, 2, 3)}
     assert compiled == {1: True, 2: True, 3: False}
     said = speed.substitutions(speed.Speed(), speed.choose(speed.Speed(), 3))

@@ -98,6 +98,20 @@ def test_the_optimizer_is_torchs_adamw_with_an_ema_beside_it():
     assert isinstance(mine, AdamWEma)
 
 
+def test_a_decay_too_small_for_one_factor_decays():
+    """1 - 1e-8 is 1 in fp32, which as a factor decays nothing; within the step it does, in the mean of many weights."""
+    weights = [torch.nn.Parameter(torch.ones(64, 64)) for _ in range(2)]
+    optimizers = [AdamW(weight_decay=d).build(torch.nn.ParameterList([w])) for d, w in zip((0.0, 1e-4), weights)]
+    g = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        gradient = torch.randn(64, 64, generator=g)
+        for weight, optimizer in zip(weights, optimizers):
+            weight.grad = gradient.clone()
+            optimizer.set(lr=1e-4, ema_decay=0.9)
+            optimizer.step()
+    assert (weights[0] - weights[1]).double().mean().item() == pytest.approx(200 * 1e-8, rel=0.1)
+
+
 def test_memory_is_counted_without_allocating():
     config = UNetConfig(
         channels=(16, 32),

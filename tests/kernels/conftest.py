@@ -13,7 +13,8 @@ import torch
 from duotone.kernels import dispatch
 
 HOW = 'tests/kernels need the interpreter or a GPU: TRITON_INTERPRET=1 pytest tests/kernels -m "not gpu and not long"'
-SEED = int(os.environ.get("KERNEL_TEST_SEED", time.time_ns() % 10**6))
+# In the environment, so that every worker of a run has the same.
+SEED = int(os.environ.setdefault("KERNEL_TEST_SEED", str(time.time_ns() % 10**6)))
 # The interpreter cuts fp32 off where a GPU rounds to the nearest bf16.
 UNIT_ROUNDOFF = {
     torch.float32: 2.0**-24,
@@ -24,6 +25,11 @@ UNIT_ROUNDOFF = {
 
 def pytest_report_header():
     return f"kernel tests draw fresh inputs: KERNEL_TEST_SEED={SEED} repeats these"
+
+
+def pytest_terminal_summary(terminalreporter):
+    if terminalreporter.stats.get("failed"):
+        terminalreporter.write_line(pytest_report_header())
 
 
 @pytest.hookimpl(tryfirst=True)
