@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -337,6 +338,33 @@ def test_the_reference_stage_is_a_recipe_that_can_be_run(monkeypatch, tmp_path):
     recipe = parse(Recipe, list(flags), default=small_text)
     recipe.check()
     assert sum(p.numel() for p in recipe.model.build().parameters()) > 100e6
+
+
+def test_what_a_stage_trains_is_a_recipe_with_flags_that_it_takes(monkeypatch, tmp_path):
+    """The dry run asks a script for its help alone: an unknown flag would cost a GPU's minutes."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    seen = []
+    for stage in importlib.import_module("gpu_day").stages(tmp_path):
+        script = next((word for word in stage.command if word.endswith(".py")), "")
+        flags = list(stage.command[stage.command.index(script) + 1 :]) if script else []
+        if script.startswith("recipes/"):
+            module = runpy.run_path(str(ROOT / script), run_name="stage")
+            small = next(value for name, value in module.items() if name.startswith("small_"))
+            base = module["recipe"] if "--data.shards" in flags and "--small" not in flags else small
+            recipe = parse(Recipe, [flag for flag in flags if flag != "--small"], default=base)
+            recipe.check()
+            assert 0 < recipe.checkpoint.stop_after < stage.minutes
+            seen.append(stage.name)
+        for flag in flags if script.startswith("bench/") else ():
+            assert not flag.startswith("--") or f'"{flag}"' in (ROOT / script).read_text(), f"{script} has no {flag}"
+    assert seen == ["first steps", "100 epochs", "demo", "reference", "reference whole"]
+
+
+def test_another_days_folder_is_refused(bench, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (tmp_path / "gpu_day.json").write_text("{}")
+    code, _, errors = bench("gpu_day", "--only", "ceilings", "--out", tmp_path)
+    assert code == 2 and "holds another day" in errors[0]
 
 
 def test_a_stage_is_skipped_ended_or_recorded(monkeypatch, tmp_path):

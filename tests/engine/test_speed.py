@@ -25,6 +25,7 @@ from duotone.engine.objectives.edm import EDM
 from duotone.engine.recipe import Recipe
 from duotone.engine.sample import sample
 from duotone.engine.zero import Zero
+from duotone.kernels.group_norm_tiling import tiling
 
 SHAPE = UNetConfig(
     channels=(16, 16),
@@ -272,7 +273,10 @@ def test_a_recording_follows_its_inputs():
 )
 def test_a_switch_changes_rounding_at_most(switches):
     """Two training steps of a compiled network with and without it, gradients and all."""
-    results = []
+    side, results = 40 if "norms_in_turns" in switches else 8, []
+    if "norms_in_turns" in switches:
+        cut = tiling(SHAPE.channels[0], SHAPE.groups, side * side, 2, in_turns=True)
+        assert cut.chunks > 1, "a map that one program holds takes no turns"
     for chosen in (speed.Speed(), speed.Speed(**switches)):
         torch.manual_seed(0)
         unet = SHAPE.build().to("cuda", torch.bfloat16)
@@ -281,7 +285,7 @@ def test_a_switch_changes_rounding_at_most(switches):
             torch.compiler.cudagraph_mark_step_begin()
             unet.zero_grad()
             inputs = (
-                torch.ones(2, 3, 8, 8).cuda(),
+                torch.ones(2, 3, side, side).cuda(),
                 torch.zeros(2).cuda(),
                 None,
                 torch.ones(2, 5, 16).cuda().bfloat16(),
