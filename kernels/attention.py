@@ -405,11 +405,7 @@ def _measure(images, queries, keys, heads, width, dtype, masked):
     milliseconds, refused = {}, {}
     for name, run in BACKENDS.items():
         try:
-            # A run that measures here draws, afterwards, what one draws that has measured before.
-            with (
-                torch.random.fork_rng([torch.cuda.current_device()]),
-                warnings.catch_warnings(),
-            ):  # a backend that cannot run says at length why
+            with warnings.catch_warnings():  # a backend that cannot run says at length why
                 warnings.simplefilter("ignore")
                 milliseconds[name] = _time(run, images, queries, keys, heads, width, dtype, masked)
         except Exception as error:  # whatever another library raises costs its place, never the run
@@ -427,7 +423,9 @@ def _time(run, images, queries, keys, heads, width, dtype, masked, rounds=10):
     def draw(length):
         return torch.randn(images, length, heads, width, dtype=dtype, device="cuda", requires_grad=True)
 
-    q_NLHD, k_NMHD, v_NMHD = draw(queries), draw(keys), draw(keys)
+    # A run that measures here draws, afterwards, what one draws that has measured before.
+    with torch.random.fork_rng([torch.cuda.current_device()]):
+        q_NLHD, k_NMHD, v_NMHD = draw(queries), draw(keys), draw(keys)
     mask_NM = torch.ones(images, keys, dtype=torch.bool, device="cuda") if masked else None
     for round in range(rounds + 3):
         if round == 3:
