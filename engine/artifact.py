@@ -20,7 +20,7 @@ from duotone.engine.model.uncertainty import Uncertainty
 from duotone.engine.objectives.base import Objective
 from duotone.engine.recipe import Recipe
 from duotone.engine.recipe_json import from_json, to_json
-from duotone.kernels.self_test import tested_once
+from duotone.kernels.self_test import checked_once
 
 
 @dataclass
@@ -139,7 +139,7 @@ def put_to_sample(network: Network, device: str | torch.device | None, speed: sw
     if choice.device == "cuda" or speed.threads:
         switches.set_up(speed, choice)
     if choice.device == "cuda":
-        for line in tested_once(torch.device(device or "cuda"), speed.norms_in_turns, speed.norms_join_skips):
+        for line in checked_once(torch.device(device or "cuda"), speed.norms_in_turns, speed.norms_join_skips):
             say(line)
     network.eval().requires_grad_(False).to(device or choice.device, choice.dtype)
     network.records = speed.cuda_graphs and choice.device == "cuda"

@@ -33,7 +33,7 @@ def self_test(device, in_turns: bool = False, joins_skips: bool = False) -> list
 
 
 @functools.cache
-def tested_once(device, in_turns: bool = False, joins_skips: bool = False) -> list[str]:
+def checked_once(device, in_turns: bool = False, joins_skips: bool = False) -> list[str]:
     """The same, once a process: every model that is loaded asks."""
     return self_test(device, in_turns, joins_skips)
 

@@ -11,6 +11,7 @@ begins from the published loop's weights and moments, and must give its loss, it
 import json
 import runpy
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -193,17 +194,17 @@ def compare(name: str, clothes: Path, out: Path, steps: int, batch: int) -> None
 
 def step_by_step(recipe: Recipe) -> dict[str, float]:
     """Each of our steps from the published loop's state: how far apart losses, moments and weights are, at most."""
-    run, published = set_up(recipe), PAIRS[recipe.name](recipe, torch.channels_last)  # the layout of our activations
-    assert run.sharded.shapes() == {name: tuple(p.shape) for name, p in published.named.items()}
-    batches, losses, states = run.data.batches(plans(run)), [], []
-    while run.images < recipe.images:
-        for kind in ("weight", "exp_avg", "exp_avg_sq"):
-            run.sharded.scatter(kind, published.state(kind))
-        train_step(run, batches)
-        losses.append(next(published.losses))
-        states.append(apart_after(run, published))
-    run.log.close()
-    run.data.close()
+    published = PAIRS[recipe.name](recipe, torch.channels_last)  # the layout of our activations
+    with ExitStack() as held:
+        run = set_up(recipe, held)
+        assert run.sharded.shapes() == {name: tuple(p.shape) for name, p in published.named.items()}
+        batches, losses, states = run.data.batches(plans(run)), [], []
+        while run.images < recipe.images:
+            for kind in ("weight", "exp_avg", "exp_avg_sq"):
+                run.sharded.scatter(kind, published.state(kind))
+            train_step(run, batches)
+            losses.append(next(published.losses))
+            states.append(apart_after(run, published))
     apart = {kind: max(state[kind] for state in states) for kind in states[0]}
     return apart | {"loss": np.abs(np.array(logged(recipe)) / np.array(losses) - 1).max()}
 

@@ -252,9 +252,9 @@ def test_a_resumed_run_does_not_ask_for_the_weights_it_began_from(whole, shards,
 
 
 REFUSING = """
-import os, runpy, sys
+import importlib, os, runpy
 from duotone.data.refusal import Refused
-from duotone.engine import {module} as seen
+seen = importlib.import_module("duotone.engine.{module}")
 real, calls = seen.{name}, []
 
 def refusing(*arguments, **options):

@@ -285,7 +285,7 @@ def test_a_run_of_whole_steps_is_the_same_run_and_goes_on_from_its_checkpoints(t
     with monkeypatch.context() as patch:
         patch.setattr(speed, "what_keeps_a_step_apart", lambda *_: None)
         whole = train.train(replace(recipe, out=tmp_path / "whole"))
-        assert RunAgain.made[-1].replays == STEPS
+        assert RunAgain.made[-1].replays == STEPS - 1, "the first step, at a rate of 0, proves nothing"
         real = train.train_step
 
         def until_the_middle(run, batches):
