@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from duotone.data.shards import Shards
-from duotone.engine import artifact, diffusers_folder, draws
+from duotone.engine import artifact, diffusers_folder, draws, zero
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.log import Log
 from duotone.engine.objectives.ddpm import DDPM
@@ -196,6 +196,7 @@ def step_by_step(recipe: Recipe) -> dict[str, float]:
     """Each of our steps from the published loop's state: how far apart losses, moments and weights are, at most."""
     published = PAIRS[recipe.name](recipe, torch.channels_last)  # the layout of our activations
     with ExitStack() as held:
+        held.push(zero.leave)  # as train() does: what a process without a launcher was given is taken back
         run = set_up(recipe, held)
         assert run.sharded.shapes() == {name: tuple(p.shape) for name, p in published.named.items()}
         batches, losses, states = run.data.batches(plans(run)), [], []
