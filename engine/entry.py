@@ -37,9 +37,8 @@ def main(recipe: Recipe, embedded: Recipe | None = None) -> None:
         from duotone.engine.zero import lost_a_rank
 
         if lost_a_rank(error):
-            time.sleep(
-                2 * ONLY_THIS_RANK
-            )  # the launcher ends this rank for the other's fault, which alone is worth telling
+            # The launcher ends this rank for the other's fault, which alone is worth telling.
+            time.sleep(2 * ONLY_THIS_RANK)
         raise
 
 

@@ -20,7 +20,11 @@ def claimed(folder: Path) -> Iterator[None]:
 
     Two of them would remove each other's checkpoints in the making.
     """
-    with open(folder / CLAIM, "a+") as claim:
+    try:
+        opened = open(folder / CLAIM, "a+")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise Refused(f"{folder} cannot be written to ({error.strerror}): give another --out") from None
+    with opened as claim:
         try:
             fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

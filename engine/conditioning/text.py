@@ -70,8 +70,8 @@ def loaded(name: str, tokenizer_class: type, encoder_class: type) -> tuple:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise Refused(
-            f"text encoder {name!r} cannot be loaded ({reason}): give its encoder (conditioning.0.encoder where it is the first condition) a folder with a "
-            "text model and its tokenizer, or a name that can be reached from here"
+            f"text encoder {name!r} cannot be loaded ({reason}): give its encoder (conditioning.0.encoder where it is the "
+            "first condition) a folder with a text model and its tokenizer, or a name that can be reached from here"
         ) from None
 
 

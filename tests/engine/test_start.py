@@ -163,6 +163,9 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(Refused, match="cannot be made .*: give another --out"):
         run_folder.made(tmp_path / "file" / "run")
+    with pytest.raises(Refused, match="file cannot be written to .*: give another --out"):
+        run_folder.move_aside(tmp_path / "file")
+    assert (tmp_path / "file").exists()
 
 
 def test_the_folder_one_stands_in_can_be_moved_aside(tmp_path, monkeypatch):
