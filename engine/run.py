@@ -87,6 +87,7 @@ def set_up(recipe: Recipe, held: ExitStack) -> Run:
     if blocks:
         say(f"compiling {blocks} blocks on first use")
     sharded = start_sharded(recipe, network, choice, micro)
+    held.push(sharded.close)
     run = Run(recipe, choice, ranks, data, facts, network, sharded, held_out=held_out)
     if found is not None:
         begun = [*begun, resume(run, found)]

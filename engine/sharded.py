@@ -39,6 +39,14 @@ class Sharded:
         """One micro-step; at the end of an accumulation the update, which gradients that are not finite skip."""
         self.engine.step()
 
+    def close(self, kind: type | None = None, error: BaseException | None = None, trace=None) -> None:
+        """Takes DeepSpeed's hooks off the weights: through them the network, and all that trains it, would never be freed.
+
+        That waits for the device, but not with an error on a GPU: it may stand in a collective that a lost rank never joins.
+        """
+        if error is None or self.device.type == "cpu":
+            self.engine.destroy()
+
     @property
     def skipped(self) -> int:
         """Updates skipped so far; asking waits for the device."""

@@ -3,7 +3,9 @@
 The only file that imports deepspeed, and only inside functions: a configuration is refused before it is loaded.
 """
 
+import atexit
 import fcntl
+import gc
 import logging
 import os
 import shutil
@@ -68,6 +70,8 @@ def join(device: str) -> Ranks:
                 f"the ranks cannot meet at {address} ({str(error).splitlines()[0]}): if another run of this machine is "
                 "there, give this one a port of its own, as in deepspeed --master_port 29501 ..."
             ) from None
+        if not on_cuda:
+            atexit.register(end_group)
     local = int(os.environ["LOCAL_RANK"])
     if on_cuda:
         torch.cuda.set_device(local)
@@ -254,5 +258,15 @@ def leave(kind: type | None = None, error: BaseException | None = None, trace=No
         for name in SET_HERE:
             os.environ.pop(name, None)
         SET_HERE.clear()
-    elif error is None and dist.is_initialized():
-        dist.destroy_process_group()
+    elif error is None:
+        end_group()
+
+
+def end_group() -> None:
+    """Ends the process group and its threads: one of Gloo's that lets go of a tensor while Python is being taken down
+    aborts the process, whose exit code is then not its own (github.com/pytorch/pytorch/issues/190489)."""
+    import deepspeed
+
+    if dist.is_initialized():
+        deepspeed.comm.destroy_process_group()
+        gc.collect()  # the engine of a run that is over holds the group in a cycle, and the threads end with the group

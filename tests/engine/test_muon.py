@@ -190,7 +190,9 @@ for step in range(5):
 cut = made.update.matrices(0).cut
 if zero.dist.get_rank() == 0:
     json.dump({{"cut": cut, "state": {{k: {{n: v.tolist() for n, v in d.items()}} for k, d in named.items()}}}}, open({out!r}, "w"))
-zero.leave()  # threads of a group that is left standing can abort the process at its end
+made.close()
+del made
+zero.leave()
 """
 
 

@@ -1,5 +1,6 @@
 """Whole runs as users start them: the real launcher, real shards, real DeepSpeed; killed, resumed, on one rank and two."""
 
+import gc
 import json
 import os
 import runpy
@@ -8,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,9 +19,10 @@ from safetensors.torch import load_file
 
 from duotone.data import captioned_shapes
 from duotone.data.refusal import Refused
-from duotone.engine import artifact, checkpoint, cli, run_folder
+from duotone.engine import artifact, checkpoint, cli, run_folder, zero
 from duotone.engine.command_line import parse
 from duotone.engine.recipe import Recipe
+from duotone.engine.run import set_up
 from duotone.engine.train import train
 
 RECIPE = Path(__file__).with_name("tiny_recipe.py")
@@ -32,19 +36,19 @@ def shards(tmp_path_factory):
     return folder
 
 
-def command(shards: Path, out: Path, *flags: str, ranks: int = 0) -> list[str]:
+def command(shards: Path, out: Path, *flags: str, ranks: int = 0, script: Path = RECIPE) -> list[str]:
     """The recipe under the launcher, or without it where `ranks` is 0."""
     run = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks)] if ranks else [sys.executable]
     if ranks:
         run += ["--master_port", str(29500 + os.getpid() % 500)]
-    return [*run, str(RECIPE), "--data.shards", str(shards), "--out", str(out), "--speed.threads", "1", *flags]
+    return [*run, str(script), "--data.shards", str(shards), "--out", str(out), "--speed.threads", "1", *flags]
 
 
-def run(*arguments, **settings) -> subprocess.CompletedProcess:
+def run(*arguments, code: int = 0, **settings) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
     environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command(*arguments, **settings), capture_output=True, text=True, env=environment, timeout=400)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
 
@@ -251,6 +255,16 @@ def test_a_resumed_run_does_not_ask_for_the_weights_it_began_from(whole, shards,
     assert [row["images"] for row in rows(out)] == [8, 16, 24, 32]
 
 
+ENDING = """
+import atexit, pathlib
+
+def gloo():  # runs after the end of all that registers later
+    names = [(task / "comm").read_text().strip() for task in pathlib.Path("/proc/self/task").iterdir()]
+    left = [name for name in names if "gloo" in name]
+    print(f"{len(left)} threads of gloo at the end", flush=True)
+
+atexit.register(gloo)
+"""
 REFUSING = """
 import importlib, os, runpy
 from duotone.data.refusal import Refused
@@ -268,6 +282,21 @@ runpy.run_path({recipe!r}, run_name="__main__")
 """
 
 
+@pytest.mark.parametrize(
+    "ranks", [pytest.param(0, id="without a launcher"), pytest.param(2, id="two ranks", marks=pytest.mark.launcher)]
+)
+def test_no_thread_of_gloo_outlives_the_run(shards, tmp_path, ranks):
+    """One that lets go of a tensor while Python is being taken down aborts the process: a good run's exit code would be 134."""
+    script = tmp_path / "ending.py"
+    script.write_text(f"{ENDING}\nimport runpy\nrunpy.run_path({str(RECIPE)!r}, run_name='__main__')\n")
+    done = run(shards, tmp_path / "run", "--images", "8", ranks=ranks, script=script)
+    assert ends(done) == ["0 threads of gloo at the end"] * (ranks or 1)
+
+
+def ends(done: subprocess.CompletedProcess) -> list[str]:
+    return [line for line in done.stdout.splitlines() if line.endswith("threads of gloo at the end")]
+
+
 @pytest.mark.launcher
 @pytest.mark.parametrize(
     "module,name,rank,call,says",
@@ -280,21 +309,23 @@ runpy.run_path({recipe!r}, run_name="__main__")
 def test_what_a_rank_refuses_is_the_only_thing_heard(shards, tmp_path, module, name, rank, call, says):
     """No traceback of the others, who lose it: one line, and exit code 2."""
     script = tmp_path / "refusing.py"
-    script.write_text(REFUSING.format(module=module, name=name, rank=rank, call=call, recipe=str(RECIPE)))
-    start = command(shards, tmp_path / "run", ranks=2)
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{BIN}:{os.environ['PATH']}",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    start[start.index(str(RECIPE))] = str(script)
-    done = subprocess.run(
-        start, capture_output=True, text=True, env=environment | {"DS_ACCELERATOR": "cpu"}, timeout=400
-    )
-    assert done.returncode == 2, done.stderr[-3000:]
+    script.write_text(ENDING + REFUSING.format(module=module, name=name, rank=rank, call=call, recipe=str(RECIPE)))
+    done = run(shards, tmp_path / "run", ranks=2, script=script, code=2)
     lines = [line for line in done.stderr.splitlines() if "refused" in line]
     assert len(lines) == 1 and lines[0].startswith(says) and lines[0].endswith("nothing is right here")
     assert "Traceback" not in done.stderr + done.stdout
+    assert ends(done) == ["0 threads of gloo at the end"], "of the rank that refuses; the launcher kills the other"
+
+
+def test_what_a_run_trained_is_freed_with_it(shards, tmp_path):
+    """A second run of the process has the memory of the first."""
+    flags = ["--data.shards", str(shards), "--out", str(tmp_path / "run"), "--speed.threads", "1"]
+    recipe = parse(Recipe, flags, default=runpy.run_path(str(RECIPE))["recipe"], name="tiny")
+    with ExitStack() as held:
+        held.push(zero.leave)
+        network = weakref.ref(set_up(recipe, held).network)
+    gc.collect()
+    assert network() is None
 
 
 def test_fresh_moves_the_old_run_aside(whole, shards, tmp_path):
