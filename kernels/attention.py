@@ -380,6 +380,23 @@ def choose(backend: str, **shape) -> None:
     _choices[tuple(shape[name] for name in _KEY)] = {"backend": backend, "milliseconds": {}, "refused": {}}
 
 
+def measured_on() -> str:
+    """Where what `choices` tells was measured: it holds nowhere else."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return f"{device}, torch {torch.__version__}"
+
+
+def keep_choices(rows: list[dict], where: str) -> None:
+    """Go by what `choices` told `where`, instead of the clock, which on the next day may tell another: each backend sums
+    in an order of its own. Other devices and versions measure for themselves."""
+    if where != measured_on():
+        return
+    for row in rows:
+        if row["backend"] in BACKENDS and (row["backend"] != "xformers" or xformers()[0] is not None):
+            key = tuple(getattr(torch, row[n].removeprefix("torch.")) if n == "dtype" else row[n] for n in _KEY)
+            _choices[key] = {name: value for name, value in row.items() if name not in _KEY}
+
+
 _KEY = ("images", "queries", "keys", "heads", "width", "dtype", "masked")
 
 

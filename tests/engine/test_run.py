@@ -24,6 +24,7 @@ from duotone.engine.command_line import parse
 from duotone.engine.recipe import Recipe
 from duotone.engine.run import set_up
 from duotone.engine.train import train
+from duotone.kernels import attention
 
 RECIPE = Path(__file__).with_name("tiny_recipe.py")
 BIN = Path(sys.executable).parent
@@ -244,6 +245,27 @@ def test_a_folder_in_use_is_refused_and_left_as_it_is(whole, shards, tmp_path, f
         run_here(shards, out, *flags)
     assert rows(out) == rows(whole) and [path.name for path in tmp_path.iterdir()] == ["used"]
     run_here(shards, out, *flags)
+
+
+def test_a_resumed_run_goes_by_the_clock_of_the_first(shards, tmp_path, monkeypatch):
+    """Whatever a later clock would say of attention's backends."""
+    shape = {
+        "images": 8,
+        "queries": 4096,
+        "keys": 4096,
+        "heads": 4,
+        "width": 8,
+        "dtype": torch.float32,
+        "masked": False,
+    }
+    out, flags = tmp_path / "run", ["--optimizer.schedule", "constant"]
+    monkeypatch.setattr("duotone.kernels.attention._choices", {})
+    attention.choose("flash", **shape)
+    run_here(shards, out, *flags, "--images", "8")
+    monkeypatch.setattr("duotone.kernels.attention._choices", {})
+    run_here(shards, out, *flags, "--images", "16")
+    (choice,) = json.loads((out / "record.json").read_text())["attention_choices"]
+    assert (choice["queries"], choice["backend"]) == (4096, "flash")
 
 
 def test_a_resumed_run_does_not_ask_for_the_weights_it_began_from(whole, shards, tmp_path):

@@ -17,6 +17,8 @@ from duotone.kernels.attention import (
     choices,
     choose,
     fits,
+    keep_choices,
+    measured_on,
     taken,
     tiling,
     xformers,
@@ -254,6 +256,20 @@ def test_a_choice_can_be_fixed_and_read():
     assert found in json.loads(json.dumps(choices())), "a run's record holds them"
     with pytest.raises(ValueError, match="^backend must be one of default, flash"):
         choose("fastest", **shape)
+
+
+def test_choices_hold_where_they_were_measured(monkeypatch):
+    shape = {"images": 1, "queries": 2, "keys": 300, "heads": 4, "width": 5, "dtype": torch.bfloat16, "masked": False}
+    monkeypatch.setattr("duotone.kernels.attention._choices", {})
+    choose("flash", **shape)
+    choose("xformers", **shape | {"queries": 3})
+    told = json.loads(json.dumps(choices()))
+    monkeypatch.setattr("duotone.kernels.attention._choices", {})
+    keep_choices(told, "another GPU, torch 2.0")
+    assert choices() == []
+    keep_choices([*told, told[0] | {"queries": 4, "backend": "withdrawn"}], measured_on())
+    assert choices() == told[: 1 if xformers()[0] is None else 2]
+    assert backend_of(False, *shape.values()) == "flash", "and nothing is measured"
 
 
 def test_xformers_is_not_taken_where_a_graph_is_compiled():
