@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from duotone.engine.fuse import fuse
-from duotone.kernels import attention
+from duotone.kernels import attention_backends
 
 
 @dataclass
@@ -153,7 +153,7 @@ def kernels_standing_in():
     """Our operators as on a GPU; where Triton is not installed, their definitions."""
     stack = contextlib.ExitStack()
     # A CPU takes long attention in fp32; PyTorch's operator in the type that came stands for a GPU's.
-    stack.enter_context(mock.patch.object(attention, "_on_a_cpu", attention._scaled_dot_product))
+    stack.enter_context(mock.patch.object(attention_backends, "on_a_cpu", attention_backends.scaled_dot_product))
     with contextlib.suppress(ImportError):
         from harness import recorded
 

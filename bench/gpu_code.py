@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 
 from duotone.data.refusal import Refused
 from duotone.engine.model.blocks import ResBlock, Transformer
-from duotone.kernels import attention, group_norm_silu
+from duotone.kernels import attention, attention_backends, group_norm_silu
 
 DEVICE = torch.device("cuda", 0)
 H100 = SimpleNamespace(
@@ -126,7 +126,7 @@ def graphs_of(module, inputs) -> list[torch.fx.GraphModule]:
         for kernel in (group_norm_silu, attention):
             stack.enter_context(mock.patch.object(kernel, "runs_kernel", lambda *_: True))
         # A CPU takes long attention in fp32; PyTorch's operator in the type that came stands for a GPU's.
-        stack.enter_context(mock.patch.object(attention, "_on_a_cpu", attention._scaled_dot_product))
+        stack.enter_context(mock.patch.object(attention_backends, "on_a_cpu", attention_backends.scaled_dot_product))
         out = torch.compile(module, backend=backend, fullgraph=True)(*inputs)
         out.sum().backward()
     return graphs

@@ -10,7 +10,7 @@ import importlib
 import torch
 import torch.nn.functional as F
 
-from duotone.kernels import attention, diffuse, guided_step
+from duotone.kernels import attention_backends, diffuse, guided_step
 
 PACKAGES = ("xformers", "apex", "liger-kernel", "gnnhwc")
 MODULATION = ("add_NC", "scale_NC", "shift_NC")
@@ -89,7 +89,7 @@ def channels_last_norm():
 
 
 def backend(name):
-    return lambda: lambda i: attention.BACKENDS[name](i["q"], i["k"], i["v"], i["mask"], None)
+    return lambda: lambda i: attention_backends.BACKENDS[name](i["q"], i["k"], i["v"], i["mask"], None)
 
 
 _MOST_SCORES = 2**30

@@ -35,9 +35,10 @@ from duotone.engine.guidance import Guidance, GuidedDenoiser, cost_of_pair
 from duotone.engine.model.network import Network
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.recipe import Recipe
-from duotone.engine.sample import condition, image_shape, noise, sample
+from duotone.engine.sample import image_shape, noise, sample
 from duotone.engine.samplers.heun import heun
 from duotone.engine.speed import SAMPLING, choose, set_up
+from duotone.engine.steering import condition
 
 EVERYWHERE = (0.0, float("inf"))
 

@@ -8,7 +8,15 @@ import peers
 import torch
 from harness import recorded
 
-from duotone.kernels import adamw_ema, attention, diffuse, group_norm_silu, guided_step, squared_norm
+from duotone.kernels import (
+    adamw_ema,
+    attention,
+    attention_backends,
+    diffuse,
+    group_norm_silu,
+    guided_step,
+    squared_norm,
+)
 
 
 @dataclass(frozen=True)
@@ -223,7 +231,7 @@ SUBJECTS = {
             _attend(attention.attention_reference),
             _attention_floor,
             _one_image,
-            {name: peers.backend(name) for name in attention.BACKENDS}
+            {name: peers.backend(name) for name in attention_backends.BACKENDS}
             | {
                 "eager": lambda: peers.eager_attention,
                 "compiled": peers.compiled(peers.eager_attention),

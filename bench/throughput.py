@@ -21,7 +21,7 @@ from record import NOT_MEASURED, RESULTS, command, installed, machine, refuse, t
 from subjects import SUBJECTS, forward_backward, launches_of, leaves
 from torch.utils._pytree import tree_leaves
 
-from duotone.kernels import attention
+from duotone.kernels import attention_backends
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -156,7 +156,7 @@ def _print_gpu(results, ceiling):
             print(f"{result['kernel']} {result['case']}: FAILED: {result['failed']}")
         for name, reason in result.get("absent", {}).items():
             print(f"{result['kernel']} {result['case']}: without {name}: {reason}")
-    for choice in attention.choices():
+    for choice in attention_backends.choices():
         print(f"attention chose {choice}")
     print("\n" + table(bars(results, ceiling)))
 
@@ -225,7 +225,7 @@ def main():
         named = {"kernel": subject.name, "case": case.name, "why": case.why, "dtype": options.dtype}
         results.append(named | _measured(subject, case, dtype, on_gpu, options))
         if on_gpu:
-            record |= {"attention_choices": attention.choices(), "bars": bars(results, ceiling)}
+            record |= {"attention_choices": attention_backends.choices(), "bars": bars(results, ceiling)}
         write_json(path, record)
     if on_gpu:
         _print_gpu(results, ceiling)

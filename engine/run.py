@@ -23,7 +23,7 @@ from duotone.engine.recipe_json import differences, to_json
 from duotone.engine.sharded import Sharded
 from duotone.engine.starting_weights import begin_from
 from duotone.engine.whole_step import WholeStep
-from duotone.kernels import attention
+from duotone.kernels import attention_backends
 from duotone.kernels.self_test import self_test
 
 
@@ -233,7 +233,7 @@ def save(run: Run) -> None:
     if run.ranks.rank == 0:
         folder = run.recipe.folder / "checkpoints"
         facts = {"counters": run.sharded.counters(), "data": run.data.fingerprint}
-        facts["attention"] = {"rows": attention.choices(), "where": attention.measured_on()}
+        facts["attention"] = {"rows": attention_backends.choices(), "where": attention_backends.measured_on()}
         header = artifact.header(run.recipe, run.facts, run.images)
         checkpoint.publish(folder, run.images, tensors, facts, header)
         checkpoint.retire(folder, run.recipe.checkpoint.keep, run.images)
@@ -250,6 +250,6 @@ def resume(run: Run, path: Path) -> str:
     for kind, named in tensors.items():
         run.sharded.scatter(kind, named)
     run.sharded.restore_counters(manifest["counters"])
-    attention.keep_choices(**manifest.get("attention", {"rows": [], "where": ""}))
+    attention_backends.keep_choices(**manifest.get("attention", {"rows": [], "where": ""}))
     run.images = run.saved = manifest["images"]
     return f"resumed from {path} at {run.images:,} images"

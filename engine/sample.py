@@ -7,7 +7,6 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,29 +16,18 @@ from tqdm import tqdm
 from duotone.data.refusal import Refused
 from duotone.engine import draws
 from duotone.engine.artifact import Model
-from duotone.engine.conditioning.base import Conditioning
-from duotone.engine.guidance import Guidance, GuidedDenoiser
-from duotone.engine.guiding import composed
 from duotone.engine.guiding.apg import Apg
 from duotone.engine.guiding.cfg_plus_plus import CfgPlusPlus
 from duotone.engine.memory import rows_that_fit
 from duotone.engine.pictures import pixels
 from duotone.engine.request import (
-    kept,
     listed,
-    negative_values,
     number_of_images,
-    part,
-    per_image,
-    refuse_steering,
-    refuse_untrained_null,
-    refuse_without_null,
     seeds_of,
-    temperatures,
-    values_by_kind,
 )
 from duotone.engine.samplers.clipping import clipped
 from duotone.engine.samplers.named import solver_named
+from duotone.engine.steering import Conditions, Steering
 
 
 def sample(
@@ -89,45 +77,23 @@ def sample(
     """
     asked = {"prompts": prompts, "labels": labels, "attributes": attributes, "images": images, "holes": holes}
     asked = listed(asked)
-    values = values_by_kind(model, asked)
     number = number_of_images(asked, count)
-    by_attribute = dict(guidance) if isinstance(guidance, Mapping) else None
-    scales = per_image("guidance", 1.0 if by_attribute is not None else guidance, number)
-    refuse_untrained_null(model, values)
-    seeds = seeds_of(seed, number)
-    height_width = image_shape(model, size)[1:]
-    solver = sampler if callable(sampler) else solver_named(sampler)
-    sigmas = model.objective.falling_sigmas(steps, spacing)
-    negatives = negative_values(model, negative, number)
     steering = Steering(interval=interval, rescale=rescale, rule=rule, guide=guide)
-    steering.check(model, negatives)
-    if "temperature" in model.network.conditioners:
-        refuse_steering(by_attribute is not None or negatives or steering.changes_anything())
-        values["temperature"], scales = temperatures(model, values, scales), [1.0] * number
-    if steering.doubles(scales) and guide is None:
-        refuse_without_null(model, values, negatives)
-    if by_attribute is not None:
-        check_composed(model, values, by_attribute, alone=not (negatives or steering.changes_anything()))
-
-    def denoiser(rows: slice):
-        here, images = (part(values, rows), part(negatives, rows)), len(scales[rows])
-        if by_attribute is not None:
-            return composed_denoiser(model, here[0], by_attribute, height_width)
-        steer = steering.guidance(scales[rows], sigmas, solver) if steering.doubles(scales) else None
-        return guided_denoiser(model, here, steering, steer, images, height_width)
-
+    conditions = Conditions.of(model, asked, negative, guidance, number, steering)
+    seeds, height_width = seeds_of(seed, number), image_shape(model, size)[1:]
+    solver = sampler if callable(sampler) else solver_named(sampler)
+    kept_within = clipped(solver) if clips(model, clip, rule) else solver
+    sigmas = model.objective.falling_sigmas(steps, spacing)
+    if chunk is not None and chunk < 1:
+        raise Refused(f"chunk = {chunk}: it must be at least 1")
     model.forwards = 0.0
 
-    kept_within = clipped(solver) if clips(model, clip, rule) else solver
-
     def draw(rows: slice, told: Callable | None) -> np.ndarray:
-        denoise = denoiser(rows)
+        denoise = conditions.denoiser(model, rows, sigmas, solver, height_width)
         images_NHWC = run(model, denoise, kept_within, sigmas, seeds[rows], height_width, told)
         model.forwards, model.evaluations = model.forwards + denoise.forwards / number, denoise.calls
         return images_NHWC
 
-    if chunk is not None and chunk < 1:
-        raise Refused(f"chunk = {chunk}: it must be at least 1")
     at_once = chunk or rows_that_fit(model.network.unet, max(height_width))
     images_NHWC = in_chunks(draw, number, at_once, Steps(number * steps, on_step, shown=progress))
     return filled(images_NHWC, asked["holes"]) if "holes" in asked else images_NHWC
@@ -240,93 +206,3 @@ def image_shape(model: Model, size: int | tuple[int, int] | None) -> tuple[int, 
     if min(height, width) < 1:
         raise Refused(f"size = {size}: sides must be at least 1 pixel")
     return model.network.unet.config.out_channels, height, width
-
-
-@dataclass(frozen=True, kw_only=True)
-class Steering:
-    """How the conditional prediction is led away from another one."""
-
-    interval: tuple[float, float]
-    rescale: float
-    rule: Apg | CfgPlusPlus | None
-    guide: Model | None
-
-    def check(self, model: Model, negatives: dict) -> None:
-        if not 0 <= self.rescale <= 1:
-            raise Refused(f"rescale = {self.rescale}: it must lie in [0, 1]")
-        if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1]:
-            raise Refused(f"interval = {self.interval}: give two noise levels sigma that rise, the first at least 0")
-        if self.rescale and self.rule:
-            raise Refused(f"rescale belongs to plain guidance: leave it at 0 with {type(self.rule).__name__}")
-        if self.rule is not None and not hasattr(self.rule, "begin"):
-            raise Refused(f"rule = {self.rule!r}: give one of engine/guiding, as Apg() or CfgPlusPlus()")
-        if self.guide is None:
-            return
-        if negatives:
-            raise Refused("negative conditions and a guide are two answers to what guidance leads away from: give one")
-        if self.guide.objective != model.objective:
-            raise Refused("the guide was trained on another objective: autoguidance needs two models of the same one")
-        theirs, ours = (m.network.unet.config.out_channels for m in (self.guide, model))
-        if theirs != ours:
-            raise Refused(
-                f"the guide draws images of {theirs} channels, and this model of {ours}: give one that draws the same"
-            )
-
-    def changes_anything(self) -> bool:
-        return bool(self.rescale or self.rule or self.guide) or self.interval != (0.0, math.inf)
-
-    def doubles(self, scales: list[float]) -> bool:
-        """Whether a second prediction is needed at all."""
-        return self.rule is not None or any(scale != 1 for scale in scales)
-
-    def guidance(self, scales: list[float], sigmas: Tensor, solver: Callable) -> Guidance:
-        """For one chunk of images: a rule begins anew with each."""
-        rule = None if self.rule is None else self.rule.begin(sigmas, solver, scales)
-        return Guidance(
-            scale_N=torch.tensor(scales, dtype=torch.float32), interval=self.interval, rescale=self.rescale, rule=rule
-        )
-
-
-def guided_denoiser(
-    model: Model, asked: tuple[dict, dict], steering: Steering, guidance: Guidance | None, images: int, size
-) -> GuidedDenoiser:
-    """The denoiser of one chunk: both branches' conditions in one batch, or a guide of its own."""
-    values, negatives = asked
-    guide = steering.guide
-    both = condition(model, values, negatives, images, size, doubled=guidance is not None and guide is None)
-    if guidance is None or guide is None:
-        return GuidedDenoiser(model.network, model.objective, both, guidance)
-    theirs = condition(guide, values, {}, images, size, doubled=False)
-    return GuidedDenoiser(model.network, model.objective, both, guidance, (guide.network, theirs))
-
-
-def check_composed(model: Model, values: dict, scales: Mapping[str, float], *, alone: bool) -> None:
-    if "attributes" not in values:
-        raise Refused("guidance by name is for attributes: give attributes, or guidance as a number")
-    if not alone:
-        raise Refused(
-            "guidance by attribute does not go with negatives, interval, rescale, rule or guide: leave them out"
-        )
-    composed.check(model.network.conditioners["attributes"], scales, values["attributes"])
-
-
-def composed_denoiser(model: Model, values: dict, scales: Mapping[str, float], size) -> composed.ComposedDenoiser:
-    """The denoiser of one chunk whose attributes have scales of their own: the base and one branch for each."""
-    names = model.network.conditioners["attributes"].names
-    rows = composed.branches(values["attributes"], scales, names)
-    repeated = {kind: rows if kind == "attributes" else v * (1 + len(scales)) for kind, v in values.items()}
-    given = condition(model, repeated, {}, len(rows), size, doubled=False)
-    return composed.ComposedDenoiser(model.network, model.objective, given, list(scales.values()))
-
-
-def condition(model: Model, values: dict, negatives: dict, images: int, size, *, doubled: bool) -> Conditioning:
-    """The ports of N conditional rows and, where doubled, of the N rows they are led away from."""
-    tensors = {}
-    for kind, conditioner in model.network.conditioners.items():
-        rows = values.get(kind) or [conditioner.nobody] * images
-        below = negatives.get(kind) or rows
-        found = conditioner.of_values(rows + below if doubled else rows, size)
-        tensors[kind] = {name: tensor.to(model.device) for name, tensor in found.items()}
-    keep = {kind: kept(kind, values, negatives, images, doubled).to(model.device) for kind in tensors}
-    with torch.inference_mode():
-        return model.network.condition(tensors, keep)

@@ -22,7 +22,7 @@ from duotone.engine.objectives.base import Objective
 from duotone.engine.recipe import Recipe
 from duotone.engine.run import Run, plans, save, set_up
 from duotone.engine.whole_step import WholeStep
-from duotone.kernels import attention
+from duotone.kernels import attention_backends
 from duotone.kernels.diffuse import diffuse
 from duotone.kernels.dispatch import fallbacks
 
@@ -245,7 +245,7 @@ def record(run: Run) -> dict:
         "ranks": run.ranks.count,
         "decoder": run.data.decoder,
         "fallbacks": fallbacks(),
-        "attention_choices": attention.choices(),
+        "attention_choices": attention_backends.choices(),
         "notes": run.notes,
         "graph_breaks": speed.graph_breaks(),
         "recompiles_after_step_2": speed.compiled_graphs() - run.graphs_at_step_2 if run.step > 2 else 0,

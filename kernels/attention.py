@@ -4,17 +4,12 @@ N images, L query tokens, M key and value tokens, H heads, D channels per head. 
 a free view, so nothing is transposed or copied around the call. Vaswani et al. 2017, equation 1.
 """
 
-import logging
-import operator
-import warnings
 from dataclasses import dataclass
-from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from duotone.kernels import attention_backends as backends
 from duotone.kernels.dispatch import (
     INTERPRETED,
     count_fallback,
@@ -301,162 +296,6 @@ def _differentiate(ctx, dout_NLHD):
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 
-# ------------------------------------------------------------------------------- other people's kernels, by measurement
-
-
-def _scaled_dot_product(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale):
-    q_NHLD, k_NHMD, v_NHMD = (t.transpose(1, 2) for t in (q_NLHD, k_NMHD, v_NMHD))
-    if mask_NM is None:
-        return F.scaled_dot_product_attention(q_NHLD, k_NHMD, v_NHMD, scale=scale).transpose(1, 2)
-    # A row with nothing to attend to is NaN, or a uniform mean, elsewhere: let it attend, then erase it.
-    attends_N = mask_NM.any(dim=1)
-    mask_N11M = (mask_NM | ~attends_N[:, None])[:, None, None, :]
-    out_NHLD = F.scaled_dot_product_attention(q_NHLD, k_NHMD, v_NHMD, attn_mask=mask_N11M, scale=scale)
-    return out_NHLD.transpose(1, 2) * attends_N[:, None, None, None].to(out_NHLD.dtype)
-
-
-def _on_a_cpu(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale):
-    """In fp32 at least: PyTorch's gradient in half precision takes five times as long there."""
-    wide = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q_NLHD, k_NMHD, v_NMHD))
-    return _scaled_dot_product(*wide, mask_NM, scale).to(q_NLHD.dtype)
-
-
-def _imagined(q_NLHD, k_NMHD, v_NMHD):
-    """What every fused kernel keeps for its gradient, on tensors without storage, for which PyTorch takes an unfused one."""
-    q_NHLD, k_NHMD, v_NHMD = (t.transpose(1, 2) for t in (q_NLHD, k_NMHD, v_NMHD))
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return fused(q_NHLD, k_NHMD, v_NHMD)[0].transpose(1, 2)
-
-
-def _restricted(backend):
-    def run(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale):
-        with sdpa_kernel(backend):
-            return _scaled_dot_product(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale)
-
-    return run
-
-
-def _xformers(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale):
-    module, reason = xformers()
-    if module is None or mask_NM is not None:
-        raise RuntimeError(reason or "a padding mask needs an aligned bias of every query and key")
-    return module.memory_efficient_attention(q_NLHD, k_NMHD, v_NMHD, scale=scale)
-
-
-@cache
-def xformers():
-    """xformers' attention module, or None and the reason why it cannot run here; never imported without CUDA."""
-    if not torch.cuda.is_available():
-        return None, "xformers needs a CUDA device"
-    try:
-        logging.getLogger("xformers").setLevel(logging.ERROR)  # that it was built for another CUDA is the reason below
-        import xformers.ops
-
-        probe = torch.zeros(1, 16, 1, 16, dtype=torch.float16, device="cuda")
-        xformers.ops.memory_efficient_attention(probe, probe, probe)
-        return xformers.ops, ""
-    except Exception as error:
-        return None, f"xformers: {type(error).__name__}: {error}".splitlines()[0]
-
-
-BACKENDS = {
-    "default": _scaled_dot_product,
-    "flash": _restricted(SDPBackend.FLASH_ATTENTION),
-    "efficient": _restricted(SDPBackend.EFFICIENT_ATTENTION),
-    "cudnn": _restricted(SDPBackend.CUDNN_ATTENTION),
-    "xformers": _xformers,
-}
-_choices: dict[tuple, dict] = {}
-
-
-def choices() -> list[dict]:
-    """What was measured for every shape so far, for JSON: the chosen backend, milliseconds, why others cannot run."""
-    return [{n: str(v) if n == "dtype" else v for n, v in zip(_KEY, key)} | choice for key, choice in _choices.items()]
-
-
-def choose(backend: str, **shape) -> None:
-    """Fix the backend of one shape: images, queries, keys, heads, width, dtype, masked."""
-    require(backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}", backend)
-    _choices[tuple(shape[name] for name in _KEY)] = {"backend": backend, "milliseconds": {}, "refused": {}}
-
-
-def measured_on() -> str:
-    """Where what `choices` tells was measured: it holds nowhere else."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return f"{device}, torch {torch.__version__}"
-
-
-def keep_choices(rows: list[dict], where: str) -> None:
-    """Go by what `choices` told `where`, instead of the clock, which on the next day may tell another: each backend sums
-    in an order of its own. Other devices and versions measure for themselves."""
-    if where != measured_on():
-        return
-    for row in rows:
-        if row["backend"] in BACKENDS and (row["backend"] != "xformers" or xformers()[0] is not None):
-            key = tuple(getattr(torch, row[n].removeprefix("torch.")) if n == "dtype" else row[n] for n in _KEY)
-            _choices[key] = {name: value for name, value in row.items() if name not in _KEY}
-
-
-_KEY = ("images", "queries", "keys", "heads", "width", "dtype", "masked")
-
-
-@torch.compiler.assume_constant_result
-def _backend(compiling, *key):
-    if key not in _choices:
-        if torch.cuda.is_current_stream_capturing():
-            return "default"
-        _choices[key] = _measure(*key)
-    return taken(_choices[key], compiling)
-
-
-def taken(choice: dict, compiling: bool) -> str:
-    """The backend that runs: xformers breaks a graph (its issue 765), so where one is compiled, the fastest of the others."""
-    others = {name: time for name, time in choice["milliseconds"].items() if name != "xformers"}
-    return (
-        min(others, key=others.get) if compiling and choice["backend"] == "xformers" and others else choice["backend"]
-    )
-
-
-def _measure(images, queries, keys, heads, width, dtype, masked):
-    """Forward and backward of every backend on random tensors of this shape; the fastest is chosen."""
-    milliseconds, refused = {}, {}
-    for name, run in BACKENDS.items():
-        try:
-            with warnings.catch_warnings():  # a backend that cannot run says at length why
-                warnings.simplefilter("ignore")
-                milliseconds[name] = _time(run, images, queries, keys, heads, width, dtype, masked)
-        except Exception as error:  # whatever another library raises costs its place, never the run
-            refused[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    backend = min(milliseconds, key=milliseconds.get, default="default")
-    return {"backend": backend, "milliseconds": milliseconds, "refused": refused}
-
-
-_HEAD_START = 30_000_000  # cycles, some 15 ms
-
-
-@torch.inference_mode(False)
-@torch.enable_grad()
-def _time(run, images, queries, keys, heads, width, dtype, masked, rounds=10):
-    def draw(length):
-        return torch.randn(images, length, heads, width, dtype=dtype, device="cuda", requires_grad=True)
-
-    # A run that measures here draws, afterwards, what one draws that has measured before.
-    with torch.random.fork_rng([torch.cuda.current_device()]):
-        q_NLHD, k_NMHD, v_NMHD = draw(queries), draw(keys), draw(keys)
-    mask_NM = torch.ones(images, keys, dtype=torch.bool, device="cuda") if masked else None
-    for round in range(rounds + 3):
-        if round == 3:
-            # While the GPU idles here the host runs ahead: else small shapes would be judged by how long a launch takes.
-            torch.cuda._sleep(_HEAD_START)
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-        out_NLHD = run(q_NLHD, k_NMHD, v_NMHD, mask_NM, None)
-        torch.autograd.grad(out_NLHD, (q_NLHD, k_NMHD, v_NMHD), out_NLHD.detach())
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / rounds
-
-
 # -------------------------------------------------------------------------------------------------------- public
 
 
@@ -474,18 +313,10 @@ def attention(q_NLHD, k_NMHD, v_NMHD, *, mask_NM=None, scale=None):
             return _forward(q_NLHD, k_NMHD, v_NMHD, mask_NM, width**-0.5 if scale is None else float(scale))
         count_fallback(NAME, reason, *q_NLHD.shape, keys)
     if q_NLHD.is_meta:
-        return _imagined(q_NLHD, k_NMHD, v_NMHD)
+        return backends.imagined(q_NLHD, k_NMHD, v_NMHD)
     if not q_NLHD.is_cuda:
-        return _on_a_cpu(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale)
-    return _by_measurement(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale)
-
-
-def _by_measurement(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale):
-    images, queries, heads, width = q_NLHD.shape
-    # operator.index: a graph traced for any batch is here fixed to the one that is measured.
-    sizes = (operator.index(size) for size in (images, queries, k_NMHD.shape[1], heads, width))
-    backend = _backend(torch.compiler.is_compiling(), *sizes, q_NLHD.dtype, mask_NM is not None)
-    return BACKENDS[backend](q_NLHD, k_NMHD, v_NMHD, mask_NM, scale)
+        return backends.on_a_cpu(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale)
+    return backends.by_measurement(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale)
 
 
 def fits(keys: int, width: int, shared_bytes: int) -> bool:

@@ -19,7 +19,7 @@ ONLY_IN = {
     "deepspeed": ["engine/zero.py"],
     "nvidia": ["data/dali.py", "bench/"],
     "triton": ["kernels/", "bench/"],
-    "xformers": ["kernels/attention.py", "bench/"],
+    "xformers": ["kernels/attention_backends.py", "bench/"],
 }
 
 

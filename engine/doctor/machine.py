@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from duotone.engine import speed
 from duotone.engine.doctor.examination import Finding, Patient
-from duotone.kernels.attention import xformers
+from duotone.kernels.attention_backends import xformers
 
 
 def device(patient: Patient) -> Iterator[Finding]:

@@ -26,9 +26,9 @@ from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.objectives.flow import Flow
 from duotone.engine.recipe import Recipe
-from duotone.engine.sample import Steering, composed_denoiser, guided_denoiser
 from duotone.engine.samplers.named import SAMPLERS
 from duotone.engine.speed import Choice
+from duotone.engine.steering import Steering, composed_denoiser, guided_denoiser
 from duotone.engine.train import micro_step
 
 META = torch.device("meta")

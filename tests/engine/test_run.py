@@ -24,7 +24,7 @@ from duotone.engine.command_line import parse
 from duotone.engine.recipe import Recipe
 from duotone.engine.run import set_up
 from duotone.engine.train import train
-from duotone.kernels import attention
+from duotone.kernels import attention_backends
 
 RECIPE = Path(__file__).with_name("tiny_recipe.py")
 BIN = Path(sys.executable).parent
@@ -259,10 +259,10 @@ def test_a_resumed_run_goes_by_the_clock_of_the_first(shards, tmp_path, monkeypa
         "masked": False,
     }
     out, flags = tmp_path / "run", ["--optimizer.schedule", "constant"]
-    monkeypatch.setattr("duotone.kernels.attention._choices", {})
-    attention.choose("flash", **shape)
+    monkeypatch.setattr("duotone.kernels.attention_backends._choices", {})
+    attention_backends.choose("flash", **shape)
     run_here(shards, out, *flags, "--images", "8")
-    monkeypatch.setattr("duotone.kernels.attention._choices", {})
+    monkeypatch.setattr("duotone.kernels.attention_backends._choices", {})
     run_here(shards, out, *flags, "--images", "16")
     (choice,) = json.loads((out / "record.json").read_text())["attention_choices"]
     assert (choice["queries"], choice["backend"]) == (4096, "flash")

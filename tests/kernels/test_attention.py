@@ -9,21 +9,15 @@ import torch.nn.functional as F
 
 from duotone.kernels import dispatch
 from duotone.kernels.attention import (
-    BACKENDS,
     CASES,
     NAME,
     attention,
     attention_reference,
-    choices,
-    choose,
     fits,
-    keep_choices,
-    measured_on,
-    taken,
     tiling,
-    xformers,
 )
-from duotone.kernels.attention import _backend as backend_of
+from duotone.kernels.attention_backends import BACKENDS, choices, choose, keep_choices, measured_on, taken, xformers
+from duotone.kernels.attention_backends import _backend as backend_of
 
 CHECKED = [case for case in CASES if not case.timed]
 BY_NAME = {case.name: case for case in CASES}
@@ -225,8 +219,8 @@ def test_each_shape_is_measured_once_and_a_backend_that_fails_is_named(monkeypat
             raise AssertionError(f"{name}: not for this chip\nand more")
         return milliseconds[name]
 
-    monkeypatch.setattr("duotone.kernels.attention._time", time)
-    monkeypatch.setattr("duotone.kernels.attention._choices", {})
+    monkeypatch.setattr("duotone.kernels.attention_backends._time", time)
+    monkeypatch.setattr("duotone.kernels.attention_backends._choices", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     shape = (7, 256, 256, 4, 64, torch.bfloat16, False)
     assert [backend_of(False, *shape) for _ in range(2)] == ["flash", "flash"] and runs == list(BACKENDS)
@@ -241,7 +235,7 @@ def test_each_shape_is_measured_once_and_a_backend_that_fails_is_named(monkeypat
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 def test_every_backend_of_pytorch_computes_the_definition(backend, masked, monkeypatch):
     """Called as on a GPU; which of its kernels PyTorch restricts itself to, only a GPU can tell."""
-    monkeypatch.setattr("duotone.kernels.attention.sdpa_kernel", lambda _: nullcontext())
+    monkeypatch.setattr("duotone.kernels.attention_backends.sdpa_kernel", lambda _: nullcontext())
     tokens = [torch.randn(2, n, 3, 16) for n in (40, 150, 150)]
     mask_NM = torch.arange(150) < torch.tensor([[90], [0]]) if masked else None
     out_NLHD = BACKENDS[backend](*tokens, mask_NM, 0.3)
@@ -260,11 +254,11 @@ def test_a_choice_can_be_fixed_and_read():
 
 def test_choices_hold_where_they_were_measured(monkeypatch):
     shape = {"images": 1, "queries": 2, "keys": 300, "heads": 4, "width": 5, "dtype": torch.bfloat16, "masked": False}
-    monkeypatch.setattr("duotone.kernels.attention._choices", {})
+    monkeypatch.setattr("duotone.kernels.attention_backends._choices", {})
     choose("flash", **shape)
     choose("xformers", **shape | {"queries": 3})
     told = json.loads(json.dumps(choices()))
-    monkeypatch.setattr("duotone.kernels.attention._choices", {})
+    monkeypatch.setattr("duotone.kernels.attention_backends._choices", {})
     keep_choices(told, "another GPU, torch 2.0")
     assert choices() == []
     keep_choices([*told, told[0] | {"queries": 4, "backend": "withdrawn"}], measured_on())

@@ -135,6 +135,7 @@ check("diffuse", torch.zeros(2, 8, 8, 3, dtype=torch.uint8), *which, 1, torch.bf
 MANY_KEYS_ARE_ONE_GRAPH = """
 import torch
 from duotone.kernels import attention
+from duotone.kernels import attention_backends as backends
 
 seen = []
 def measure(*shape):
@@ -142,9 +143,9 @@ def measure(*shape):
     return {"backend": "xformers", "milliseconds": {"xformers": 1.0, "cudnn": 2.0, "flash": 3.0}, "refused": {}}
 
 torch.cuda.is_current_stream_capturing = lambda: False
-attention._measure, attention._on_a_cpu = measure, attention._by_measurement
+backends._measure, backends.on_a_cpu = measure, backends.by_measurement
 # A CPU has no cuDNN to be restricted to: what the graph restricts itself to is kept.
-attention.BACKENDS["cudnn"] = attention._restricted(attention.SDPBackend.MATH)
+backends.BACKENDS["cudnn"] = backends._restricted(backends.SDPBackend.MATH)
 for dynamic in (False, True):
     torch._dynamo.reset()
     attend = torch.compile(attention.attention, fullgraph=True, backend="aot_eager", dynamic=dynamic)

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from duotone.kernels import attention, diffuse, group_norm_silu, guided_step, philox
+from duotone.kernels import attention, attention_backends, diffuse, group_norm_silu, guided_step, philox
 from duotone.kernels.self_test import self_test
 from duotone.kernels.squared_norm import squared_norm
 
@@ -152,7 +152,7 @@ def test_an_installed_xformers_runs():
 
     if _cpp_lib._cpp_library_load_exception is not None:
         pytest.skip(f"this xformers was built for another CUDA: {_cpp_lib._cpp_library_load_exception}".splitlines()[0])
-    module, reason = attention.xformers()
+    module, reason = attention_backends.xformers()
     assert module is not None, reason
 
 
@@ -233,7 +233,7 @@ def test_sound_kernels_pass_the_start_up_check():
     assert self_test("cuda") == []
 
 
-@pytest.mark.parametrize("backend", attention.BACKENDS)
+@pytest.mark.parametrize("backend", attention_backends.BACKENDS)
 def test_attention_over_many_keys_is_one_graph(backend):
     """With every backend that was measured to run; xformers gives way to the next where a graph is compiled."""
     tokens, _ = attention_inputs(images=1, queries=256, keys=256)
@@ -241,12 +241,12 @@ def test_attention_over_many_keys_is_one_graph(backend):
     with torch.inference_mode():
         attention.attention(*tokens)
     wanted = (shape | {"dtype": "torch.bfloat16"}).items()
-    (measured,) = (row for row in attention.choices() if wanted <= row.items())
+    (measured,) = (row for row in attention_backends.choices() if wanted <= row.items())
     if backend not in measured["milliseconds"]:
         assert measured["refused"][backend]
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(attention._choices[tuple(shape.values())], "backend", backend)
+        patch.setitem(attention_backends._choices[tuple(shape.values())], "backend", backend)
         expected = attention.attention_reference(*tokens)
         torch._dynamo.reset()
         out = torch.compile(attention.attention, fullgraph=True)(*tokens)
