@@ -226,6 +226,49 @@ def _parts(weight_C, border, **tensors):
     return (tensors if border else dict.fromkeys(tensors, weight_C)) | {"border": border, "JOIN": border > 0}
 
 
+# Above the operators: torch looks for their kernels when it registers them.
+def _launch_forward(cut, in_turns, shared, parts, output, x_NCHW, y_NCHW, joined_NCHW):
+    """One launch where a program holds whole groups, or programs take turns; else the statistics' and the image's."""
+    (images, channels), groups = y_NCHW.shape[:2], shared["groups"]
+    spans = math.ceil(channels / cut.span)
+    if not cut.chunks:
+        launch(NAME, wrap_triton(forward_whole), (spans, images), shared | parts | output)
+        return
+    shared |= {"rows": cut.rows, "chunks": cut.chunks}
+    shared["partial"] = torch.empty(images, cut.chunks, 2, groups, dtype=torch.float32, device=x_NCHW.device)
+    output["BLOCK_K"] = power_of_2(cut.chunks)
+    if in_turns:
+        grid, turns = _turns(cut, y_NCHW.shape, x_NCHW, spans)
+        launch(NAME, wrap_triton(forward_in_turn), grid, shared | parts | output | turns)
+        return
+    grid = (spans, cut.chunks, images)
+    first = {name: output[name] for name in ("add", "add_n", "ADD")} | _dense_strides("y", y_NCHW)
+    launch(NAME, wrap_triton(forward_statistics), grid, shared | parts | first)
+    if joined_NCHW is not None:
+        shared |= {"x": parts["joined"]} | _strides("x", joined_NCHW)
+    launch(NAME, wrap_triton(forward_apply), grid, shared | output)
+
+
+def _launch_backward(cut, in_turns, shared, output, x_NCHW):
+    """As forward: one launch, or one for the sums over pixels and one for the image."""
+    (images, channels), groups = x_NCHW.shape[:2], shared["groups"]
+    spans = math.ceil(channels / cut.span)
+    if not cut.chunks:
+        launch(NAME, wrap_triton(backward_whole), (spans, images), shared | output)
+        return
+    shared |= {"rows": cut.rows, "chunks": cut.chunks}
+    shared["partial"] = torch.empty(images, cut.chunks, 3, channels, dtype=torch.float32, device=x_NCHW.device)
+    output["BLOCK_K"] = power_of_2(cut.chunks)
+    if in_turns:
+        grid, turns = _turns(cut, x_NCHW.shape, x_NCHW, spans)
+        turns["of_group"] = torch.empty(images, 2, groups, dtype=torch.float32, device=x_NCHW.device)
+        launch(NAME, wrap_triton(backward_in_turn), grid, shared | output | turns)
+        return
+    grid = (spans, cut.chunks, images)
+    launch(NAME, wrap_triton(backward_sums), grid, shared)
+    launch(NAME, wrap_triton(backward_apply), grid, shared | output)
+
+
 @triton_op("duotone::group_norm_silu", mutates_args={})
 def _forward(
     x_NCHW: Tensor,
@@ -257,23 +300,7 @@ def _forward(
     output = {"weight": _unit_stride(weight_C), "bias": _unit_stride(bias_C), "y": y}
     output |= {"mean": mean_NG, "rstd": rstd_NG}
     output |= modulation | _dense_strides("y", y_NCHW) | {"eps": eps, "SILU": silu}
-    spans = math.ceil(channels / cut.span)
-    if not cut.chunks:
-        launch(NAME, wrap_triton(forward_whole), (spans, images), shared | parts | output)
-        return results
-    shared |= {"rows": cut.rows, "chunks": cut.chunks}
-    shared["partial"] = torch.empty(images, cut.chunks, 2, groups, dtype=torch.float32, device=x_NCHW.device)
-    output["BLOCK_K"] = power_of_2(cut.chunks)
-    if in_turns:
-        grid, turns = _turns(cut, shape, x_NCHW, spans)
-        launch(NAME, wrap_triton(forward_in_turn), grid, shared | parts | output | turns)
-        return results
-    grid = (spans, cut.chunks, images)
-    first = {name: modulation[name] for name in ("add", "add_n", "ADD")} | _dense_strides("y", y_NCHW)
-    launch(NAME, wrap_triton(forward_statistics), grid, shared | parts | first)
-    if skip_NCHW is not None:
-        shared |= {"x": joined} | _strides("x", joined_NCHW)
-    launch(NAME, wrap_triton(forward_apply), grid, shared | output)
+    _launch_forward(cut, in_turns, shared, parts, output, x_NCHW, y_NCHW, joined_NCHW)
     return results
 
 
@@ -314,21 +341,7 @@ def _backward(
     shared |= modulation | {"SILU": silu, "FLAT": _is_flat(x_NCHW), "FLAT_DY": _is_flat(dy_NCHW)}
     output = {"dx": dx, "per_image": per_image_N2C, "BLOCK_G": cut.block_g} | _dense_strides("dx", dx_NCHW) | small
     output |= _parts(weight_C, border, djoined=djoined_NCHW, dskip=dskip)
-    spans = math.ceil(channels / cut.span)
-    if not cut.chunks:
-        launch(NAME, wrap_triton(backward_whole), (spans, images), shared | output)
-    else:
-        shared |= {"rows": cut.rows, "chunks": cut.chunks}
-        shared["partial"] = torch.empty(images, cut.chunks, 3, channels, dtype=torch.float32, device=x_NCHW.device)
-        output["BLOCK_K"] = power_of_2(cut.chunks)
-        if in_turns:
-            grid, turns = _turns(cut, x_NCHW.shape, x_NCHW, spans)
-            turns["of_group"] = torch.empty(images, 2, groups, dtype=torch.float32, device=x_NCHW.device)
-            launch(NAME, wrap_triton(backward_in_turn), grid, shared | output | turns)
-        else:
-            grid = (spans, cut.chunks, images)
-            launch(NAME, wrap_triton(backward_sums), grid, shared)
-            launch(NAME, wrap_triton(backward_apply), grid, shared | output)
+    _launch_backward(cut, in_turns, shared, output, x_NCHW)
     results = [dx_NCHW, per_image_N2C.sum(dim=0), small["dadd"], small["dscale"], small["dshift"]]
     return [*results, dskip_NCHW] if border else results
 
