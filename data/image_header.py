@@ -5,6 +5,7 @@ import struct
 from dataclasses import dataclass
 
 EXIF = b"Exif\0\0"
+TIFF_NUMBERS = {3: "H", 4: "I"}  # orientation is of the first type; some cameras write the second
 MAX_BYTES = 1 << 26  # of one encoded image: 64 MiB
 MAX_PIXELS = 1 << 26  # height x width: 8192 x 8192
 PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}
@@ -59,7 +60,7 @@ def _reader(data: bytes):
 
 
 def _jpeg(data: bytes) -> ImageHeader:
-    at, frame, orientation = 2, None, 1
+    at, frame, orientation = 2, None, None
     while True:
         while data[at] == 0xFF and data[at + 1] == 0xFF:
             at += 1
@@ -73,7 +74,7 @@ def _jpeg(data: bytes) -> ImageHeader:
             frame = struct.unpack_from(">BHHB", data, at + 2)
         elif marker in JPEG_OTHER_FRAMES:
             raise Unreadable("its JPEG process is not supported (lossless or arithmetic)")
-        elif marker == 0xE1 and data[at + 2 : at + 8] == EXIF and orientation == 1:  # XMP is of this marker too
+        elif marker == 0xE1 and data[at + 2 : at + 8] == EXIF and orientation is None:  # XMP is of this marker too
             orientation = _orientation(data[at + 8 : at + length])
         elif marker == 0xD9 or length < 2:
             raise Unreadable("its JPEG markers are damaged")
@@ -87,7 +88,7 @@ def _jpeg(data: bytes) -> ImageHeader:
         raise Unreadable(f"a JPEG of {channels} components of {bits} bits is not supported")
     if data.find(b"\xff\xd9", at) < 0:
         raise Unreadable("it is truncated: the JPEG end mark is missing")
-    return ImageHeader("jpeg", height, width, channels, orientation)
+    return ImageHeader("jpeg", height, width, channels, orientation or 1)
 
 
 def _orientation(tiff: bytes) -> int:
@@ -99,9 +100,11 @@ def _orientation(tiff: bytes) -> int:
         (start,) = struct.unpack_from(order + "I", tiff, 4)
         (entries,) = struct.unpack_from(order + "H", tiff, start)
         for entry in range(entries):
-            tag, kind, _, value = struct.unpack_from(order + "HHIH", tiff, start + 2 + 12 * entry)
-            if tag == 0x0112 and kind == 3 and 1 <= value <= 8:
-                return value
+            at = start + 2 + 12 * entry
+            tag, kind = struct.unpack_from(order + "HH", tiff, at)
+            if tag == 0x0112 and kind in TIFF_NUMBERS:
+                (value,) = struct.unpack_from(order + TIFF_NUMBERS[kind], tiff, at + 8)
+                return value if 1 <= value <= 8 else 1
     except struct.error:
         pass
     return 1
@@ -115,7 +118,8 @@ def _png(data: bytes) -> ImageHeader:
         raise Unreadable("it is a PNG of 16 bits per channel; 8 are supported")
     if b"IEND" not in data[-64:] and b"IEND" not in data:
         raise Unreadable("it is truncated: the PNG end chunk is missing")
-    return ImageHeader("png", height, width, PNG_CHANNELS[colour], _orientation(_png_chunk(data, b"eXIf")))
+    exif = _png_chunk(data, b"eXIf")
+    return ImageHeader("png", height, width, PNG_CHANNELS[colour], _orientation(exif.removeprefix(EXIF)))
 
 
 def _png_chunk(data: bytes, wanted: bytes) -> bytes:

@@ -15,7 +15,7 @@ from duotone.data.held_out import Part, is_held_out, parted
 from duotone.data.manifest import NAME, read_manifest
 from duotone.data.pillow import PillowDecoder
 from duotone.data.refusal import Refused
-from duotone.data.tar_index import TarIndex, index_path, open_index
+from duotone.data.tar_index import TarIndex, open_index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +94,7 @@ def _shard_paths(folder: Path | None) -> list[Path]:
 
 
 def _open_indexes(paths: list[Path]) -> list[TarIndex]:
-    missing = sum(not index_path(path).exists() for path in paths)
-    progress = tqdm(paths, desc="indexing shards", unit="shard", leave=False, disable=None if missing > 1 else True)
+    progress = tqdm(paths, desc="indexing shards", unit="shard", leave=False, delay=1, disable=None)
     return [open_index(path) for path in progress]
 
 

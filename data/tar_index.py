@@ -20,7 +20,7 @@ from duotone.data.sample_text import read_text
 from duotone.data.tar_members import Damaged, Member, members
 from duotone.data.whole_file import write_whole
 
-VERSION = 2
+VERSION = 3
 KINDS = ["jpeg", "png", "webp", "npy"]
 ENCODED, DECODED = ("jpg", "jpeg", "png", "webp"), "npy"
 IMAGE_COLUMNS = ["image_offset", "image_size", "image_crc"]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from duotone.data.prepare.picture_files import Picture, PictureOptions, check_folder, read_text_file
+from duotone.data.prepare.picture_files import Picture, PictureOptions, check_folder, key_of, read_text_file
 from duotone.data.refusal import Refused
 
 SPLITS = {"train": 0, "valid": 1, "test": 2}
@@ -42,7 +42,7 @@ class PrepareCeleba(PictureOptions):
     def _picture(self, name: str, values: list[int]) -> Picture:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise Refused(f"{self.attributes}: the file name {name!r} leaves the image folder; correct it")
-        return Picture(path=self.images / name, attributes=values, source=name)
+        return Picture(path=self.images / name, key=key_of(name.encode()), attributes=values, source=name)
 
     def _wanted(self) -> set[str] | None:
         if self.split == "all":
@@ -54,9 +54,10 @@ class PrepareCeleba(PictureOptions):
 def read_attributes(path: Path) -> tuple[list[str], dict[str, list[int]]]:
     """Attribute names, and for each file 1 present or 0 absent; raises Refused naming the line."""
     text = read_text_file(path, "attributes")
-    lines = (
-        list(csv.reader(text.splitlines())) if path.suffix == ".csv" else [line.split() for line in text.splitlines()]
-    )
+    try:
+        lines = list(csv.reader(text.splitlines())) if path.suffix == ".csv" else [*map(str.split, text.splitlines())]
+    except csv.Error as error:
+        raise Refused(f"{path}: it is not a CSV file ({error}); check the path") from None
     first = 2
     if lines and len(lines[0]) == 1 and lines[0][0].isdecimal():  # the text form begins with the number of images
         lines, first = lines[1:], 3

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ from duotone.data.prepare.picture_files import (
     PictureOptions,
     check_folder,
     class_caption,
+    key_of,
     read_text_file,
 )
 from duotone.data.refusal import Refused
@@ -33,15 +35,17 @@ class PrepareFolder(PictureOptions):
     def run(self) -> dict:
         """Writes the shards and returns a summary; raises Refused naming the file."""
         check_folder(self.images, "images")
-        paths, others = _pictures_below(self.images)
+        unread = None if self.on_bad == "refuse" else []
+        paths, others = _pictures_below(self.images, unread)
         if not paths:
             raise Refused(f"{self.images}: it holds no .jpg, .jpeg, .png or .webp files; check the path")
         folders = sorted({path.parent for path in paths}, key=_natural) if self.classes == "folders" else []
         names = self._class_names(paths, folders)
-        pictures = [self._picture(path, names) for path in paths]
+        labels = {name: label for label, name in enumerate(names or [])}
+        pictures = [self._picture(path, labels) for path in paths]
         self._check_captions(pictures)
         summary = self.write(pictures, len(pictures), classes=names, about={"made_by": "prepare folder"})
-        return summary | {"other_files": others}
+        return summary | {"other_files": others, "skipped": [*(unread or []), *summary["skipped"]]}
 
     def _class_names(self, paths: list[Path], folders: list[Path]) -> list[str] | None:
         if not folders or folders == [self.images]:
@@ -50,18 +54,19 @@ class PrepareFolder(PictureOptions):
             stray = next(path for path in paths if path.parent == self.images)
             raise Refused(f"{stray}: it lies beside the class folders; move it into one, or pass --classes none")
         names = [_printable(folder.relative_to(self.images)) for folder in folders]
-        twice = next((name for name in names if names.count(name) > 1), None)
+        twice = next((name for name, count in Counter(names).items() if count > 1), None)
         if twice is not None:
             raise Refused(f"{self.images}: two folders are both read as {twice!r}; give them UTF-8 names that differ")
         return names
 
-    def _picture(self, path: Path, names: list[str] | None) -> Picture:
+    def _picture(self, path: Path, labels: dict[str, int]) -> Picture:
         within = path.relative_to(self.images)
         name = _printable(within.parent)
         return Picture(
             path=path,
-            captions=self._captions(path, name if names else None),
-            label=names.index(name) if names else None,
+            key=key_of(os.fsencode(within.as_posix())),
+            captions=self._captions(path, name if labels else None),
+            label=labels.get(name),
             source=_printable(within),
         )
 
@@ -78,10 +83,20 @@ class PrepareFolder(PictureOptions):
             raise Refused(f"{bare.path}: it has no .txt beside it but other pictures do; add one, or remove the others")
 
 
-def _pictures_below(folder: Path) -> tuple[list[Path], int]:
-    """Picture files in natural order, and how many other files there are, hidden ones and .txt not counted."""
-    paths, others, walked = [], 0, set()
-    for root, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
+def _pictures_below(folder: Path, unread: list[str] | None) -> tuple[list[Path], int]:
+    """Picture files in natural order, and how many other files there are, hidden ones and .txt not counted.
+
+    Folders that cannot be read are told in `unread`, or refused where it is None.
+    """
+
+    def fail(error: OSError) -> None:
+        reason = f"{error.filename}: it cannot be read ({error.strerror})"
+        if unread is None:
+            raise Refused(f"{reason}; check its permissions, or pass --on-bad skip to leave such folders out")
+        unread.append(reason)
+
+    paths, others, walked = [], 0, {}
+    for root, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         _refuse_twice(Path(root), walked)
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(root, name) for name in files if not name.startswith(".")):
@@ -92,16 +107,12 @@ def _pictures_below(folder: Path) -> tuple[list[Path], int]:
     return sorted(paths, key=_natural), others
 
 
-def _refuse(error: OSError) -> None:
-    raise Refused(f"{error.filename}: it cannot be read ({error.strerror}); check its permissions, or move it away")
-
-
-def _refuse_twice(folder: Path, walked: set[Path]) -> None:
-    """Links are followed, but not into what was read already, or in circles."""
-    real = folder.resolve()
-    if real in walked:
-        raise Refused(f"{folder}: it is a link to a folder that is read already ({real}); remove it")
-    walked.add(real)
+def _refuse_twice(folder: Path, walked: dict[Path, Path]) -> None:
+    """Links are followed, but not to what is read on another way, or in circles; `walked` is by what links lead to."""
+    other = walked.setdefault(folder.resolve(), folder)
+    if other is not folder:
+        link, other = (folder, other) if folder.is_symlink() else (other, folder)
+        raise Refused(f"{link}: it is a link to a folder that is read as {other} too; remove the link")
 
 
 def _printable(path: Path) -> str:

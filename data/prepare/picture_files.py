@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
-from duotone.data.image_header import MAX_BYTES, Unreadable, read_header
+from duotone.data.framing import upright
+from duotone.data.image_header import MAX_BYTES, ImageHeader, Unreadable, read_header
 from duotone.data.pillow import FORMATS, opaque
 from duotone.data.refusal import Refused
 from duotone.data.write_shards import ImageFormat, Sample, write_shards
@@ -94,7 +95,7 @@ class PictureOptions:
             yield Sample(
                 image=image,
                 extension=extension,
-                key=picture.key or key_of(picture.source),
+                key=picture.key,
                 captions=picture.captions,
                 label=picture.label,
                 attributes=picture.attributes,
@@ -102,9 +103,9 @@ class PictureOptions:
             )
 
 
-def key_of(source: str | None) -> str | None:
+def key_of(source: bytes) -> str:
     """A key that stays a picture's own when others are added: runs hold images out by it."""
-    return None if source is None else hashlib.blake2b(source.encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(source, digest_size=8).hexdigest()
 
 
 def in_order(work: Callable, items: Iterable, threads: int) -> Iterator[tuple[object, Future]]:
@@ -135,25 +136,30 @@ def read_picture(path: Path, size: int | None) -> tuple[np.ndarray | bytes, str 
         raise Unreadable("it is neither JPEG, PNG nor WebP")
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-            return _kept(image, encoded, header.kind) if size is None else (_shrunk(image, size), None)
+            return _kept(image, encoded, header) if size is None else (_shrunk(image, size, header.orientation), None)
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError, OverflowError) as error:
         raise Unreadable(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
 
 
-def _kept(image: Image.Image, encoded: bytes, kind: str) -> tuple[bytes, str]:
+def _kept(image: Image.Image, encoded: bytes, header: ImageHeader) -> tuple[bytes, str]:
     image.draft("RGB", (1, 1))  # an eighth of the pixels is enough to see whether all bytes decode
     image.load()
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         stream = io.BytesIO()
-        opaque(ImageOps.exif_transpose(image)).save(stream, "PNG")
+        _upright(opaque(image), header.orientation).save(stream, "PNG")
         return stream.getvalue(), "png"
-    return encoded, EXTENSIONS[kind]
+    return encoded, EXTENSIONS[header.kind]
 
 
-def _shrunk(image: Image.Image, size: int) -> np.ndarray:
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    """By the one reading of orientation that training has too: Pillow's own looks in more places."""
+    return Image.fromarray(upright(np.asarray(image), orientation))
+
+
+def _shrunk(image: Image.Image, size: int, orientation: int) -> np.ndarray:
     # JPEG can decode at a half, a quarter or an eighth; two pixels a wanted one leave the filter enough to work with.
     image.draft("RGB", (2 * size, 2 * size))
-    image = opaque(ImageOps.exif_transpose(image))
+    image = _upright(opaque(image), orientation)
     shrink = min(image.size) / size
     if shrink > 1:
         sides = [max(size, round(side / shrink)) for side in image.size]

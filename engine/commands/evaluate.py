@@ -75,6 +75,8 @@ class Evaluate:
     def measure(self, path: Path, model) -> None:
         if self.json is not None:
             refuse_unwritable(self.json.parent, "--json")
+            if self.json.is_dir():
+                raise Refused(f"--json {self.json}: it is a folder; give a file")
         if self.data.shards is None and draws_captioned_shapes(model):
             self.refuse_unread(AGAINST_DATA, "of captioned shapes, which are read from their pixels")
             self.obedience(model)
@@ -97,6 +99,7 @@ class Evaluate:
         framed = dataclasses.replace(model.recipe.data, shards=shards, threads=self.data.threads)
         out = self.out or folder / name
         refuse_unwritable(out, "--out")
+        refuse_unwritable(self.cache or default_cache(), "--cache")
         splits = images.read_splits(framed, self.test, self.most)
         result = evaluation.evaluate(model, splits, self.settings())
         print(report.table(result, splits))

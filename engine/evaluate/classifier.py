@@ -26,7 +26,7 @@ from duotone.engine.log import say
 
 CHUNK = 512
 WEIGHTS = "classifier.safetensors"
-VERSION = 1  # of network and training: part of the key of what is stored
+VERSION = 2  # of network and training: part of the key of what is stored
 
 
 @dataclass(frozen=True, kw_only=True)

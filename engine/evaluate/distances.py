@@ -106,11 +106,10 @@ class Distance:
     recall: float
 
 
-def distance(x_ND: np.ndarray, reference_MD: np.ndarray, like_ND: np.ndarray) -> Distance:
+def distance(x_ND: np.ndarray, reference_MD: np.ndarray, like_ND: np.ndarray, count: int) -> Distance:
     """Of N vectors from a reference: Frechet from all of it, the others from some of it (`like_ND`), precision and recall
-    with as many of both."""
-    n = min(len(x_ND), len(like_ND))
-    precision, recall = precision_recall(like_ND[:n], x_ND[:n])
+    with the first `count` of both, which they depend on."""
+    precision, recall = precision_recall(like_ND[:count], x_ND[:count])
     return Distance(
         frechet=frechet(Statistics.of(x_ND), Statistics.of(reference_MD)),
         kernel=kernel_distance(x_ND, like_ND),

@@ -18,7 +18,7 @@ from duotone.engine.evaluate.distances import Distance, distance, refuse_too_few
 from duotone.engine.evaluate.features import FeatureNetwork, FeaturesConfig, RealFeatures, choose, real_features
 from duotone.engine.evaluate.images import Images, Splits
 from duotone.engine.evaluate.loss_table import Loss, loss_table
-from duotone.engine.evaluate.nearest import Nearest, flat, nearest
+from duotone.engine.evaluate.nearest import Nearest, nearest
 from duotone.engine.evaluate.progress import Progress
 from duotone.engine.evaluate.shares import Share
 from duotone.engine.log import say
@@ -236,11 +236,12 @@ def asked(model: Model, asked_for: Images, settings: Settings, on_step: Callable
 
 def distances_of(made_ND: np.ndarray, real: RealFeatures, splits: Splits, floor: int) -> dict[str, Against]:
     """From every set of real images, with that of `floor` images of another set as the floor."""
+    count = min(len(made_ND), floor)
     some_ND = {name: some(real.parts[name], floor, images) for name, images in splits.parts.items()}
     return {
         name: Against(
-            samples=distance(made_ND, real.parts[name], some_ND[name]),
-            real=distance(some_ND["held_out" if name == "train" else "train"], real.parts[name], some_ND[name]),
+            samples=distance(made_ND, real.parts[name], some_ND[name], count),
+            real=distance(some_ND["held_out" if name == "train" else "train"], real.parts[name], some_ND[name], count),
         )
         for name in splits.parts
     }
@@ -255,7 +256,7 @@ def copies_of(samples_NHWC: np.ndarray, made_ND: np.ndarray, splits: Splits, rea
     say(f"looking for the nearest of {len(splits.seen):,} training images")
     n = len(made_ND)
     spaces = {
-        "pixels": (flat(samples_NHWC), flat(splits.seen.images_NHWC), flat(splits.held_out.images_NHWC[:n])),
+        "pixels": (samples_NHWC, splits.seen.images_NHWC, splits.held_out.images_NHWC[:n]),
         "features": (made_ND, real.seen_ND, real.held_out_ND[:n]),
     }
     return {

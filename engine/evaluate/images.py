@@ -3,6 +3,7 @@
 N images of H x W pixels and C channels, K attributes.
 """
 
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -162,6 +163,12 @@ def framing(shards: Shards) -> str:
     return f"{shards.size}-{shards.pad}-{shards.channels}-{shards.resize}-{shards.crop}"
 
 
+def turned(data: Dataset) -> str:
+    """How its pictures are turned, where any is: that depends on how their headers are read."""
+    orientation_N = data.columns["orientation"]
+    return f"-{zlib.crc32(orientation_N.tobytes()):08x}" if (orientation_N != 1).any() else ""
+
+
 def joined(batches: list[Batch], data: Dataset, frame: str) -> Images:
     first = batches[0]
 
@@ -171,7 +178,7 @@ def joined(batches: list[Batch], data: Dataset, frame: str) -> Images:
 
     return Images(
         images_NHWC=column("images_NHWC"),
-        fingerprint=f"{data.fingerprint}-{frame}",
+        fingerprint=f"{data.fingerprint}-{frame}{turned(data)}",
         labels_N=column("labels_N"),
         attributes_NK=column("attributes_NK"),
         captions=None if first.captions is None else [text for batch in batches for text in batch.captions],

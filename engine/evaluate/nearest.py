@@ -3,6 +3,7 @@
 N samples, M training images, D pixels or features.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from duotone.data.refusal import Refused
 
 ROWS = 256
+BYTES = 2**28  # of the training images that are held as fp32 at once
 PAIRS = 2000  # training images whose nearest neighbour sets the scale
 QUANTILE = 0.01
 
@@ -23,7 +25,7 @@ class Nearest:
     places_N: np.ndarray
     distances_N: np.ndarray
     threshold: float
-    """The distance within which one training image in a hundred has another; twins, at 0, do not count."""
+    """The distance within which one training image in a hundred has another; twins bit for bit, at 0, do not count; twins that were encoded anew do."""
 
     @property
     def closer(self) -> float:
@@ -35,38 +37,57 @@ class Nearest:
         return np.argsort(self.distances_N, kind="stable")[:count]
 
 
-def nearest(samples_ND: np.ndarray, train_MD: np.ndarray) -> Nearest:
-    """Euclidean neighbours; raises Refused where there is no pair of training images."""
-    if len(train_MD) < 2:
-        raise Refused(f"{len(train_MD)} training images have no pairs to compare with: give at least 2")
-    samples, train = (torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)) for x in (samples_ND, train_MD))
+def nearest(samples: np.ndarray, train: np.ndarray) -> Nearest:
+    """Euclidean neighbours among images (uint8, in pixels of [0, 1]) or features; raises Refused where there is no pair of
+    training images."""
+    if len(train) < 2:
+        raise Refused(f"{len(train)} training images have no pairs to compare with: give at least 2")
     places_N, distances_N = neighbours(samples, train)
-    own = torch.arange(min(PAIRS, len(train)))
+    own = np.arange(min(PAIRS, len(train)))
     _, between = neighbours(train[own], train, own)
     apart = between[between > 0]
     threshold = float(np.quantile(apart, QUANTILE)) if len(apart) else 0.0
     return Nearest(places_N=places_N, distances_N=distances_N, threshold=threshold)
 
 
-def neighbours(x_ND: Tensor, y_MD: Tensor, never_N: Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
+def neighbours(x: np.ndarray, y: np.ndarray, never_N: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Of each x the nearest y and its distance; `never_N` are places that do not count, such as its own.
 
     The search is by |y|^2 - 2 x.y in fp32, which cancels for near copies: the distance is then taken from the difference.
     """
-    square_M = y_MD.square().sum(1)
-    found = []
-    for rows_R in torch.arange(len(x_ND)).split(ROWS):
-        score_RM = square_M - 2 * x_ND[rows_R] @ y_MD.T
-        if never_N is not None:
-            score_RM.scatter_(1, never_N[rows_R, None], float("inf"))
-        found.append(score_RM.argmin(1))
-    places_N = torch.cat(found)
-    return places_N.numpy(), (x_ND.double() - y_MD[places_N].double()).norm(dim=1).numpy()
+    lowest_N, places_N = torch.full((len(x),), float("inf")), torch.zeros(len(x), dtype=torch.int64)
+    for of_y in blocks(y):
+        y_MD = vectors(y[of_y])
+        square_M = y_MD.square().sum(1)
+        for rows in blocks(x, ROWS):
+            score_RM = square_M - 2 * vectors(x[rows]) @ y_MD.T
+            if never_N is not None:
+                hide(score_RM, never_N[rows] - of_y.start)
+            score_R, place_R = score_RM.min(1)
+            closer_R = score_R < lowest_N[rows]
+            lowest_N[rows] = torch.where(closer_R, score_R, lowest_N[rows])
+            places_N[rows] = torch.where(closer_R, place_R + of_y.start, places_N[rows])
+    places_N = places_N.numpy()
+    differences = ((vectors(x[rows]).double() - vectors(y[places_N[rows]]).double()) for rows in blocks(x, ROWS))
+    return places_N, torch.cat([difference_RD.norm(dim=1) for difference_RD in differences]).numpy()
 
 
-def flat(images_NHWC: np.ndarray) -> np.ndarray:
-    """Pixels in [0, 1] as vectors, fp32."""
-    return images_NHWC.reshape(len(images_NHWC), -1).astype(np.float32) / 255
+def hide(score_RM: Tensor, place_R: np.ndarray) -> None:
+    """One place of each row, where it is among these."""
+    rows = np.flatnonzero((place_R >= 0) & (place_R < score_RM.shape[1]))
+    score_RM[rows, place_R[rows]] = float("inf")
+
+
+def blocks(x: np.ndarray, most: int | None = None) -> Iterator[slice]:
+    """Parts of a set, by default as many at once as fit in BYTES as fp32."""
+    most = most or max(1, BYTES // (4 * max(1, x[0].size)))
+    return (slice(first, min(first + most, len(x))) for first in range(0, len(x), most))
+
+
+def vectors(x: np.ndarray) -> Tensor:
+    """Pixels in [0, 1], or features as they are: fp32, a row each."""
+    rows = torch.from_numpy(np.ascontiguousarray(x.reshape(len(x), -1))).float()
+    return rows / 255 if x.dtype == np.uint8 else rows
 
 
 def pairs(images_NHWC: np.ndarray, train_MHWC: np.ndarray, found: Nearest, columns: int = 12, rows: int = 3):

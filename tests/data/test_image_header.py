@@ -58,6 +58,24 @@ def test_orientation_is_pillows_in_every_format(photos, encode, format, options)
     assert read_header(raw).orientation == 6
 
 
+def test_orientation_wherever_cameras_and_editors_write_it(photos, encode):
+    """As a long number, after PNG's needless prefix; and of two blocks in a JPEG the first, as Pillow has it."""
+    tiff = {kind: struct.pack(">4sIHHHI", b"MM\0*", 8, 1, 0x0112, kind, 1) for kind in (3, 4)}
+    long, short = tiff[4] + struct.pack(">I", 6), tiff[3] + struct.pack(">HH", 6, 0)
+    upright = tiff[3] + struct.pack(">HH", 1, 0)
+    for block in (long, short):
+        assert read_header(encode(photos[0][:40, :60], exif=b"Exif\0\0" + block)).orientation == 6
+    png = encode(photos[0][:40, :60], "PNG")
+    body = b"eXIf" + b"Exif\0\0" + short
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    assert read_header(png[:33] + chunk + png[33:]).orientation == 6
+    jpeg = encode(photos[0][:40, :60])
+    segments = b"".join(
+        b"\xff\xe1" + struct.pack(">H", 8 + len(block)) + b"Exif\0\0" + block for block in (upright, short)
+    )
+    assert read_header(jpeg[:2] + segments + jpeg[2:]).orientation == 1
+
+
 def test_npy(photos, encode):
     header = read_header(encode(photos[0], "npy"))
     assert (header.kind, header.height, header.width, header.channels) == ("npy", 427, 640, 3)

@@ -1,7 +1,9 @@
 """prepare coco, folder and celeba: picture files of all sorts become shards, and every fault has its line."""
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -10,7 +12,7 @@ from PIL import Image
 
 from duotone.data.prepare.celeba import PrepareCeleba
 from duotone.data.prepare.coco import PrepareCoco
-from duotone.data.prepare.image_folder import PrepareFolder
+from duotone.data.prepare.image_folder import PrepareFolder, _refuse_twice
 from duotone.data.prepare.picture_files import class_caption
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
@@ -196,6 +198,11 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, pictures, monkeypatch):
     monkeypatch.setattr(os, "scandir", scandir)
     config = PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out")
     assert refusal(config).startswith(f"{locked}: it cannot be read (Permission denied)")
+    summary = dataclasses.replace(config, on_bad="skip").run()
+    assert (summary["classes"], summary["skipped"]) == (
+        ["cats"],
+        [f"{locked}: it cannot be read (Permission denied)"],
+    )
 
 
 def test_a_linked_folder_is_a_class_and_a_circle_is_refused(tmp_path, pictures):
@@ -206,7 +213,19 @@ def test_a_linked_folder_is_a_class_and_a_circle_is_refused(tmp_path, pictures):
     assert config.run()["classes"] == ["cats", "dogs"]
     shutil.rmtree(tmp_path / "out")
     (elsewhere / "again").symlink_to(tmp_path / "pictures")
-    assert "it is a link to a folder that is read already" in refusal(config)
+    assert f"{elsewhere.name}/again: it is a link" in refusal(config).replace("dogs", elsewhere.name)
+
+
+@pytest.mark.parametrize("first", ["link", "folder"])
+def test_of_a_folder_and_its_link_the_link_is_to_be_removed(tmp_path, first):
+    """Whichever the file system names first: the other is the one that holds the pictures."""
+    folder, link = tmp_path / "folder", tmp_path / "link"
+    folder.mkdir()
+    link.symlink_to(folder)
+    walked = {}
+    _refuse_twice(tmp_path / first, walked)
+    with pytest.raises(Refused, match=re.escape(f"{link}: it is a link to a folder that is read as {folder} too")):
+        _refuse_twice(link if first == "folder" else folder, walked)
 
 
 def test_a_key_stays_its_pictures_own_when_others_are_added(tmp_path, pictures, cpu):
@@ -238,6 +257,10 @@ def test_names_that_are_not_utf8(tmp_path, pictures, cpu, plan_for):
     PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out").run()
     _, batch = images_of(tmp_path / "out", cpu, plan_for, 2)
     assert batch.captions == ["a photo of a caf\ufffd", "a photo of a tea"]
+    pictures(os.fsdecode(b"caf\xe9/\xfe.jpg"))  # both file names are read as one
+    assert PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out3").run()["images"] == 3
+    keys = Shards(shards=tmp_path / "out3", size=64).open(cpu).keys
+    assert len(set(keys)) == 3
     pictures(os.fsdecode(b"caf\xe8/a.jpg"))
     config = PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out2")
     assert "two folders are both read as 'caf\ufffd'" in refusal(config)
@@ -291,6 +314,12 @@ def test_a_line_of_celeba_is_named_by_its_number(tmp_path, pictures, name, text)
     if name == "list.csv":
         (tmp_path / name).write_text(text.replace("1.jpg,-1", "1.jpg,seven"))
     assert f"line {number} is not" in refusal(config)
+
+
+def test_a_celeba_csv_with_an_open_quote_is_refused(tmp_path, pictures):
+    (tmp_path / "list.csv").write_text('name,A\n"0.jpg,1\n' + "x" * 200_000)
+    config = PrepareCeleba(images=pictures("0.jpg").parent, attributes=tmp_path / "list.csv", out=tmp_path / "out")
+    assert "list.csv: " in refusal(config)
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,22 @@
 
 import importlib.util
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from duotone.data import captioned_shapes
 from duotone.data.prepare.idx import GARMENTS, PrepareIdx
+from duotone.data.prepare.image_folder import PrepareFolder
+from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
+from duotone.data.tar_index import open_index, save_index
 from duotone.data.write_shards import Sample, write_shards
 from duotone.engine import artifact, cli
 from duotone.engine.conditioning.attributes import Attributes
@@ -26,16 +31,16 @@ from duotone.engine.evaluate.classifier import ClassifierConfig, augmented, judg
 from duotone.engine.evaluate.composition import composition
 from duotone.engine.evaluate.distances import (
     Statistics,
-    distance,
     frechet,
     frechet_terms,
     kernel_distance,
     precision_recall,
 )
-from duotone.engine.evaluate.features import FeaturesConfig, choose, real_features
-from duotone.engine.evaluate.images import read_splits, spread
+from duotone.engine.evaluate.evaluation import distances_of
+from duotone.engine.evaluate.features import FeaturesConfig, RealFeatures, choose, real_features
+from duotone.engine.evaluate.images import Images, Splits, read_images, read_splits, spread
 from duotone.engine.evaluate.loss_table import loss_table
-from duotone.engine.evaluate.nearest import flat, nearest, pairs
+from duotone.engine.evaluate.nearest import nearest, pairs
 from duotone.engine.evaluate.shares import Share, student
 from duotone.engine.log import Log
 from duotone.engine.model.unet import UNetConfig
@@ -167,12 +172,6 @@ def test_the_quantile_of_student():
         assert student(trials) == pytest.approx(t.ppf(0.975, trials - 1), abs=2e-3)
 
 
-def test_precision_and_recall_compare_as_many_of_both():
-    real_ND, made_MD = normals(30, [0, 0], np.eye(2)), normals(80, [1, 0], np.eye(2), seed=1)
-    found = distance(made_MD, real_ND, real_ND)
-    assert (found.precision, found.recall) == precision_recall(real_ND, made_MD[:30])
-
-
 def test_copies_are_found_where_the_data_has_twins():
     """Twins lie at 0: as the scale they would call nothing a copy."""
     train_MD = np.random.default_rng(0).normal(size=(1000, 4)).astype(np.float32)
@@ -201,7 +200,7 @@ def test_planted_copies_are_found():
     train_NHWC = random.integers(0, 256, (300, 8, 8, 1), dtype=np.uint8)
     fresh_NHWC = random.integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
     planted_NHWC = np.concatenate([train_NHWC[[7, 19, 280]], fresh_NHWC])
-    found = nearest(flat(planted_NHWC), flat(train_NHWC))
+    found = nearest(planted_NHWC, train_NHWC)
     assert found.places_N[:3].tolist() == [7, 19, 280] and found.distances_N[:3].tolist() == [0, 0, 0]
     assert sorted(found.closest(3).tolist()) == [0, 1, 2]
     assert 3 / 43 <= found.closer < 6 / 43
@@ -209,7 +208,9 @@ def test_planted_copies_are_found():
     assert columns == 3 and np.array_equal(sheet[:3], sheet[3:])
 
 
-def test_the_nearest_is_that_of_brute_force():
+@pytest.mark.parametrize("at_once", [10**6, 70], ids=["at once", "in blocks"])
+def test_the_nearest_is_that_of_brute_force(at_once, monkeypatch):
+    monkeypatch.setattr("duotone.engine.evaluate.nearest.BYTES", 4 * 5 * at_once)
     x_ND, y_MD = normals(20, [0] * 5, np.eye(5)), normals(300, [0] * 5, np.eye(5), seed=1)
     apart_NM = np.linalg.norm(x_ND[:, None] - y_MD[None], axis=2)
     found = nearest(x_ND, y_MD)
@@ -217,6 +218,34 @@ def test_the_nearest_is_that_of_brute_force():
     assert found.distances_N == pytest.approx(apart_NM.min(1), rel=1e-5)
     own_MM = np.linalg.norm(y_MD[:, None] - y_MD[None], axis=2) + np.diag([np.inf] * 300)
     assert found.threshold == pytest.approx(np.quantile(own_MM.min(1), 0.01), rel=1e-5)
+
+
+def test_precision_of_samples_and_of_real_images_is_of_as_many():
+    """Both depend on the count; the floor's column is there to be compared with."""
+    images = Images(images_NHWC=np.zeros((300, 1, 1, 1), np.uint8), fingerprint="")
+    splits = Splits(train=images, held_out=images, held_out_is="test", seen=images)
+    parts = {name: normals(300, [0] * 4, np.eye(4), seed) for seed, name in enumerate(splits.parts)}
+    real = RealFeatures(parts=parts, seen_ND=parts["train"])
+    made_ND = normals(60, [0] * 4, np.eye(4), seed=9)
+    found = distances_of(made_ND, real, splits, floor=200)["train"]
+    train_ND, held_out_ND = parts["train"][:60], parts["held_out"][:60]
+    assert (found.samples.precision, found.samples.recall) == precision_recall(train_ND, made_ND)
+    assert (found.real.precision, found.real.recall) == precision_recall(train_ND, held_out_ND)
+
+
+def test_what_is_stored_of_pictures_is_of_how_they_are_turned(tmp_path):
+    """A reading of headers that is mended makes other pixels of the same files."""
+    exif, prints = Image.Exif(), []
+    exif[0x0112] = 6
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "pictures" / "a.jpg", exif=exif)
+    PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out").run()
+    for orientation in (6, 1):
+        index = open_index(tmp_path / "out" / "00000.tar")
+        index.columns["orientation"][:] = orientation
+        save_index(tmp_path / "out" / "00000.tar", index)
+        prints.append(read_images(Shards(shards=tmp_path / "out", size=16), 1, "set").fingerprint)
+    assert prints[0] != prints[1]
 
 
 # ------------------------------------------------------------------------------------------- photographs of clothes
@@ -563,6 +592,10 @@ def test_dinov2_from_a_folder(clothes, tmp_path, capsys):
     grey = torch.full((1, 3, 224, 224), 0.5)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     theirs = network(pixel_values=(grey - mean.view(3, 1, 1)) / std.view(3, 1, 1)).last_hidden_state[:, 0]
+    torn = shutil.copytree(tmp_path / "dino", tmp_path / "torn")
+    (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(Refused, match="torn holds no model that transformers loads"):
+        choose(FeaturesConfig(network="dinov2", weights=torn), None, CPU)
     half = chosen(np.full((1, 28, 28, 1), 127.5).round().astype(np.uint8))
     assert half == pytest.approx(theirs.detach().numpy(), abs=0.05)
 
@@ -612,6 +645,8 @@ def refused(capsys, *arguments: str) -> str:
             "labels-idx1-ubyte.gz cannot: give another --out",
         ),
         (["--json", str(FASHION / "t10k-labels-idx1-ubyte.gz" / "x.json")], "cannot: give another --json"),
+        (["--json", str(FASHION)], "it is a folder; give a file"),
+        (["--cache", str(FASHION / "t10k-labels-idx1-ubyte.gz")], "cannot: give another --cache"),
     ],
 )
 def test_what_does_not_fit_is_one_line(flags, says, run, cache, tmp_path, capsys):
