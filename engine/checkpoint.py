@@ -95,10 +95,10 @@ def verify(path: Path) -> str | None:
 
 def read(path: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
     """The manifest and the named tensors of a checkpoint that verifies."""
-    manifest = json.loads((path / "manifest.json").read_text())
     try:
+        manifest = json.loads((path / "manifest.json").read_text())
         return manifest, {kind: load_file(path / f"{kind}.safetensors") for kind in KINDS}
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise Refused(f"checkpoint {path} cannot be read ({error}): remove it to resume from an older one") from None
 
 

@@ -137,6 +137,11 @@ class Logger:
         for listener in list(self.listeners):
             self.tell(listener, {"images": row["images"], "validation_loss": row["loss"]})
 
+    def measured(self, images: int) -> bool:
+        """Whether validation.jsonl has a row of this many images."""
+        path = self.folder / "validation.jsonl"
+        return path.exists() and any(json.loads(row)["images"] == images for row in path.read_text().splitlines())
+
     def trace(self, row: dict) -> None:
         if self.speaks:
             with open(self.folder / "trace.jsonl", "a") as file:

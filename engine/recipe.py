@@ -1,6 +1,7 @@
 """A recipe is a whole run as data: frozen dataclasses, overridden on the command line (entry.py), stored as JSON (recipe_json.py)."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from duotone.data.refusal import Refused, at_least
@@ -72,6 +73,11 @@ class Recipe:
     def folder(self) -> Path:
         return self.out or Path("runs") / self.name
 
+    def placed(self) -> "Recipe":
+        """The same with a folder that has a name, and keeps its place where the working directory itself is moved aside."""
+        nameless = self.folder.name in ("", "..")
+        return replace(self, out=Path(os.path.abspath(self.folder))) if nameless else self
+
     @property
     def wants_captions(self) -> bool:
         return any(condition.kind == "text" for condition in self.conditioning)
@@ -140,8 +146,11 @@ class Recipe:
             raise Refused(f"drop_together = {self.drop_together}: it must lie in [0, 1]")
         if kinds == ["temperature"]:
             raise Refused("conditioning has a Temperature, but nothing that it could guide: add a condition")
-        if "temperature" in kinds and self.preview.guidance < 1:
-            raise Refused(f"preview.guidance = {self.preview.guidance}: a model of a Temperature takes 1 or more")
+        if "temperature" in kinds:
+            low, guidance = self.conditioning[kinds.index("temperature")].low, self.preview.guidance
+            if guidance < 1 or low * guidance > 1:
+                most = f"to {1 / low:g}" if low else "or more"
+                raise Refused(f"preview.guidance = {guidance}: a model of this Temperature takes 1 {most}")
         reads_tokens = "cross" in (*self.model.attention, self.model.middle)
         gives_tokens = any(condition.port == "tokens" for condition in self.conditioning)
         if reads_tokens != gives_tokens:

@@ -57,6 +57,7 @@ class Run:
 
 def set_up(recipe: Recipe, held: ExitStack) -> Run:
     """Everything before the first step: what can be refused comes before what is written; what is opened is `held`."""
+    recipe = recipe.placed()
     choice = speed.choose(recipe.speed, recipe.zero.stage)
     speed.set_up(recipe.speed, choice)
     stored = stored_recipe(recipe)
@@ -65,6 +66,8 @@ def set_up(recipe: Recipe, held: ExitStack) -> Run:
     ranks = zero.join(choice.device)
     faults = kernel_faults(ranks.device, recipe.speed)  # before a kernel is used, by the trial of a micro-batch as well
     with zero.rank_0_first(ranks):
+        if ranks.rank == 0 and stored is not None:
+            claim(recipe, stored, held)  # before a checkpoint of it is chosen
         recipe = with_embedded_data(recipe)
         data = recipe.data.open(ranks.device, require_captions=recipe.wants_captions)
         held.callback(data.close)
@@ -167,14 +170,22 @@ def refuse_other_run(recipe: Recipe, stored: dict | None) -> None:
 
 
 def begin_folder(recipe: Recipe, stored: dict | None, samples: int, held: ExitStack) -> None:
+    if stored is not None:
+        return
     if recipe.fresh:
         run_folder.move_aside(recipe.folder)
+    claim(recipe, stored, held)
+    if recipe.data.held_out:
+        split = {"training": samples, "held_out": recipe.data.held_out_keys()}
+        write_json(recipe.folder / "splits.json", split)
+    write_json(recipe.folder / "recipe.json", to_json(replace(recipe, fresh=False)))
+
+
+def claim(recipe: Recipe, stored: dict | None, held: ExitStack) -> None:
+    """From here on the folder is this process's: what was read of it before must still stand."""
     held.enter_context(run_folder.claimed(run_folder.made(recipe.folder)))
-    if recipe.fresh or stored is None:
-        if recipe.data.held_out:
-            split = {"training": samples, "held_out": recipe.data.held_out_keys()}
-            write_json(recipe.folder / "splits.json", split)
-        write_json(recipe.folder / "recipe.json", to_json(replace(recipe, fresh=False)))
+    if run_folder.stored_recipe(recipe.folder) != stored:
+        raise Refused(f"{recipe.folder}: another process began a run there while this one started; start it again")
 
 
 def with_embedded_data(recipe: Recipe) -> Recipe:

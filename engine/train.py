@@ -17,6 +17,7 @@ from torch import Tensor
 from duotone.data.batch import Batch, sent
 from duotone.data.whole_file import write_json
 from duotone.engine import artifact, draws, model_card, preview, speed, validation, zero
+from duotone.engine.checkpoint import name_of
 from duotone.engine.conditioning.dropout import conditioned
 from duotone.engine.objectives.base import Objective
 from duotone.engine.recipe import Recipe
@@ -43,6 +44,8 @@ def train(recipe: Recipe) -> Path:
         run.whole_step = whole_step(run)
         run.examples = examples(run)  # before the reading thread: one decoder serves one reader
         batches = run.data.batches(plans(run))
+        if run.saved is not None and run.images < recipe.images:
+            look(run, **zero.from_rank_0(missed(run)))
         while run.images < recipe.images:
             train_step(run, batches)
             if due(run, recipe.checkpoint.every):
@@ -53,7 +56,7 @@ def train(recipe: Recipe) -> Path:
                 break
         else:
             finish(run)
-    return recipe.folder
+    return run.recipe.folder
 
 
 def whole_step(run: Run) -> WholeStep | None:
@@ -177,6 +180,16 @@ def conditions(run: Run, batch: Batch) -> tuple[dict, dict]:
     return on_device, {kind: sent(keep_N, device) for kind, keep_N in keep.items()}
 
 
+def missed(run: Run) -> dict[str, bool]:
+    """What was due with the checkpoint that the run goes on from, and did not come about: it is written before they are."""
+    recipe, folder = run.recipe, run.recipe.folder
+    last = folder / "previews" / f"{name_of(run.images)}.{'gif' if recipe.preview.strips else 'png'}"
+    return {
+        "drawn": due(run, recipe.preview.every) and not last.exists(),
+        "measured": due(run, recipe.validation.every) and not run.log.measured(run.images),
+    }
+
+
 def due(run: Run, every: int) -> bool:
     return every > 0 and run.images % every == 0 and run.images < run.recipe.images
 
@@ -268,7 +281,7 @@ def look(run: Run, drawn: bool, measured: bool) -> None:
 
 def draw(run: Run, model: artifact.Model) -> list[Path]:
     folder = run.recipe.folder / "previews"
-    written = preview.draw(run.recipe.preview, model, run.examples, folder, f"images-{run.images:012d}")
+    written = preview.draw(run.recipe.preview, model, run.examples, folder, name_of(run.images))
     preview.film_of_grids(folder)
     return written
 

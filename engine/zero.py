@@ -269,4 +269,4 @@ def end_group() -> None:
 
     if dist.is_initialized():
         deepspeed.comm.destroy_process_group()
-        gc.collect()  # the engine of a run that is over holds the group in a cycle, and the threads end with the group
+    gc.collect()  # the engine of a run that is over holds the group in a cycle, and the threads end with the group

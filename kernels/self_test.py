@@ -13,6 +13,8 @@ from duotone.kernels import adamw_ema, attention, diffuse, dispatch, group_norm_
 _ALLOWED = 0.02
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def self_test(device, in_turns: bool = False, joins_skips: bool = False) -> list[str]:
     """Lines that say which kernels were switched off and why; empty where all agree or none can run on `device`.
 

@@ -1,6 +1,7 @@
 """Conditionings by themselves: what reaches the network's ports, drop rates there, null states, values that do not fit."""
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -257,6 +258,13 @@ def test_extra_channels_that_do_not_match_are_refused_in_one_line(extra):
 def test_settings_out_of_range_are_refused(config, says):
     with pytest.raises(Refused, match=says):
         config.build(PLAIN, FACTS)
+
+
+def test_pictures_that_a_temperature_refuses_are_refused_at_the_start():
+    recipe = Recipe(name="x", conditioning=(Label(), Temperature(low=0.6)), model=PLAIN)
+    with pytest.raises(Refused, match="preview.guidance = 2.0: a model of this Temperature takes 1 to 1.66667"):
+        recipe.check_conditioning()
+    replace(recipe, preview=replace(recipe.preview, guidance=1.5)).check_conditioning()
 
 
 @pytest.mark.parametrize("config", [Attributes(), Label(), ClassMap()], ids=lambda c: c.kind)

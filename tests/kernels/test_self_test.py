@@ -21,6 +21,12 @@ def test_sound_kernels_pass_and_the_random_state_is_untouched(device):
     assert sum(dispatch.launches.values()) > launches + 10
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_model_may_be_loaded_where_no_gradient_is_kept(device, mode):
+    with mode():
+        assert self_test(device) == []
+
+
 def test_norms_in_turns_are_tried_where_a_run_has_them(device):
     before = dispatch.launches[group_norm_silu.NAME]
     assert self_test(device) == []
