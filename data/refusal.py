@@ -1,5 +1,7 @@
 """The one exception for input that is refused: shown as a single line, exit code 2, nothing written."""
 
+import math
+
 
 class Refused(Exception):
     """Input that cannot be used; the message says what, where and the remedy, in one line."""
@@ -7,5 +9,17 @@ class Refused(Exception):
 
 def at_least(name: str, value: float, least: float) -> None:
     """Raises Refused on a setting below its least value."""
-    if value < least:
+    if not value >= least:  # which a NaN is not either
         raise Refused(f"{name} = {value}: it must be at least {least}")
+
+
+def above(name: str, value: float, least: float) -> None:
+    """Raises Refused on a setting that is not a finite number above its bound."""
+    if not least < value < math.inf:
+        raise Refused(f"{name} = {value}: it must be above {least}, and finite")
+
+
+def finite(name: str, value: float) -> None:
+    """Raises Refused on a setting that is no finite number."""
+    if not math.isfinite(value):
+        raise Refused(f"{name} = {value}: it must be a finite number")

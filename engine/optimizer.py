@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from duotone.data.refusal import Refused, at_least
+from duotone.data.refusal import Refused, above, at_least
 from duotone.kernels.adamw_ema import adamw_ema_
 
 
@@ -65,11 +65,9 @@ class OptimizerConfig:
 
     def check(self) -> None:
         for name in ("lr", "eps"):
-            if getattr(self, name) <= 0:
-                raise Refused(f"optimizer.{name} = {getattr(self, name)}: it must be above 0")
+            above(f"optimizer.{name}", getattr(self, name), 0)
         for name in ("weight_decay", "clip", "warmup"):
-            if getattr(self, name) < 0:
-                raise Refused(f"optimizer.{name} = {getattr(self, name)}: it must not be negative")
+            at_least(f"optimizer.{name}", getattr(self, name), 0)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise Refused(f"optimizer.betas = {self.betas}: each must lie in [0, 1)")
 

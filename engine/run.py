@@ -78,7 +78,7 @@ def set_up(recipe: Recipe, held: ExitStack) -> Run:
     found, passed_over = newest_checkpoint(recipe, ranks)
     begun = passed_over
     if recipe.start is not None and found is None:
-        begun = begun + begin_from(network, recipe.start, recipe.model, recipe.objective)
+        begun = begun + begin_from(network, recipe.start, recipe.model, recipe.objective, recipe.conditioning, facts)
     network.to(ranks.device)
     blocks = speed.make_ready(network.unet, recipe.speed, choice)
     recipe = with_accumulation(recipe, stored, network, choice, ranks)

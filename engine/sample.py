@@ -205,4 +205,9 @@ def image_shape(model: Model, size: int | tuple[int, int] | None) -> tuple[int, 
     height, width = sides
     if min(height, width) < 1:
         raise Refused(f"size = {size}: sides must be at least 1 pixel")
-    return model.network.unet.config.out_channels, height, width
+    config = model.network.unet.config
+    if config.down_pads_ends and min(height, width) < config.shrink:
+        raise Refused(
+            f"size = {size}: this network halves sides down to a pixel of {config.shrink}: give that many or more"
+        )
+    return config.out_channels, height, width

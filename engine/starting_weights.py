@@ -11,6 +11,7 @@ from torch import Tensor
 
 from duotone.data.refusal import Refused
 from duotone.engine import artifact, diffusers_folder, original_layout
+from duotone.engine.conditioning.base import Facts
 from duotone.engine.model.network import Network
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.base import Objective
@@ -19,7 +20,14 @@ from duotone.engine.recipe_json import from_json
 CLASSES = "class_embedding.weight"
 
 
-def begin_from(network: Network, path: Path, config: UNetConfig, objective: Objective | None = None) -> list[str]:
+def begin_from(
+    network: Network,
+    path: Path,
+    config: UNetConfig,
+    objective: Objective | None = None,
+    conditioning: tuple = (),
+    facts: Facts | None = None,
+) -> list[str]:
     """Fills the network; returns what a reader should know. Raises Refused where the source does not fit."""
     file = weights_file(path)
     given, metadata = artifact.read(file)
@@ -30,10 +38,12 @@ def begin_from(network: Network, path: Path, config: UNetConfig, objective: Obje
     own = dict(network.named_parameters())
     refuse_misfits(named, own, file)
     fitting = {name for name in named.keys() & own.keys() if named[name].shape == own[name].shape}
+    others = {} if recipe is None or facts is None else of_other_meaning(recipe, metadata, conditioning, facts)
+    fitting -= {name for name in fitting if name.split(".")[1] in others and name.startswith("conditioners.")}
     with torch.no_grad():
         for name in fitting:
             own[name].copy_(named[name])
-    lines = notes(fitting, named, own, file)
+    lines = notes(fitting, named, own, file) + list(others.values())
     if objective is not None:
         lines += taught_otherwise(taught, objective)
     if original_layout.in_original_layout(given):
@@ -124,6 +134,26 @@ def same(theirs: UNetConfig, ours: UNetConfig, name: str) -> bool:
     if name == "context_width" and "cross" not in (*ours.attention, ours.middle):
         return True
     return getattr(theirs, name) == getattr(ours, name)
+
+
+def of_other_meaning(theirs, metadata: dict[str, str], conditioning: tuple, facts: Facts) -> dict[str, str]:
+    """By kind, conditions whose weights fit but mean something else, and why: rows of other names, or heads cut otherwise."""
+    said = from_json(json.loads(metadata["duotone.facts"])) if "duotone.facts" in metadata else facts
+    known, found = {condition.kind: condition for condition in theirs.conditioning}, {}
+    for kind, ours in ((condition.kind, condition) for condition in conditioning if condition.kind in known):
+        pairs = {
+            "names": (getattr(said, NAMED[kind]), getattr(facts, NAMED[kind])) if kind in NAMED else (None, None),
+            "heads": (getattr(known[kind], "heads", None), getattr(ours, "heads", None)),
+            "encoder": (getattr(known[kind], "encoder", None), getattr(ours, "encoder", None)),
+        }
+        differ = [f"{name} {written(a)} there, {written(b)} here" for name, (a, b) in pairs.items() if a != b]
+        if differ:
+            found[kind] = f"its condition {kind} means something else: {'; '.join(differ)}"
+    return found
+
+
+NAMED = {"label": "classes", "attributes": "attributes", "class_map": "classes"}
+"""Kinds whose weights have a row for each name of the data."""
 
 
 def written(value) -> str:

@@ -101,6 +101,8 @@ class Conditions:
         refuse_untrained_null(model, values)
         negatives = negative_values(model, negative, images)
         steering.check(model, negatives)
+        if steering.guide is not None:
+            refuse_untrained_null(steering.guide, values)
         steers = bool(negatives) or steering.changes_anything()
         if "temperature" in model.network.conditioners:
             refuse_steering(by_attribute is not None or steers)

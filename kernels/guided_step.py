@@ -37,7 +37,8 @@ def guided_step_reference(prediction_2NCHW, x_NCHW, c_skip_N, c_out_N, scale_N, 
     guided_NCHW = c_skip * x_wide_NCHW + c_out * mixed_NCHW
     if rescale:
         denoised_NCHW = c_skip * x_wide_NCHW + c_out * conditional_NCHW
-        ratio_N111 = _deviation(denoised_NCHW) / _deviation(guided_NCHW)
+        of_N111 = _deviation(guided_NCHW)
+        ratio_N111 = torch.where(of_N111 == 0, 1.0, _deviation(denoised_NCHW) / of_N111)  # flat: nothing to rescale
         guided_NCHW = guided_NCHW * (rescale * ratio_N111 + (1 - rescale))
     return torch.empty_like(x_NCHW).copy_(guided_NCHW)
 
@@ -136,7 +137,9 @@ def _kernel(
         slot_K = partial + (image * chunks + chunk_K) * 4
         square = _total_square(slot_K, real_K, count_K, values)
         guided_square = _total_square(slot_K + 2, real_K, count_K, values)
-        guided_V *= rescale * tl.sqrt(square / guided_square) + (1.0 - rescale)
+        ratio = tl.sqrt(square / tl.where(guided_square == 0.0, 1.0, guided_square))
+        ratio = tl.where(guided_square == 0.0, 1.0, ratio)  # flat: nothing to rescale
+        guided_V *= rescale * ratio + (1.0 - rescale)
     tl.store(guided + image * values + value_V, guided_V.to(guided.dtype.element_ty), mask=real_V)
 
 

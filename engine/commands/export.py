@@ -17,12 +17,13 @@ class Export:
 
     def run(self, path: Path) -> None:
         from duotone.engine import artifact, diffusers_folder, model_card
+        from duotone.engine.run_folder import made
 
         if self.out.exists():
             raise Refused(f"{self.out} exists: give another --out, nothing was written")
+        made(self.out.parent)
         model = artifact.load(path, "cpu")
         if self.format == "safetensors":
-            self.out.parent.mkdir(parents=True, exist_ok=True)
             named = {name: p.detach() for name, p in model.network.named_parameters()}
             artifact.save(self.out, named, model.recipe, model.facts, model.images)
             card = self.out.with_suffix(".md")

@@ -108,7 +108,7 @@ def class_index(value: int | str, classes: tuple[str, ...]) -> int:
     value = value.item() if isinstance(value, Tensor) else value
     if value in classes:
         return classes.index(value)
-    if str(value).isdigit() and int(value) < len(classes):
+    if str(value).isdecimal() and int(value) < len(classes):
         return int(value)
     raise Refused(
         f"label {value!r} is no class of this model: give a number below {len(classes)} or one of {', '.join(classes)}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from duotone.data.refusal import Refused
+from duotone.data.refusal import Refused, at_least, finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,8 @@ class Apg:
     def begin(self, sigmas: Tensor, solver: Callable, scales: Sequence[float]) -> "ApgRun":
         if not -1 < self.momentum < 1:
             raise Refused(f"momentum = {self.momentum}: it must lie between -1 and 1")
+        at_least("radius", self.radius, 0)
+        finite("parallel", self.parallel)
         return ApgRun(self)
 
 

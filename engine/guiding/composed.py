@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from duotone.data.refusal import Refused
+from duotone.data.refusal import Refused, finite
 from duotone.engine.conditioning.attributes import UNKNOWN, attribute_row, place
 from duotone.engine.conditioning.base import Conditioning
 from duotone.engine.cuda_graph import Recordings
@@ -31,6 +31,8 @@ def check(conditioner, scales: Mapping[str, float], asked: list) -> None:
     """Refuses scales of attributes that were never left out in training, or that an image does not ask for."""
     if not scales:
         raise Refused("guidance by attribute is empty: give at least one attribute and its scale")
+    for name, scale in scales.items():
+        finite(f"guidance of {name}", scale)
     if conditioner.attribute_dropout == 0:
         raise Refused(
             "guidance by attribute needs attributes that were left out one by one in training, and this network was "

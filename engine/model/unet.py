@@ -108,6 +108,8 @@ class UNetConfig:
                 raise Refused(f"model.groups = {self.groups} does not divide a width of model.channels: {width}")
             if kind != "none" and width % heads:
                 raise Refused(f"model.heads = {heads} does not divide the width {width} of its level")
+        if self.middle in ("self", "cross") and self.channels[-1] % self.heads[-1]:
+            raise Refused(f"model.heads = {self.heads[-1]} does not divide the width {self.channels[-1]} of the middle")
         if self.film_shared and not self.film:
             raise Refused("model.film_shared shares the projection of FiLM: set model.film too, or leave it off")
         if not 0 <= self.dropout < 1:

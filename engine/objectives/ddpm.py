@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from duotone.data.refusal import Refused
+from duotone.data.refusal import Refused, above
 from duotone.engine.objectives.base import (
     Objective,
     Scalings,
@@ -77,8 +77,7 @@ class DDPM(Objective):
     def check(self) -> None:
         if self.steps < 2:
             raise Refused(f"objective.steps = {self.steps}: it must be at least 2")
-        if self.gamma <= 0:
-            raise Refused(f"objective.gamma = {self.gamma}: it must be above 0")
+        above("objective.gamma", self.gamma, 0)
         if self.rescale_zero_snr and self.prediction == "epsilon":
             raise Refused(
                 "objective.rescale_zero_snr with prediction epsilon: at infinite noise, predicting the noise says nothing "

@@ -1,11 +1,12 @@
 """EDM: Karras et al. 2022, table 1, column "Ours"."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from duotone.data.refusal import Refused
+from duotone.data.refusal import Refused, above, finite
 from duotone.engine.objectives.base import Objective, Scalings, karras_sigmas, log_linear_sigmas
 from duotone.engine.objectives.sigma_data import measured_sigma_data
 
@@ -31,9 +32,10 @@ class EDM(Objective):
 
     def check(self) -> None:
         for name in ("sigma_data", "log_std", "rho"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise Refused(f"objective.{name} = {getattr(self, name)}: it must be above 0")
-        if not 0 < self.sigma_min < self.sigma_max:
+            if getattr(self, name) is not None:
+                above(f"objective.{name}", getattr(self, name), 0)
+        finite("objective.log_mean", self.log_mean)
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
             raise Refused(
                 f"objective.sigma_min = {self.sigma_min}, objective.sigma_max = {self.sigma_max}: they must be above 0 and rise"
             )

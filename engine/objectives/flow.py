@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from duotone.data.refusal import Refused
+from duotone.data.refusal import above, finite
 from duotone.engine.objectives.base import Objective, Scalings, karras_sigmas, log_linear_sigmas, with_zero
 
 
@@ -35,8 +35,8 @@ class Flow(Objective):
 
     def check(self) -> None:
         for name in ("logit_std", "shift"):
-            if getattr(self, name) <= 0:
-                raise Refused(f"objective.{name} = {getattr(self, name)}: it must be above 0")
+            above(f"objective.{name}", getattr(self, name), 0)
+        finite("objective.logit_mean", self.logit_mean)
 
     def draw_sigma(self, u_N: Tensor) -> Tensor:
         if self.times == "uniform":
@@ -53,7 +53,7 @@ class Flow(Objective):
         return 1 / time_of(sigma_N).square()
 
     def sampling_sigmas(self, steps: int, spacing: str = "trailing") -> Tensor:
-        """trailing: t = 1 down to 1 / steps; linspace: 1 down to 1 / 1000, as diffusers does; karras, log-linear: finite."""
+        """trailing: t = 1 down to 1 / steps; linspace: 1 down to 1 / 1000, which for a shift of 1 is diffusers'; karras, log-linear: finite."""
         low, high = 1 / 999, 999.0  # t = 0.001 and 0.999
         if spacing == "karras":
             return self.shift * karras_sigmas(low, high, steps)

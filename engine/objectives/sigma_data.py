@@ -3,6 +3,7 @@
 import numpy as np
 
 from duotone.data.dataset import Dataset
+from duotone.data.refusal import Refused
 from duotone.engine import draws
 
 
@@ -17,4 +18,7 @@ def measured_sigma_data(data: Dataset, images: int = 10_000, at_once: int = 250)
             total + pixels.sum().item(),
             squares + pixels.square().sum().item(),
         )
-    return (squares / count - (total / count) ** 2) ** 0.5
+    variance = squares / count - (total / count) ** 2
+    if variance < 1e-9:
+        raise Refused("every pixel of the data is the same: there is nothing to learn; check how the shards were made")
+    return variance**0.5

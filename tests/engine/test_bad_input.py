@@ -67,6 +67,13 @@ def test_a_wrong_name_or_value_is_one_line_with_the_nearest_key(flags, says):
         (["--images", "100"], "no multiple of batch_size = 8: 96 would be"),
         (["--checkpoint.every", "12"], "checkpoint.every = 12"),
         (["--optimizer.lr", "-1"], "optimizer.lr = -1.0: it must be above 0"),
+        (["--optimizer.lr", "nan"], "optimizer.lr = nan: it must be above 0, and finite"),
+        (["--optimizer.clip", "nan"], "optimizer.clip = nan"),
+        (["--objective.log-mean", "nan"], "objective.log_mean = nan"),
+        (
+            ["--model.attention", "cross", "none", "--model.middle", "self", "--model.heads", "2", "3"],
+            "model.heads = 3 does not divide the width 16 of the middle",
+        ),
         (["--optimizer.betas", "0.9", "1.5"], "optimizer.betas"),
         (["--conditioning.0.dropout", "3"], "conditioning.0.dropout = 3.0"),
         (["--conditioning.0.width", "32"], "model.context_width = 16, but the text's width is 32"),
@@ -314,6 +321,7 @@ def test_exports_never_overwrite(ema, tmp_path):
         (["paint", "x"], "unknown command 'paint'"),
         (["prepare", "imagenet"], "unknown data 'imagenet'"),
         (["export", "nowhere", "--out", "y"], "does not exist"),
+        (["export", "nowhere", "--out", f"{__file__}/y"], "test_bad_input.py cannot be made"),
         (["evaluate", "nowhere", "--stepz", "3"], "nearest key is --steps"),
     ],
 )

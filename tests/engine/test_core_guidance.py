@@ -3,6 +3,7 @@
 import math
 import re
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -234,6 +235,7 @@ def test_a_sweep_of_scales_is_one_row_each():
         (dict(rule=CfgPlusPlus(), sampler="heun"), "CFG\\+\\+ is a rule for Euler steps, and the sampler is heun"),
         (dict(rule=CfgPlusPlus(), sampler="euler", guidance=4.0), "between 0 and 1"),
         (dict(rule=Apg(momentum=1.0)), "momentum = 1.0"),
+        (dict(rule=Apg(radius=-1.0)), "radius = -1.0"),
     ],
 )
 def test_steering_that_does_not_fit_is_refused(asked, says):
@@ -245,6 +247,10 @@ def test_a_guide_that_does_not_fit_is_refused():
     model, other = model_of(Label(), PLAIN), model_of(Label(), PLAIN, DDPM())
     with pytest.raises(Refused, match="another objective"):
         sample(model, labels=[0], guide=other, guidance=2.0)
+    undropped, recipe = model_of(Label(dropout=0.0), PLAIN), replace(model.recipe, conditioning=())
+    unconditional = Model(build(recipe, Facts()).eval(), recipe.objective, Facts(), recipe)
+    with pytest.raises(Refused, match="never trained without"):
+        sample(unconditional, count=1, guide=undropped, guidance=2.0)
     with pytest.raises(Refused, match="give one"):
         sample(model, labels=[0], guide=model, guidance=2.0, negative={"labels": [1]})
 
@@ -302,6 +308,7 @@ def test_each_attribute_is_guided_by_its_own_scale():
     [
         ({}, {"guidance": {"Smiling": 2.0}, "attributes": [{"Male": 1}]}, "'Smiling', which image 0 leaves unknown"),
         ({}, {"guidance": {"Old": 2.0}, "attributes": [{"Male": 1}]}, "'Old' is none of this model's"),
+        ({}, {"guidance": {"Male": math.nan}, "attributes": [{"Male": 1}]}, "guidance of Male = nan"),
         ({}, {"guidance": {}, "attributes": [{"Male": 1}]}, "guidance by attribute is empty"),
         ({}, {"guidance": {"Male": 2.0}, "count": 1}, "guidance by name is for attributes"),
         ({}, {"guidance": {"Male": 2.0}, "attributes": [{"Male": 1}], "rescale": 0.5}, "does not go with"),

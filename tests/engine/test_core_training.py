@@ -18,6 +18,7 @@ from duotone.data import captioned_shapes
 from duotone.data.batch import Batch, sent
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
+from duotone.data.write_shards import Sample, write_shards
 from duotone.engine import draws
 from duotone.engine.artifact import Model, build
 from duotone.engine.conditioning.attributes import Attributes
@@ -285,6 +286,15 @@ def test_sigma_data_is_measured_from_the_data(tmp_path):
     fitted = EDM(sigma_data=None).fitted(data)
     assert fitted.sigma_data == pytest.approx(every.std().item(), rel=1e-4)
     assert EDM(sigma_data=0.5).fitted(data).sigma_data == 0.5
+    data.close()
+
+
+def test_data_of_one_grey_is_refused(tmp_path):
+    grey = [Sample(image=np.full((16, 16, 3), 37, np.uint8)) for _ in range(4)]
+    write_shards(grey, tmp_path / "grey", image_format="npy")
+    data = Shards(shards=tmp_path / "grey", size=16).open(torch.device("cpu"))
+    with pytest.raises(Refused, match="every pixel of the data is the same"):
+        measured_sigma_data(data)
     data.close()
 
 

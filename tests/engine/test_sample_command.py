@@ -66,6 +66,7 @@ MISTAKES = [
     ("nothing there", "--attribute Male=1:1.2.3", "attribute 'Male=1:1.2.3': write NAME, NAME=0, or NAME=1:3"),
     ("text", "--label cat", "this model takes no labels: it takes prompts"),
     ("label", "--label wolf", "label 'wolf' is no class of this model: give a number below 2 or one of cat, dog"),
+    ("label", "--label \u00b2", "label '\u00b2' is no class of this model"),
     ("label", "--label cat --negative blurry", "negative prompts given, but this model takes no prompts"),
     ("label", "--label cat --steps 2000", "steps = 2000: noise levels must fall at every step"),
     ("undropped", "--label cat --guidance 2", "trained with condition dropout 0 for its labels: leave guidance at 1"),

@@ -86,6 +86,22 @@ def test_our_own_file_and_a_condition_that_it_does_not_know(tmp_path):
     assert said[1:] == ["conditioners.label begins at random"]
 
 
+@pytest.mark.parametrize("names", [("dog", "cat"), ("cat", "dog")])
+def test_a_row_of_another_name_is_no_beginning(tmp_path, names):
+    """As many classes, but others: their rows fit and mean something else."""
+    source = fresh(seed=5)
+    named = {name: p.detach() for name, p in source.named_parameters()}
+    artifact.save(tmp_path / "ema.safetensors", named, RECIPE, FACTS, 0)
+    network = fresh()
+    own = network.conditioners["label"].embedding.weight.clone()
+    said = begin_from(network, tmp_path, MODEL, None, RECIPE.conditioning, Facts(classes=names))
+    found = network.conditioners["label"].embedding.weight
+    if names == FACTS.classes:
+        assert found.equal(source.conditioners["label"].embedding.weight) and len(said) == 1
+    else:
+        assert found.equal(own) and said[-1].startswith("its condition label means something else: names cat dog there")
+
+
 def test_our_own_file_says_what_shapes_do_not(tmp_path):
     """Heads and the order of a sinusoid change no shape; another prediction changes what the weights mean."""
     theirs = replace(RECIPE, model=replace(MODEL, heads=(1, 4), time_flip=False), objective=DDPM(prediction="v"))

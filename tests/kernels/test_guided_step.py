@@ -62,6 +62,16 @@ def test_full_rescale_restores_each_images_deviation(device, launching):
     torch.testing.assert_close(guided_NCHW.std(dim=(1, 2, 3)), denoised_NCHW.std(dim=(1, 2, 3)))
 
 
+def test_a_flat_image_has_nothing_to_rescale(device, launching):
+    """A new network predicts nothing: its images would all be NaN."""
+    given = draw((2, 3, 16, 16), device, torch.float32)
+    given["x_NCHW"][0], given["prediction_2NCHW"][[0, 2]] = 0.0, 0.0
+    with launching(NAME, launches=2):
+        guided_NCHW = guided_step(**given, rescale=0.7)
+    assert guided_NCHW.isfinite().all() and not guided_NCHW[0].any()
+    torch.testing.assert_close(guided_NCHW, guided_step_reference(**given, rescale=0.7), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("obstacle", ["layout", "gradient", "type"])
 def test_what_no_kernel_covers_goes_to_the_reference_and_is_counted(obstacle, device):
     given = draw((2, 3, 9, 8), device, torch.float32)
