@@ -110,7 +110,7 @@ def load(
     path = Path(path)
     file = path / "ema.safetensors" if path.is_dir() else path
     if not file.exists():
-        raise Refused(f"{file} does not exist: train first, or give the path of an ema.safetensors")
+        raise Refused(f"{file} does not exist: {instead_of(path)}")
     named, metadata = read(file)
     if "duotone.recipe" not in metadata:
         raise Refused(f"{file} was not written by duotone: its header has no duotone.recipe")
@@ -120,6 +120,16 @@ def load(
     fill(network, named, file)
     put_to_sample(network, device, speed)
     return Model(network, recipe.objective, facts, recipe, int(metadata["duotone.images"]))
+
+
+def instead_of(path: Path) -> str:
+    """What to give for a path that holds no model."""
+    checkpoints = sorted((path / "checkpoints").glob("images-*"))
+    if checkpoints:
+        return f"the run has not ended; give its checkpoint {checkpoints[-1]}"
+    if (path / "unet").is_dir():
+        return "this is a folder for diffusers; give the run, or a file of `duotone export --format safetensors`"
+    return "train first, or give the path of an ema.safetensors"
 
 
 def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -51,8 +51,8 @@ def publish(
     """Writes a checkpoint whole or not at all; `facts` go into its manifest, `header` into the file of the EMA."""
     final = folder / name_of(images)
     draft = folder / f".{final.name}-{uuid.uuid4().hex[:8]}"
-    draft.mkdir(parents=True)
     try:
+        draft.mkdir(parents=True)
         for kind, named in tensors.items():
             save_file(named, draft / f"{kind}.safetensors", header if kind == "ema" else None)
         files = {path.name: {"bytes": path.stat().st_size, "sha256": digest(path)} for path in sorted(draft.iterdir())}
@@ -63,6 +63,11 @@ def publish(
         if final.exists():
             shutil.rmtree(final)
         os.replace(draft, final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise Refused(
+            f"checkpoint {final} cannot be written ({error}): mend that, and the same command goes on from the one before"
+        ) from None
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise

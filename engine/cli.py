@@ -50,6 +50,9 @@ def main(arguments: list[str] | None = None) -> None:
     except Refused as refusal:
         print(f"duotone: refused: {refusal}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nduotone: interrupted", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
 

@@ -13,7 +13,8 @@ def parse(cls: type, arguments: list[str], *, default=None, name: str | None = N
     """An instance of `cls` from its flags, over `default` where given; raises Refused on a wrong key or value."""
     import tyro
 
-    arguments = [whole_number(a) for a in arguments]
+    kinds = kinds_of(cls)
+    arguments = last_of_each([whole_number(a) for a in arguments], kinds)
     wants_help = any(a in ("-h", "--help") for a in arguments)
     errors = io.StringIO()
     extra = {} if default is None else {"default": default}
@@ -24,7 +25,6 @@ def parse(cls: type, arguments: list[str], *, default=None, name: str | None = N
         if stop.code in (0, None):
             raise
         box = errors.getvalue()
-        kinds = kinds_of(cls)
         raise Refused(unknown_kind(kinds, arguments) or key_of_another_kind(kinds, box) or one_line(box)) from None
 
 
@@ -33,6 +33,24 @@ def whole_number(argument: str) -> str:
     if re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d+", argument) and float(argument).is_integer():
         return str(int(float(argument)))
     return argument
+
+
+def last_of_each(arguments: list[str], kinds: dict) -> list[str]:
+    """Of a flag that is given several times the last, as when an override is appended to a command."""
+    groups: list[list[str]] = [[]]
+    for argument in arguments:
+        if argument.startswith("--") or re.split(r"\.\d+:|:", argument)[0] in kinds and ":" in argument:
+            groups.append([])
+        groups[-1].append(argument)
+    last = {flag_of(group[0]): place for place, group in enumerate(groups) if group}
+    kept = (group for place, group in enumerate(groups) if group and last[flag_of(group[0])] == place)
+    return [argument for group in kept for argument in group]
+
+
+def flag_of(argument: str) -> str:
+    """A flag without its value, in one spelling; --no-x is --x given otherwise."""
+    name = argument.split("=")[0].replace("_", "-")
+    return re.sub(r"(^--|\.)no-", r"\1", name) if name.startswith("--") else argument
 
 
 def kinds_of(cls: type) -> dict[str, dict[str, type]]:

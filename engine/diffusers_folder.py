@@ -202,7 +202,7 @@ def export(model: Model, out: Path) -> list[str]:
     """Writes the folder whole or not at all; returns a line for each thing that diffusers will not know of the model."""
     if out.exists():
         raise Refused(f"{out} exists: give another --out, nothing was written")
-    from duotone.engine.model_card import card  # which asks this file what diffusers can hold
+    from duotone.engine.model_card import card_of_folder  # which asks this file what diffusers can hold
 
     conditioners = model.network.conditioners
     config = config_of(model.recipe, len(model.facts.classes or ()))
@@ -214,7 +214,8 @@ def export(model: Model, out: Path) -> list[str]:
             weights["class_embedding.weight"] = conditioners["label"].rows().float().contiguous().cpu()
         write_folder(draft, config, weights, scheduler)
         notes = write_index(draft, config, scheduler, list(conditioners)) + save_text_encoder(draft, model)
-        (draft / "README.md").write_text(card(model.recipe, model.facts, model.images))
+        told = card_of_folder(model.recipe, model.facts, model.images, config, scheduler, notes)
+        (draft / "README.md").write_text(told)
         out.parent.mkdir(parents=True, exist_ok=True)
         os.replace(draft, out)
     except BaseException:

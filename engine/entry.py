@@ -5,6 +5,7 @@ import socket
 import sys
 import time
 import warnings
+from dataclasses import replace
 
 from duotone.data.refusal import Refused
 from duotone.engine.command_line import parse
@@ -33,6 +34,9 @@ def main(recipe: Recipe, embedded: Recipe | None = None) -> None:
     except Refused as refusal:
         tell(refusal)
         sys.exit(2)
+    except KeyboardInterrupt:
+        tell_where(recipe)
+        sys.exit(130)
     except RuntimeError as error:
         from duotone.engine.zero import lost_a_rank
 
@@ -40,6 +44,14 @@ def main(recipe: Recipe, embedded: Recipe | None = None) -> None:
             # The launcher ends this rank for the other's fault, which alone is worth telling.
             time.sleep(2 * ONLY_THIS_RANK)
         raise
+
+
+def tell_where(recipe: Recipe) -> None:
+    """Where an interrupted run goes on from."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        known = sorted((recipe.folder / "checkpoints").glob("images-*"))
+        where = f"the same command goes on from {known[-1]}" if known else "there is no checkpoint to go on from yet"
+        print(f"\nduotone: interrupted: {where}", file=sys.stderr, flush=True)
 
 
 def tell(refusal: Refused) -> None:
@@ -56,14 +68,15 @@ def base_of(recipe: Recipe, embedded: Recipe | None, arguments: list[str]) -> Re
     small = "--small" in arguments
     if embedded is None and small:
         raise Refused(f"--small: {recipe.name} has no small network of its own")
+    own = any(a.split("=")[0] == "--data.shards" for a in arguments)
     if small:
-        return embedded
+        return replace(embedded, name=f"{recipe.name}_small") if own else embedded
     if embedded is not None and not {"-h", "--help"}.isdisjoint(arguments):
         say(
             f"the defaults are {recipe.name}'s; without --data.shards, or with --small, a small network is trained instead"
         )
         return recipe
-    if embedded is None or any(a.split("=")[0] == "--data.shards" for a in arguments):
+    if embedded is None or own:
         return recipe
     say(
         f"no --data.shards: training a small network on the embedded captioned shapes. The full {recipe.name} recipe: "

@@ -12,13 +12,35 @@ The model has learnt the pictures of its data set, with their gaps and biases, a
 (`duotone evaluate` shows each sample beside its nearest training image). It has not been checked for any use."""
 
 
-def write(path: Path, recipe: Recipe, facts: Facts, data, images: int) -> None:
-    """Writes the card in one step; no path of this machine is in it."""
-    write_whole(path, card(recipe, facts, images, None if data is None else data.count))
+def write(path: Path, recipe: Recipe, facts: Facts, data, images: int, file: str = "ema.safetensors") -> None:
+    """Writes the card in one step; no path of this machine is in it. `file` is the weights' own name."""
+    write_whole(path, card(recipe, facts, images, None if data is None else data.count, file))
 
 
-def card(recipe: Recipe, facts: Facts, images: int, samples: int | None = None) -> str:
-    return "\n".join([*front_matter(recipe), "", f"# {recipe.name}", "", *told(recipe, facts, images, samples)]) + "\n"
+def card(recipe: Recipe, facts: Facts, images: int, samples: int | None = None, file: str = "ema.safetensors") -> str:
+    return whole(front_matter(recipe), recipe, told(recipe, facts, images, samples), usage(recipe, facts, file))
+
+
+def card_of_folder(recipe: Recipe, facts: Facts, images: int, config: dict, scheduler: dict, notes: list[str]) -> str:
+    """The card of a folder that diffusers loads."""
+    names = (config["_class_name"], scheduler["_class_name"])
+    use = [
+        "```python",
+        f"from diffusers import {', '.join(names)}",
+        "",
+        f'unet = {names[0]}.from_pretrained("this folder", subfolder="unet")',
+        f'scheduler = {names[1]}.from_pretrained("this folder", subfolder="scheduler")',
+        "```",
+        *(["", *(f"- {note}" for note in notes)] if notes else []),
+    ]
+    told_of = [line for line in told(recipe, facts, images, None) if not line.startswith("| as a diffusers folder")]
+    front = [line.replace("library_name: duotone", "library_name: diffusers") for line in front_matter(recipe)]
+    return whole(front, recipe, told_of, use)
+
+
+def whole(front: list[str], recipe: Recipe, told_of: list[str], use: list[str]) -> str:
+    parts = [*front, "", f"# {recipe.name}", "", *told_of, "", "## Use", "", *use, "", "## Limits", "", LIMITS]
+    return "\n".join(parts) + "\n"
 
 
 def front_matter(recipe: Recipe) -> list[str]:
@@ -44,7 +66,7 @@ def told(recipe: Recipe, facts: Facts, images: int, samples: int | None) -> list
     for what, names in (("classes", facts.classes), ("attributes", facts.attributes)):
         if names:
             lines.append(f"| {what} | {', '.join(names[:40])}{' ...' if len(names) > 40 else ''} |")
-    return [*lines, "", "## Use", "", *usage(recipe, facts), "", "## Limits", "", LIMITS]
+    return lines
 
 
 def held_out(recipe: Recipe) -> str:
@@ -73,7 +95,7 @@ def average(recipe: Recipe) -> str:
     return f"half-life {recipe.ema.half_life:,} images"
 
 
-def usage(recipe: Recipe, facts: Facts) -> list[str]:
+def usage(recipe: Recipe, facts: Facts, file: str) -> list[str]:
     asked = {"text": 'prompts=["..."]', "label": f"labels=[{(facts.classes or ['0'])[0]!r}]",
              "class_map": f"labels=[{(facts.classes or ['0'])[0]!r}]",
              "attributes": f"attributes=[[{(facts.attributes or ['name'])[0]!r}]]"}  # fmt: skip
@@ -82,6 +104,6 @@ def usage(recipe: Recipe, facts: Facts) -> list[str]:
         "```python",
         "from duotone.engine import load, sample",
         "",
-        f'images = sample(load("ema.safetensors"), {", ".join(given)}, steps={recipe.preview.steps}, seed=0)',
+        f'images = sample(load("{file}"), {", ".join(given)}, steps={recipe.preview.steps}, seed=0)',
         "```",
     ]

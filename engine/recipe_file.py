@@ -21,10 +21,9 @@ def recipe_at(path: Path, flags: list[str], name: str) -> Recipe:
 
 
 def stored(folder: Path) -> Recipe:
-    found = run_folder.stored_recipe(folder)
-    if found is None:
+    if not (folder / "recipe.json").exists():
         raise Refused(f"{folder} is no run's folder (no recipe.json): give one, or a file of recipes/")
-    return from_json(found)
+    return from_json(run_folder.stored_recipe(folder))
 
 
 def written(file: Path) -> Recipe:

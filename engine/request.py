@@ -26,7 +26,9 @@ def values_by_kind(model: Model, asked: dict[str, list]) -> dict[str, list]:
     for name in asked:
         if not any(conditioner.asked == name for conditioner in kinds.values()):
             takes = ", ".join(dict.fromkeys(c.asked for c in kinds.values())) or "no condition, only count"
-            raise Refused(f"this model takes no {name}: it takes {takes}")
+            hint = {"images": "an image and its mask", "holes": "an image without a mask"}.get(name, "")
+            hint = f" ({hint}: see --image and --mask)" if hint and {"images", "holes"} & set(takes.split(", ")) else ""
+            raise Refused(f"this model takes no {name}: it takes {takes}{hint}")
     return {kind: asked[c.asked] for kind, c in kinds.items() if c.asked in asked}
 
 

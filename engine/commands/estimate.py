@@ -38,7 +38,8 @@ def arithmetic(network, recipe) -> list[str]:
 
     parameters = sum(p.numel() for p in network.parameters())
     forward = flops_per_image(network.unet, recipe.data.size)
-    total = 3 * forward * recipe.images
+    # A backward pass costs two forward ones, and blocks that are computed anew for it one more.
+    total = (4 if recipe.speed.gradient_checkpointing else 3) * forward * recipe.images
     disk = 4 * 4 * parameters * recipe.checkpoint.keep
     return [
         f"  parameters      {parameters / 1e6:,.1f} M (UNet {sum(p.numel() for p in network.unet.parameters()) / 1e6:,.1f} M)",

@@ -28,7 +28,7 @@ class Export:
             artifact.save(self.out, named, model.recipe, model.facts, model.images)
             card = self.out.with_suffix(".md")
             if not card.exists():
-                model_card.write(card, model.recipe, model.facts, None, model.images)
+                model_card.write(card, model.recipe, model.facts, None, model.images, self.out.name)
             notes = []
         else:
             notes = diffusers_folder.export(model, self.out)

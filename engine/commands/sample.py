@@ -87,6 +87,8 @@ class Sample:
                 raise Refused(f"{path} exists: give another --{'out' if path == self.out else 'gif'}, or --overwrite")
             if path is not None:
                 pictures.refuse_unwritable(path, film=path == self.gif)
+        if self.gif is not None and self.gif.resolve() == self.out.resolve():
+            raise Refused(f"--gif and --out are both {self.out}: give the film and the sheet a file each")
         self.attributes()
         for name in ("count", "columns"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -125,6 +127,8 @@ class Sample:
             if not found:
                 raise Refused(f"attribute {text!r}: write NAME, NAME=0, or NAME=1:3 for a guidance scale of 3")
             name, state, scale = found.groups()
+            if name in states:
+                raise Refused(f"attribute {name!r} is given twice: give it once")
             states[name] = int(state or 1)
             scales |= {name: float(scale)} if scale else {}
         return states, scales
@@ -172,4 +176,10 @@ class Sample:
         away_from = (
             self.guide is not None or "count" not in asked and (model.can_be_guided or self.negative is not None)
         )
-        return self.guidance or (2.0 if away_from else 1.0,)
+        scales = self.guidance or (2.0 if away_from else 1.0,)
+        steers = self.guide is not None or self.negative is not None or self.rescale or self.interval != (0.0, math.inf)
+        if steers and self.rule == "plain" and set(scales) == {1.0}:
+            raise Refused(
+                "--negative, --guide, --interval and --rescale have no effect at guidance 1: give more, or leave them out"
+            )
+        return scales

@@ -124,7 +124,13 @@ class LowResolutionConditioner(Conditioner):
         return {"image_NCHW": torch.cat(rows)}
 
     def row(self, value, size: tuple[int, int]) -> Tensor:
-        return enlarged(unit(pixels_of(value, self.extra_channels)[None]), size)
+        image_HWC = pixels_of(value, self.extra_channels)
+        (height, width), (h, w) = size, image_HWC.shape[:2]
+        if abs(h * width - w * height) >= max(height, width):  # by a pixel of the small image or more
+            raise Refused(
+                f"low resolution: an image of {h} x {w} is of another shape than {size}: crop it, or set size"
+            )
+        return enlarged(unit(image_HWC[None]), size)
 
     def forward(self, tensors: dict[str, Tensor], keep_N: Tensor) -> Conditioning:
         return Conditioning(channels_NKHW=tensors["image_NCHW"] * keep_N[:, None, None, None])

@@ -198,6 +198,25 @@ DATA = {
 }
 
 
+def test_of_a_flag_that_is_given_again_the_last_counts():
+    """Appending to a command overrides it, wherever the first stood and however it was spelt."""
+    flags = [
+        "optimizer:muon",
+        "--log.every",
+        "5",
+        "--optimizer.warmup",
+        "20",
+        "--model.channels",
+        "8",
+        "8",
+        "--no-flip",
+    ]
+    flags += ["--log.every=7", "--model.channels", "16", "24", "--flip", "--batch_size", "4"]
+    recipe = parse(Recipe, flags, default=tiny())
+    assert (recipe.log.every, recipe.optimizer.warmup, recipe.model.channels) == (7, 20, (16, 24))
+    assert recipe.flip and recipe.batch_size == 4 and type(recipe.optimizer).__name__ == "Muon"
+
+
 @pytest.mark.parametrize("fault", DATA)
 def test_shards_that_cannot_be_used_are_refused_and_nothing_is_written(fault, shards, tmp_path):
     make, says = DATA[fault]
@@ -272,10 +291,13 @@ def test_damaged_checkpoints_push_no_readable_one_out(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name_of(40)]
 
 
-def test_an_interrupted_write_is_never_seen(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "seen"), [(OSError("disk full"), Refused), (KeyboardInterrupt("disk full"), KeyboardInterrupt)]
+)
+def test_an_interrupted_write_is_never_seen(tmp_path, monkeypatch, error, seen):
     checkpoint.publish(tmp_path, 8, tensors(), {})
-    monkeypatch.setattr(checkpoint, "digest", lambda path: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(checkpoint, "digest", lambda path: (_ for _ in ()).throw(error))
+    with pytest.raises(seen, match="disk full"):
         checkpoint.publish(tmp_path, 16, tensors(), {})
     assert [p.name for p in tmp_path.iterdir()] == ["images-000000000008"]
 

@@ -308,9 +308,11 @@ def test_rectangles_have_sides_between_a_quarter_and_three_quarters():
     [
         (LowResolution(), {"images": [np.zeros((4, 4))]}, r"give uint8 \(H, W, 3\)"),
         (LowResolution(), {"labels": [0]}, "takes no labels: it takes images"),
+        (LowResolution(), {"images": [np.zeros((4, 6, 3), np.uint8)]}, "an image of 4 x 6 is of another shape than"),
+        (Hole(), {"images": [np.zeros((8, 8, 3), np.uint8)]}, "it takes holes .an image and its mask"),
         (Hole(), {"holes": [(np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4)))]}, r"but \(8, 8\) is sampled"),
     ],
-    ids=["type", "kind", "size"],
+    ids=["type", "kind", "shape", "no mask", "size"],
 )
 def test_images_that_do_not_fit_are_refused(config, asked, says):
     with pytest.raises(Refused, match=says):

@@ -47,6 +47,13 @@ def test_what_is_said_is_what_the_export_does(name, tmp_path):
         diffusers_folder.export(model, tmp_path / "folder")
         assert (tmp_path / "folder" / "unet" / "config.json").exists()
         assert "| as a diffusers folder | `duotone export` |" in card
+        told = (tmp_path / "folder" / "README.md").read_text()
+        (line,) = (line for line in told.splitlines() if line.startswith("from diffusers import "))
+        namespace: dict = {}
+        exec(line, namespace)  # the classes that it names are there, and load it
+        for part, name in zip(("unet", "scheduler"), line.removeprefix("from diffusers import ").split(", ")):
+            namespace[name].from_pretrained(tmp_path / "folder", subfolder=part)
+        assert "ema.safetensors" not in told and "library_name: diffusers" in told
     else:
         with pytest.raises(diffusers_folder.Inexpressible, match=why):
             diffusers_folder.export(model, tmp_path / "folder")

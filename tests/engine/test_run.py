@@ -403,6 +403,37 @@ def test_what_was_due_with_the_checkpoint_is_made_up_for(shards, tmp_path, monke
     assert grids == [f"{checkpoint.name_of(n)}.png" for n in (16, 32, 48)]
 
 
+def test_a_disk_that_is_full_is_one_line(shards, tmp_path):
+    script = tmp_path / "full.py"
+    limit = "import resource, runpy\nresource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
+    script.write_text(f"{limit}runpy.run_path({str(RECIPE)!r}, run_name='__main__')\n")
+    done = run(shards, tmp_path / "run", script=script, code=2)
+    (line,) = (line for line in done.stderr.splitlines() if "refused" in line)
+    assert "images-000000000016 cannot be written" in line and "Traceback" not in done.stderr
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_an_interrupted_run_says_where_it_goes_on(shards, tmp_path):
+    """As by Ctrl-C, once it has a checkpoint."""
+    out, environment = tmp_path / "run", os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    start = command(shards, out, "--images", "80000")
+    process = subprocess.Popen(start, stderr=subprocess.PIPE, text=True, env=environment)
+    until = time.monotonic() + 200
+    while not list((out / "checkpoints").glob("images-*")) and time.monotonic() < until:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 130 and "Traceback" not in said
+    assert f"duotone: interrupted: the same command goes on from {out}/checkpoints/images-" in said
+
+
+def test_a_run_that_has_not_ended_names_its_checkpoint(whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "run")
+    (out / "ema.safetensors").unlink()
+    with pytest.raises(Refused, match="the run has not ended; give its checkpoint .*images-000000000096$"):
+        artifact.load(out, "cpu")
+
+
 def test_fresh_moves_the_old_run_aside(whole, shards, tmp_path):
     out = shutil.copytree(whole, tmp_path / "again")
     run_here(shards, out, "--images", "24", "--fresh")

@@ -13,6 +13,7 @@ import torch
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
 from duotone.engine import main, memory, run_folder, zero
+from duotone.engine.entry import base_of
 from duotone.engine.log import Log, Logger, duration
 from duotone.engine.model.network import Network
 from duotone.engine.model.unet import UNetConfig
@@ -166,6 +167,13 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     with pytest.raises(Refused, match="file cannot be written to .*: give another --out"):
         run_folder.move_aside(tmp_path / "file")
     assert (tmp_path / "file").exists()
+
+
+def test_a_small_run_on_ones_own_data_has_its_own_name():
+    """By the embedded data's, every recipe's would have one folder."""
+    full, small = Recipe(name="full"), Recipe(name="captioned_shapes")
+    assert base_of(full, small, ["--small"]).name == "captioned_shapes"
+    assert base_of(full, small, ["--small", "--data.shards", "x"]).name == "full_small"
 
 
 def test_the_folder_one_stands_in_can_be_moved_aside(tmp_path, monkeypatch):
