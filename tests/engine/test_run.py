@@ -417,12 +417,19 @@ def test_an_interrupted_run_says_where_it_goes_on(shards, tmp_path):
     """As by Ctrl-C, once it has a checkpoint."""
     out, environment = tmp_path / "run", os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     start = command(shards, out, "--images", "80000")
-    process = subprocess.Popen(start, stderr=subprocess.PIPE, text=True, env=environment)
+
+    def as_in_a_terminal():  # what a shell starts in the background ignores the signal, and so would its children
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen(start, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=as_in_a_terminal)
     until = time.monotonic() + 200
     while not list((out / "checkpoints").glob("images-*")) and time.monotonic() < until:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=200)
+    try:
+        _, said = process.communicate(timeout=200)
+    finally:
+        process.kill()
     assert process.returncode == 130 and "Traceback" not in said
     assert f"duotone: interrupted: the same command goes on from {out}/checkpoints/images-" in said
 
