@@ -36,7 +36,12 @@ def whole_number(argument: str) -> str:
 
 
 def last_of_each(arguments: list[str], kinds: dict) -> list[str]:
-    """Of a flag that is given several times the last, as when an override is appended to a command."""
+    """Of a flag that is given several times the last, as when an override is appended to a command.
+
+    Without fields of several kinds tyro does so itself, and positional arguments may stand behind a flag's value.
+    """
+    if not kinds:
+        return arguments
     groups: list[list[str]] = [[]]
     for argument in arguments:
         if argument.startswith("--") or re.split(r"\.\d+:|:", argument)[0] in kinds and ":" in argument:

@@ -24,7 +24,7 @@ def main(recipe: Recipe, embedded: Recipe | None = None) -> None:
     """
     arguments = [a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank"))]
     try:
-        recipe = parse(Recipe, without_small(arguments), default=base_of(recipe, embedded, arguments))
+        recipe = parse(Recipe, without_small(arguments), default=base_of(recipe, embedded, arguments)).placed()
         recipe.check()
         from duotone.engine.train import train
 
@@ -50,7 +50,8 @@ def tell_where(recipe: Recipe) -> None:
     """Where an interrupted run goes on from."""
     if int(os.environ.get("RANK", 0)) == 0:
         known = sorted((recipe.folder / "checkpoints").glob("images-*"))
-        where = f"the same command goes on from {known[-1]}" if known else "there is no checkpoint to go on from yet"
+        again = "the same command without --fresh" if recipe.fresh else "the same command"
+        where = f"{again} goes on from {known[-1]}" if known else "there is no checkpoint to go on from yet"
         print(f"\nduotone: interrupted: {where}", file=sys.stderr, flush=True)
 
 

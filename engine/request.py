@@ -26,10 +26,14 @@ def values_by_kind(model: Model, asked: dict[str, list]) -> dict[str, list]:
     for name in asked:
         if not any(conditioner.asked == name for conditioner in kinds.values()):
             takes = ", ".join(dict.fromkeys(c.asked for c in kinds.values())) or "no condition, only count"
-            hint = {"images": "an image and its mask", "holes": "an image without a mask"}.get(name, "")
-            hint = f" ({hint}: see --image and --mask)" if hint and {"images", "holes"} & set(takes.split(", ")) else ""
-            raise Refused(f"this model takes no {name}: it takes {takes}{hint}")
+            raise Refused(f"this model takes no {name}: it takes {takes}{MASKED.get((name, takes), '')}")
     return {kind: asked[c.asked] for kind, c in kinds.items() if c.asked in asked}
+
+
+MASKED = {
+    ("images", "holes"): " (an image and its mask: give --mask with --image)",
+    ("holes", "images"): " (an image alone: leave --mask out)",
+}
 
 
 def number_of_images(asked: dict[str, list], count: int | None) -> int:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from duotone.data import captioned_shapes
+from duotone.data.prepare.image_folder import PrepareFolder
 from duotone.data.refusal import Refused
 from duotone.engine import artifact, checkpoint, diffusers_folder
 from duotone.engine.command_line import parse
@@ -214,6 +215,8 @@ def test_of_a_flag_that_is_given_again_the_last_counts():
     flags += ["--log.every=7", "--model.channels", "16", "24", "--flip", "--batch_size", "4"]
     recipe = parse(Recipe, flags, default=tiny())
     assert (recipe.log.every, recipe.optimizer.warmup, recipe.model.channels) == (7, 20, (16, 24))
+    folder = parse(PrepareFolder, ["--size", "8", "photographs", "--out", "x", "--size", "9"])
+    assert (folder.size, str(folder.images)) == (9, "photographs"), "which stands behind a flag that is given again"
     assert recipe.flip and recipe.batch_size == 4 and type(recipe.optimizer).__name__ == "Muon"
 
 
