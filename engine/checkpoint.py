@@ -66,7 +66,7 @@ def publish(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise Refused(
-            f"checkpoint {final} cannot be written ({error}): mend that, and the same command goes on from the one before"
+            f"checkpoint {final} cannot be written ({error}): mend that, and the same command (without --fresh) goes on from the one before"
         ) from None
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)

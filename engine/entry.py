@@ -34,9 +34,9 @@ def main(recipe: Recipe, embedded: Recipe | None = None) -> None:
     except Refused as refusal:
         tell(refusal)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         tell_where(recipe)
-        sys.exit(130)
+        sys.exit(getattr(interrupt, "code", 130))
     except RuntimeError as error:
         from duotone.engine.zero import lost_a_rank
 
@@ -50,8 +50,7 @@ def tell_where(recipe: Recipe) -> None:
     """Where an interrupted run goes on from."""
     if int(os.environ.get("RANK", 0)) == 0:
         known = sorted((recipe.folder / "checkpoints").glob("images-*"))
-        again = "the same command without --fresh" if recipe.fresh else "the same command"
-        where = f"{again} goes on from {known[-1]}" if known else "there is no checkpoint to go on from yet"
+        where = f"{recipe.again} goes on from {known[-1]}" if known else "there is no checkpoint to go on from yet"
         print(f"\nduotone: interrupted: {where}", file=sys.stderr, flush=True)
 
 

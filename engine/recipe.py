@@ -79,6 +79,11 @@ class Recipe:
         return replace(self, out=Path(os.path.abspath(self.folder))) if nameless else self
 
     @property
+    def again(self) -> str:
+        """What goes on with an interrupted run, in words."""
+        return "the same command without --fresh" if self.fresh else "the same command"
+
+    @property
     def wants_captions(self) -> bool:
         return any(condition.kind == "text" for condition in self.conditioning)
 

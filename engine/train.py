@@ -22,19 +22,18 @@ from duotone.engine.conditioning.dropout import conditioned
 from duotone.engine.objectives.base import Objective
 from duotone.engine.recipe import Recipe
 from duotone.engine.run import Run, plans, save, set_up
+from duotone.engine.stopping import Interrupted, Stop
 from duotone.engine.whole_step import WholeStep
 from duotone.kernels import attention_backends
 from duotone.kernels.diffuse import diffuse
 from duotone.kernels.dispatch import fallbacks
 
-STEPS_BETWEEN_LOOKS = 10
-"""At the clock, where a run has only so many minutes."""
-
 
 def train(recipe: Recipe) -> Path:
     """Runs a recipe to its end, or on from where it stopped, or until its minutes are over; returns the run's folder.
 
-    Raises Refused on a recipe, data or run folder that cannot be used, before anything is written.
+    Raises Refused on a recipe, data or run folder that cannot be used, before anything is written, and Interrupted
+    after the checkpoint with which SIGINT or SIGTERM ends it.
     """
     recipe.check()
     began = time.monotonic()
@@ -46,17 +45,27 @@ def train(recipe: Recipe) -> Path:
         batches = run.data.batches(plans(run))
         if run.saved is not None and run.images < recipe.images:
             look(run, **zero.from_rank_0(missed(run)))
-        while run.images < recipe.images:
-            train_step(run, batches)
-            if due(run, recipe.checkpoint.every):
-                save(run)  # before pictures, which may fail
-            look(run, drawn=due(run, recipe.preview.every), measured=due(run, recipe.validation.every))
-            if over(run, began):
-                interrupt(run)
-                break
+        with Stop(recipe.checkpoint.stop_after, began, run.sharded.device) as stop:
+            steps(run, batches, stop)
+        if run.images < recipe.images:
+            interrupt(run, stop)
         else:
             finish(run)
+    if stop.heard and run.images < recipe.images:
+        raise Interrupted(stop.heard)
     return run.recipe.folder
+
+
+def steps(run: Run, batches: Iterator[Batch], stop: Stop) -> None:
+    """To the run's last image, or until it is to stop."""
+    recipe = run.recipe
+    while run.images < recipe.images:
+        train_step(run, batches)
+        if due(run, recipe.checkpoint.every):
+            save(run)  # before pictures, which may fail
+        look(run, drawn=due(run, recipe.preview.every), measured=due(run, recipe.validation.every))
+        if stop.due():
+            return
 
 
 def whole_step(run: Run) -> WholeStep | None:
@@ -194,15 +203,6 @@ def due(run: Run, every: int) -> bool:
     return every > 0 and run.images % every == 0 and run.images < run.recipe.images
 
 
-def over(run: Run, began: float) -> bool:
-    """Whether the run's minutes are over before its images, by the mean of all clocks: every rank stops at the same step."""
-    minutes = run.recipe.checkpoint.stop_after
-    if minutes <= 0 or run.step % STEPS_BETWEEN_LOOKS or run.images == run.recipe.images:
-        return False
-    seconds = torch.tensor(time.monotonic() - began, device=run.sharded.device)
-    return zero.mean(seconds).item() >= 60 * minutes
-
-
 # ----------------------------------------------------------------------------------------------------------- trace
 
 
@@ -226,11 +226,12 @@ def trace(run: Run, mine: list[tuple[int, str, str]], loss: float) -> None:
 # ------------------------------------------------------------------------------------------ pictures and the end
 
 
-def interrupt(run: Run) -> None:
+def interrupt(run: Run, stop: Stop) -> None:
     """A checkpoint where the run stands, for the same command to go on from."""
     save(run)
-    minutes, images = run.recipe.checkpoint.stop_after, f"{run.images:,} of {run.recipe.images:,} images"
-    run.log.say(f"stopped after {minutes:g} minutes at {images}: the same command goes on from there")
+    if not stop.heard:
+        minutes, images = stop.minutes, f"{run.images:,} of {run.recipe.images:,} images"
+        run.log.say(f"stopped after {minutes:g} minutes at {images}: {run.recipe.again} goes on from there")
 
 
 def finish(run: Run) -> None:

@@ -12,6 +12,7 @@ import shutil
 import socket
 import sys
 import sysconfig
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from duotone.data.batch import sent
 from duotone.data.refusal import Refused
 
 PATIENCE = timedelta(hours=3)
@@ -224,6 +226,21 @@ def mean(value: Tensor) -> Tensor:
     value = value.detach().clone()
     dist.all_reduce(value)
     return value / dist.get_world_size()
+
+
+def means(values: list[float], device: torch.device) -> Callable[[], list[float]]:
+    """The means of some numbers over the ranks, for when they are asked for: until then nobody waits for them."""
+    if dist.get_world_size() == 1:
+        return lambda: values
+    total = mean(sent(torch.tensor(values, dtype=torch.float64), device)).to("cpu", non_blocking=True)
+    arrived = torch.cuda.current_stream().record_event() if device.type == "cuda" else None
+
+    def read() -> list[float]:
+        if arrived is not None:
+            arrived.synchronize()
+        return total.tolist()
+
+    return read
 
 
 def wait() -> None:

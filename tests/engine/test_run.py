@@ -14,13 +14,14 @@ import weakref
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from duotone.data import captioned_shapes
 from duotone.data.refusal import Refused
-from duotone.engine import artifact, checkpoint, cli, run_folder, zero
+from duotone.engine import artifact, checkpoint, cli, run_folder, stopping, zero
 from duotone.engine.command_line import parse
 from duotone.engine.recipe import Recipe
 from duotone.engine.run import set_up
@@ -136,11 +137,11 @@ def test_a_killed_run_resumes_bit_for_bit(whole, shards, tmp_path, at):
 
 @pytest.mark.launcher
 def test_two_ranks_stop_at_one_step_when_their_minutes_are_over(shards, tmp_path):
-    """At the first look at the clock, where no checkpoint was due; what is written there is what any run goes on from."""
+    """A step after the first look at their clocks, where no checkpoint was due; what is written there is what any run goes on from."""
     out = tmp_path / "stopped"
     done = run(shards, out, "--checkpoint.every", "0", "--checkpoint.stop-after", "0.01", ranks=2)
-    assert "stopped after 0.01 minutes at 80 of 96 images: the same command goes on" in done.stdout
-    assert [path.name for path in (out / "checkpoints").iterdir()] == ["images-000000000080"]
+    assert "stopped after 0.01 minutes at 16 of 96 images: the same command goes on" in done.stdout
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["images-000000000016"]
     assert not (out / "ema.safetensors").exists()
 
 
@@ -413,25 +414,76 @@ def test_a_disk_that_is_full_is_one_line(shards, tmp_path):
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
-def test_an_interrupted_run_says_where_it_goes_on(shards, tmp_path):
-    """As by Ctrl-C, once it has a checkpoint."""
-    out, environment = tmp_path / "run", os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    start = command(shards, out, "--images", "80000")
+ENDLESS = ("--optimizer.schedule", "constant", "--images", "800000", "--checkpoint.every", "0", "--preview.every", "0")
 
-    def as_in_a_terminal():  # what a shell starts in the background ignores the signal, and so would its children
+
+def begun(shards: Path, out: Path, **settings) -> subprocess.Popen:
+    """A run that has taken a few steps, in a terminal of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+    def as_in_a_terminal():  # what a shell starts in the background ignores Ctrl-C, and so would its children
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.setsid()
 
-    process = subprocess.Popen(start, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=as_in_a_terminal)
+    start, pipes = command(shards, out, *ENDLESS, **settings), {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(start, **pipes, text=True, env=environment, preexec_fn=as_in_a_terminal)
     until = time.monotonic() + 200
-    while not list((out / "checkpoints").glob("images-*")) and time.monotonic() < until:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    while not (out / "trace.jsonl").exists() or len(rows(out)) < 3:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    return process
+
+
+def said_at_the_end(process: subprocess.Popen) -> str:
+    """Of all processes that write to it, after the last of them has ended."""
     try:
-        _, said = process.communicate(timeout=200)
+        return process.communicate(timeout=200)[0]
     finally:
-        process.kill()
-    assert process.returncode == 130 and "Traceback" not in said
-    assert f"duotone: interrupted: the same command goes on from {out}/checkpoints/images-" in said
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_signal_ends_a_run_with_a_checkpoint(shards, tmp_path):
+    """Where none was due, with every step that was taken in it; the same command goes on from there."""
+    process = begun(shards, tmp_path / "run")
+    process.send_signal(signal.SIGTERM)
+    said = said_at_the_end(process)
+    (written,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert process.returncode == 143 and "Traceback" not in said
+    assert f"duotone: interrupted: the same command goes on from {written}" in said
+    last = rows(tmp_path / "run")[-1]["images"]
+    assert written.name == checkpoint.name_of(last)
+    run_here(shards, tmp_path / "run", *ENDLESS, "--images", str(last + 8))
+    assert [row["images"] for row in rows(tmp_path / "run")] == list(range(8, last + 9, 8))
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("to", ["all", "rank 1"])
+def test_a_signal_ends_two_ranks_after_one_step(shards, tmp_path, to):
+    """Ctrl-C goes to all that a terminal runs, and the launcher sends SIGTERM after it; a queue may tell one rank alone."""
+    process = begun(shards, tmp_path / "run", ranks=2)
+    if to == "all":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        others = psutil.Process(process.pid).children(recursive=True)
+        next(p for p in others if "--local_rank=1" in p.cmdline()).send_signal(signal.SIGTERM)
+    said = said_at_the_end(process)
+    (written,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert said.count(f"duotone: interrupted: the same command goes on from {written}") == 1
+    assert written.name == checkpoint.name_of(rows(tmp_path / "run")[-1]["images"])
+    assert ("stopping with a checkpoint" in said) == (to == "all")  # rank 0 says what it has heard
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    """As while pictures are drawn; a SIGTERM, which the launcher sends after a Ctrl-C, is no second one."""
+    before = [signal.getsignal(number) for number in stopping.SIGNALS]
+    with pytest.raises(KeyboardInterrupt), stopping.Stop(0, 0, torch.device("cpu")) as stop:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.heard == signal.SIGINT
+        signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(number) for number in stopping.SIGNALS] == before
 
 
 def test_a_run_that_has_not_ended_names_its_checkpoint(whole, tmp_path):

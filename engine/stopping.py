@@ -1,0 +1,63 @@
+"""What ends a run before its images are done: its minutes, or a signal."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+from duotone.engine import zero
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""Ctrl-C; what queues and launchers send before they take the machine back."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a run, which had written a checkpoint; the process's exit code tells the signal, as a shell's does."""
+
+    def __init__(self, number: int):
+        super().__init__(f"{signal.Signals(number).name}: a checkpoint is written")
+        self.code = 128 + number
+
+
+class Stop:
+    """Holds the signals back while it is entered: the first lets the next step end, a second Ctrl-C does not wait."""
+
+    def __init__(self, minutes: float, began: float, device: torch.device):
+        self.minutes, self.began, self.device = minutes, began, device
+        self.heard = 0
+        self.told: Callable[[], list[float]] = lambda: [0.0, 0.0]
+        self.handlers: dict = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            # What the process was told to ignore, as nohup does, stays ignored.
+            held = [n for n in SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+            self.handlers = {number: signal.signal(number, self.hear) for number in held}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def hear(self, number: int, frame) -> None:
+        # The launcher follows Ctrl-C up with SIGTERM to every rank, so only Ctrl-C can be a second call.
+        if self.heard and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.heard and int(os.environ.get("RANK", 0)) == 0:
+            # Not by print, which may be at work just now.
+            os.write(2, b"\nduotone: stopping with a checkpoint after the next step; Ctrl-C once more: at once\n")
+        self.heard = self.heard or number
+
+    def due(self) -> bool:
+        """Whether the run stops after this step, on all ranks alike: one has heard a signal, or by the mean of their clocks.
+
+        What they tell one another is read a step later, when it has arrived: no device is waited for.
+        """
+        heard, seconds = self.told()
+        self.told = zero.means([float(self.heard > 0), time.monotonic() - self.began], self.device)
+        if heard:
+            self.heard = self.heard or signal.SIGTERM  # which another rank has heard
+        return heard > 0 or 0 < 60 * self.minutes <= seconds
