@@ -12,7 +12,7 @@ WORKERS ?= 2
 NO_GPU := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: env demo test long gpu lint
+.PHONY: env demo compiler test long gpu lint
 .DEFAULT_GOAL := test
 
 env: $(VENV)/.ready
@@ -20,8 +20,6 @@ env: $(VENV)/.ready
 # torch first: deepspeed looks for it while it is being built. A release of torch already on disk is taken as it is.
 $(VENV)/.ready: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 13) else "duotone: needs Python 3.11 or 3.12; pass PYTHON=python3.12")'
-	@command -v g++ > /dev/null && $(PYTHON) -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' \
-		|| { echo "duotone: needs g++ and Python.h, with which kernels and DeepSpeed's operator are built (Debian: apt-get install g++ python3-dev python3-venv)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt setuptools wheel
 	$(BIN)/pip install -q -c constraints.txt torch numpy
@@ -36,16 +34,21 @@ demo: env
 	$(BIN)/duotone evaluate $(RUN) --json $(RUN)/evaluation.json
 	@echo "pictures: $(RUN)/previews and $(RUN)/sample.png    weights: $(RUN)/ema.safetensors"
 
-test: env
+# What torch.compile and Triton build with; a CPU that trains needs neither.
+compiler:
+	@command -v g++ > /dev/null && $(PYTHON) -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' \
+		|| { echo "duotone: the tests need g++ and Python.h (Debian: apt-get install g++ python3-dev)"; exit 1; }
+
+test: compiler env
 	$(BIN)/ruff check .
 	$(NO_GPU) TRITON_INTERPRET=1 $(PYTEST) tests/kernels -m "not gpu and not long"
 	$(NO_GPU) $(PYTEST) tests --ignore tests/kernels -m "not gpu and not long"
 
-long: env
+long: compiler env
 	$(NO_GPU) TRITON_INTERPRET=1 $(PYTEST) tests/kernels -m "long and not gpu"
 	$(NO_GPU) $(PYTEST) tests --ignore tests/kernels -m "long and not gpu"
 
-gpu: env
+gpu: compiler env
 	$(BIN)/python -m pytest tests -m gpu
 
 lint: env

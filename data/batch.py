@@ -32,6 +32,11 @@ class Batch:
     skipped: list[str] = field(default_factory=list)  # "key: reason" of samples that could not be read
 
 
+def unit(images_NHWC: torch.Tensor) -> torch.Tensor:
+    """uint8 pixels in [-1, 1], (N, C, H, W)."""
+    return images_NHWC.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 def sent(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """The tensor on a device, behind what that still computes.
 

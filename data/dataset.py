@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from duotone.data.ahead import Ahead
 from duotone.data.batch import Batch, Plan, sent
 from duotone.data.guarded import BadSample, GuardedBytes
 from duotone.data.manifest import Manifest
-from duotone.data.refusal import Refused
+from duotone.data.refusal import Refused, SampleReplaced
 from duotone.data.sample_text import SampleText
 from duotone.data.squares import STORED, Squares
 from duotone.data.tar_index import COLUMNS, TarIndex
@@ -43,6 +44,9 @@ class Dataset:
         self.bad = _bad(indexes, np.cumsum([0, *counts]))
         self.fingerprint = _fingerprint(indexes, manifest)
         self.notes = [note for note in [manifest.note, *[index.note for index in indexes], _ignored(indexes)] if note]
+        if self.bad:
+            more = f" and {len(self.bad) - 1} more" if len(self.bad) > 1 else ""
+            self.notes.append(f"the next sample is read instead of {self.unread()[0]}{more}")
         self.decoder_note: str | None = None
         self._bytes = GuardedBytes(paths, self.shard_N, self.columns)
         self._squares = Squares(shards, self.columns, decoder=None)
@@ -103,6 +107,12 @@ class Dataset:
                 if self.shards.on_bad == "refuse":
                     raise Refused(f"{self.where(bad.sample)}: {bad.reason}; {REMEDY}") from None
                 self.bad[bad.sample] = bad.reason
+                told = f"{self.where(bad.sample)}: {bad.reason}; the next sample is read instead"
+                warnings.warn(told, SampleReplaced, stacklevel=2)
+
+    def unread(self) -> list[str]:
+        """What cannot be read, as far as is known: a line for each sample, with its reason."""
+        return [f"{self.where(sample)}: {reason}" for sample, reason in sorted(self.bad.items())]
 
     def close(self) -> None:
         """Ends the decoder's threads and lets go of the shards."""

@@ -7,6 +7,10 @@ class Refused(Exception):
     """Input that cannot be used; the message says what, where and the remedy, in one line."""
 
 
+class SampleReplaced(UserWarning):
+    """A sample could not be read, and the next good one was taken."""
+
+
 def at_least(name: str, value: float, least: float) -> None:
     """Raises Refused on a setting below its least value."""
     if not value >= least:  # which a NaN is not either

@@ -39,7 +39,7 @@ class Shards:
     threads: int = 2
     """Threads that decode on the CPU."""
     on_bad: Literal["refuse", "replace"] = "refuse"
-    """An image that cannot be read: stop, or take the next sample and count it."""
+    """An image that cannot be read: stop, or take the next sample, with a line and in the run's record."""
     held_out: float = 0.0
     """Share of the images that is never trained on, chosen by their keys; `duotone evaluate` measures against it too."""
 

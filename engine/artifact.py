@@ -57,9 +57,11 @@ class Model:
         """Whether it draws without any condition: every one's null state was trained."""
         return all(map(self.null_is_trained, self.network.conditioners))
 
-    def null_is_trained(self, kind: str) -> bool:
-        """Whether training has shown the network this condition's null state; a temperature's is plain prediction."""
-        return kind == "temperature" or self.recipe.drop_together > 0 or self.network.conditioners[kind].dropout > 0
+    def null_is_trained(self, kind: str, *, alone: bool = False) -> bool:
+        """Whether training has shown the network this condition's null state, `alone` or perhaps only together with all
+        others'; a temperature's is plain prediction."""
+        together = self.recipe.drop_together > 0 and not (alone and len(self.network.conditioners) > 1)
+        return kind == "temperature" or together or self.network.conditioners[kind].dropout > 0
 
 
 def build(recipe: Recipe, facts: Facts) -> Network:
@@ -112,14 +114,23 @@ def load(
     if not file.exists():
         raise Refused(f"{file} does not exist: {instead_of(path)}")
     named, metadata = read(file)
-    if "duotone.recipe" not in metadata:
-        raise Refused(f"{file} was not written by duotone: its header has no duotone.recipe")
-    recipe = from_json(json.loads(metadata["duotone.recipe"]))
+    recipe = recipe_in(metadata, file)
     facts = from_json(json.loads(metadata["duotone.facts"]))
     network = build(recipe, facts)
     fill(network, named, file)
     put_to_sample(network, device, speed)
     return Model(network, recipe.objective, facts, recipe, int(metadata["duotone.images"]))
+
+
+def recipe_of(file: Path) -> Recipe:
+    """The recipe in a file's header."""
+    return recipe_in(read(file, tensors=False)[1], file)
+
+
+def recipe_in(metadata: dict[str, str], file: Path) -> Recipe:
+    if "duotone.recipe" not in metadata:
+        raise Refused(f"{file} was not written by duotone: its header has no duotone.recipe")
+    return from_json(json.loads(metadata["duotone.recipe"]))
 
 
 def instead_of(path: Path) -> str:
@@ -132,11 +143,12 @@ def instead_of(path: Path) -> str:
     return "train first, or give the path of an ema.safetensors"
 
 
-def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read(file: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header of a safetensors file; raises Refused where it is none."""
     try:
         with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+            names = opened.keys() if tensors else ()
+            return {name: opened.get_tensor(name) for name in names}, opened.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise Refused(f"{file} is no readable safetensors file ({error})") from None
 

@@ -13,7 +13,8 @@ class Recorded:
         self.inputs = [tensor.clone() for tensor in inputs]
         self.warm_up(function)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # Another thread reads batches meanwhile, and may ask the device for memory.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.output = function(*self.inputs)
 
     def warm_up(self, function: Callable[..., Tensor]) -> None:

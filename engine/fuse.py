@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from duotone.data.refusal import Refused
-from duotone.engine.model.blocks import image_of, tokens_of
+from duotone.engine.model.blocks import image_of, packed, tokens_of
 from duotone.kernels.attention import attention
 from duotone.kernels.group_norm_silu import group_norm_silu
 
@@ -315,23 +315,21 @@ class FusedAttention:
     @staticmethod
     def attended(attn, x_NLC: Tensor, context_NMD: Tensor | None, bias_N1M: Tensor | None) -> Tensor:
         if context_NMD is None:
-            q, k, v = packed(attn.heads, x_NLC, attn.to_q, attn.to_k, attn.to_v)
+            q, k, v = each_projected(attn.heads, x_NLC, attn.to_q, attn.to_k, attn.to_v)
         else:
-            (q,) = packed(attn.heads, x_NLC, attn.to_q)
-            k, v = packed(attn.heads, context_NMD, attn.to_k, attn.to_v)
+            (q,) = each_projected(attn.heads, x_NLC, attn.to_q)
+            k, v = each_projected(attn.heads, context_NMD, attn.to_k, attn.to_v)
         # Their bias is 0 where a key counts and -10000 where it does not: a row of nothing but the latter attends to all.
         mask_NM = None if bias_N1M is None else bias_N1M[:, 0] > -5000
         mask_NM = None if mask_NM is None else mask_NM | ~mask_NM.any(dim=1, keepdim=True)
         return attention(q, k, v, mask_NM=mask_NM, scale=attn.scale).flatten(2)
 
 
-def packed(heads: int, x_NLC: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
-    """Projections of the same tokens, each (N, L, heads, width): one matrix product where all are plain linear layers."""
-    if len(layers) == 1 or not all(is_plain(layer, nn.Linear) for layer in layers):
-        return tuple(layer(x_NLC).unflatten(-1, (heads, -1)) for layer in layers)
-    weight = torch.cat([layer.weight for layer in layers])
-    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    return F.linear(x_NLC, weight, bias).unflatten(-1, (len(layers), heads, -1)).unbind(2)
+def each_projected(heads: int, x_NLC: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """Each (N, L, heads, width), by one matrix product where all are plain linear layers."""
+    if all(is_plain(layer, nn.Linear) for layer in layers):
+        return packed(heads, x_NLC, *layers)
+    return tuple(layer(x_NLC).unflatten(-1, (heads, -1)) for layer in layers)
 
 
 PARTS = {

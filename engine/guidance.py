@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from duotone.data.batch import sent
 from duotone.engine.conditioning.base import Conditioning
 from duotone.engine.cuda_graph import Recordings
 from duotone.engine.model.network import Network
@@ -74,9 +75,7 @@ class GuidedDenoiser:
     def __call__(self, x_NCHW: Tensor, sigma: float) -> Tensor:
         self.calls += 1
         sigma_N = torch.full((x_NCHW.shape[0],), sigma, dtype=torch.float64)
-        skip_N, out_N, in_N, noise_N = [
-            value.to(x_NCHW.device, torch.float32) for value in self.objective.scalings(sigma_N)
-        ]
+        skip_N, out_N, in_N, noise_N = scalings(self.objective, sigma_N, x_NCHW.device)
         scaled_NCHW = x_NCHW * in_N[:, None, None, None]
         if self.guidance is None or not self.guidance.acts_at(sigma):
             return denoised(self.predict(self.network, scaled_NCHW, noise_N, self.half), x_NCHW, skip_N, out_N)
@@ -129,6 +128,11 @@ class GuidedDenoiser:
             return network.predict(scaled_NCHW, noise_N, condition, stored, copies=copies)
 
         return self.recordings((id(condition), copies), output, scaled_NCHW.to(network.dtype), noise_N)
+
+
+def scalings(objective: Objective, sigma_N: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+    """c_skip, c_out, c_in and c_noise on the device, fp32, in one copy that does not wait for it."""
+    return sent(torch.stack(tuple(objective.scalings(sigma_N))).float(), device).unbind()
 
 
 def denoised(output_NCHW: Tensor, x_NCHW: Tensor, skip_N: Tensor, out_N: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Every format string of training lives here.
 """
 
 import json
+import math
 import os
 import secrets
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from duotone.data.refusal import at_least
+from duotone.data.refusal import SampleReplaced, at_least
 from duotone.data.whole_file import write_whole
 from duotone.engine.run_folder import keep_rows_up_to
 
@@ -57,7 +58,9 @@ def say_warnings_plainly() -> None:
     def show(message, category, *where) -> None:
         if not category.__module__.startswith("duotone."):
             others(message, category, *where)
-        elif int(os.environ.get("RANK", 0)) == 0:
+        elif int(os.environ.get("RANK", 0)) == 0 or issubclass(
+            category, SampleReplaced
+        ):  # each rank has samples of its own
             print(f"duotone: warning: {message}", file=sys.stderr, flush=True)
 
     warnings.showwarning = show
@@ -116,7 +119,9 @@ class Logger:
             "data_wait": self.window.waited / seconds,
         }
         self.window = Window(time.monotonic())
-        self.metrics.write(json.dumps(row) + "\n")
+        self.metrics.write(
+            json.dumps({name: value if math.isfinite(value) else None for name, value in row.items()}) + "\n"
+        )
         self.bar.update(row)
         for listener in list(self.listeners):
             self.tell(listener, row)

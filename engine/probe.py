@@ -40,4 +40,5 @@ def runs(config, size: int, rows: int, needed: Estimate, switches, choice, devic
     ]
     for _ in range(2):
         twin(*inputs).float().square().mean().backward()
-    return state is not None
+    del state  # held until here
+    return True

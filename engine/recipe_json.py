@@ -1,14 +1,14 @@
 """Recipes as JSON, beside the weights that they made."""
 
 import dataclasses
-import importlib
 import json
-import re
 import types
 import typing
+from functools import cache
 from pathlib import Path
 
 from duotone.data.refusal import Refused
+from duotone.engine.conditioning.base import Facts
 from duotone.engine.recipe import Recipe
 
 
@@ -16,14 +16,14 @@ def to_json(value) -> object:
     """A dataclass tree as plain JSON values; each dataclass names its type."""
     if dataclasses.is_dataclass(value):
         fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"type": f"{type(value).__module__}:{type(value).__qualname__}", **fields}
+        return {"type": type(value).__name__, **fields}
     if isinstance(value, tuple | list):
         return [to_json(v) for v in value]
     return str(value) if isinstance(value, Path) else value
 
 
 def from_json(value, kind=None) -> object:
-    """The dataclass tree back; only dataclasses inside duotone are built."""
+    """The dataclass tree back; only what a stored model can hold is built."""
     if isinstance(value, dict) and "type" in value:
         cls = dataclass_named(value["type"])
         hints = typing.get_type_hints(cls)
@@ -39,15 +39,24 @@ def wants_path(kind) -> bool:
 
 
 def dataclass_named(name: str) -> type:
-    module, _, cls = name.partition(":")
-    if not module.startswith("duotone.") or not re.fullmatch(r"[\w.]+", module) or not cls.isidentifier():
-        raise Refused(f"recipe names the type {name!r}, which is not one of duotone's")
-    try:
-        found = getattr(importlib.import_module(module), cls)
-    except (ImportError, AttributeError):
-        raise Refused(f"recipe names the type {name!r}, which this version of duotone does not have") from None
-    if not dataclasses.is_dataclass(found):
-        raise Refused(f"recipe names the type {name!r}, which is no configuration")
+    """By its name alone, so that a stored recipe outlives a file's move; older ones say the module too."""
+    found = configurations().get(str(name).rpartition(":")[2])
+    if found is None:
+        raise Refused(f"recipe names the type {name!r}, which this version of duotone does not have")
+    return found
+
+
+@cache
+def configurations() -> dict[str, type]:
+    """Every dataclass that a stored model can hold, by name."""
+    found: dict[str, type] = {}
+    waiting: list = [Recipe, Facts]
+    while waiting:
+        kind = waiting.pop()
+        waiting += typing.get_args(kind)
+        if dataclasses.is_dataclass(kind) and kind.__name__ not in found:
+            found[kind.__name__] = kind
+            waiting += typing.get_type_hints(kind).values()
     return found
 
 
@@ -82,7 +91,7 @@ def differences(stored: dict, recipe: Recipe) -> list[str]:
     A field that came with a later version of duotone had its default when the run began.
     """
     then, now = (flat(json.loads(json.dumps(to_json(r)))) for r in (from_json(stored), recipe))
-    then |= flat(stored)
+    then = flat(stored) | then  # with fields that this version no longer has
     free = (*FREE, "images") if recipe.optimizer.schedule == "constant" else FREE
     changed = [k for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k) and not k.startswith(free)]
     return [f"{key}: {then.get(key)} there, {now.get(key)} here" for key in changed]

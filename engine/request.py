@@ -107,7 +107,7 @@ def refuse_without_null(model: Model, values: dict, negatives: dict) -> None:
     if not values:
         raise Refused("guidance needs a condition: give prompts or labels, or leave guidance at 1")
     for kind in values:
-        if kind not in negatives and not model.null_is_trained(kind):
+        if kind not in negatives and not model.null_is_trained(kind, alone=bool(negatives)):
             raise Refused(
                 "guidance needs a null state, and this network was trained with condition dropout 0 for its "
                 f"{model.network.conditioners[kind].asked}: leave guidance at 1, or train with conditioning dropout above 0"
@@ -117,8 +117,11 @@ def refuse_without_null(model: Model, values: dict, negatives: dict) -> None:
 def refuse_untrained_null(model: Model, values: dict) -> None:
     """A condition that nobody gives takes its null state, which must have been trained."""
     for kind, conditioner in model.network.conditioners.items():
-        if kind not in values and not model.null_is_trained(kind):
-            raise Refused(f"this network was never trained without its {conditioner.asked}: give {conditioner.asked}")
+        if kind not in values and not model.null_is_trained(kind, alone=bool(values)):
+            others = " alone" if model.null_is_trained(kind) else ""
+            raise Refused(
+                f"this network was never trained without its {conditioner.asked}{others}: give {conditioner.asked}"
+            )
 
 
 def part(values: dict[str, list], rows: slice) -> dict[str, list]:

@@ -18,7 +18,7 @@ from duotone.engine.log import Logger, say
 from duotone.engine.memory import Estimate, estimate, fewest_micro_batches
 from duotone.engine.model.network import Network
 from duotone.engine.preview import Examples
-from duotone.engine.recipe import Recipe
+from duotone.engine.recipe import Objectives, Recipe
 from duotone.engine.recipe_json import differences, to_json
 from duotone.engine.sharded import Sharded
 from duotone.engine.starting_weights import begin_from
@@ -41,7 +41,10 @@ class Run:
     whole_step: WholeStep | None = None
     images: int = 0
     log: Logger | None = None
-    graphs_at_step_2: int = 0
+    began_at: int = 0
+    """Images before this process took part."""
+    graphs_before: int = 0
+    """Compiled before the run's third step here; what is compiled later is compiled again."""
     examples: Examples = Examples()
     held_out: Images | None = None
     """What rank 0 measures the loss on."""
@@ -54,6 +57,11 @@ class Run:
     def step(self) -> int:
         return self.images // self.recipe.batch_size
 
+    @property
+    def steps_here(self) -> int:
+        """Steps that this process took."""
+        return (self.images - self.began_at) // self.recipe.batch_size
+
 
 def set_up(recipe: Recipe, held: ExitStack) -> Run:
     """Everything before the first step: what can be refused comes before what is written; what is opened is `held`."""
@@ -64,22 +72,10 @@ def set_up(recipe: Recipe, held: ExitStack) -> Run:
     refuse_other_run(recipe, stored)
     recipe.micro_batch(zero.world_size())
     ranks = zero.join(choice.device)
-    faults = kernel_faults(ranks.device, recipe.speed)  # before a kernel is used, by the trial of a micro-batch as well
-    with zero.rank_0_first(ranks):
-        if ranks.rank == 0 and stored is not None:
-            claim(recipe, stored, held)  # before a checkpoint of it is chosen
-        recipe = with_embedded_data(recipe)
-        data = recipe.data.open(ranks.device, require_captions=recipe.wants_captions)
-        held.callback(data.close)
-        held_out = validation.held_out(recipe.validation, recipe.data) if ranks.rank == 0 else None
+    faults = kernel_faults(ranks, recipe.speed)  # before a kernel is used, by the trial of a micro-batch as well
+    recipe, data, held_out = opened(recipe, stored, ranks, held)
     facts = Facts(classes=as_tuple(data.classes), attributes=as_tuple(data.attributes))
-    torch.manual_seed(recipe.seed)
-    network = artifact.build(recipe, facts)
-    found, passed_over = newest_checkpoint(recipe, ranks)
-    begun = passed_over
-    if recipe.start is not None and found is None:
-        begun = begun + begin_from(network, recipe.start, recipe.model, recipe.objective, recipe.conditioning, facts)
-    network.to(ranks.device)
+    network, found, begun = beginning(recipe, facts, ranks)
     blocks = speed.make_ready(network.unet, recipe.speed, choice)
     recipe = with_accumulation(recipe, stored, network, choice, ranks)
     micro = recipe.micro_batch(ranks.count)
@@ -87,7 +83,7 @@ def set_up(recipe: Recipe, held: ExitStack) -> Run:
     with zero.rank_0_first(ranks):
         if ranks.rank == 0:
             begin_folder(recipe, stored, data.count, held)
-    recipe = replace(recipe, objective=recipe.objective.fitted(data))
+    recipe = replace(recipe, objective=objective(recipe, data, found, ranks))
     if blocks:
         say(f"compiling {blocks} blocks on first use")
     sharded = start_sharded(recipe, network, choice, micro)
@@ -95,12 +91,46 @@ def set_up(recipe: Recipe, held: ExitStack) -> Run:
     run = Run(recipe, choice, ranks, data, facts, network, sharded, held_out=held_out)
     if found is not None:
         begun = [*begun, resume(run, found)]
+    run.began_at = run.images
     run.log = Logger(
         recipe.log, recipe.folder, recipe.images, run.images, speaks=ranks.rank == 0, recipe=to_json(recipe)
     )
     held.callback(run.log.close)
     announce(run, predicted, begun, faults)
     return run
+
+
+def opened(
+    recipe: Recipe, stored: dict | None, ranks: zero.Ranks, held: ExitStack
+) -> tuple[Recipe, Dataset, Images | None]:
+    """The recipe with its data, which is open, and on rank 0 the images that the loss is measured on."""
+    with zero.rank_0_first(ranks):
+        if ranks.rank == 0 and stored is not None:
+            claim(recipe, stored, held)  # before a checkpoint of it is chosen
+        recipe = with_embedded_data(recipe)
+        data = recipe.data.open(ranks.device, require_captions=recipe.wants_captions)
+        held.callback(data.close)
+        held_out = validation.held_out(recipe.validation, recipe.data) if ranks.rank == 0 else None
+    return recipe, data, held_out
+
+
+def beginning(recipe: Recipe, facts: Facts, ranks: zero.Ranks) -> tuple[Network, Path | None, list[str]]:
+    """The network as it is before the first step, the checkpoint that is to be put into it, and what is to be said of both."""
+    torch.manual_seed(recipe.seed)
+    network = artifact.build(recipe, facts)
+    found, said = newest_checkpoint(recipe, ranks)
+    if recipe.start is not None and found is None:
+        said = said + begin_from(network, recipe.start, recipe.model, recipe.objective, recipe.conditioning, facts)
+    return network.to(ranks.device), found, said
+
+
+def objective(recipe: Recipe, data: Dataset, found: Path | None, ranks: zero.Ranks) -> Objectives:
+    """With what it takes from the data: measured once, by rank 0, and from then on the run's own."""
+    if found is not None:
+        return artifact.recipe_of(found / "ema.safetensors").objective
+    with zero.rank_0_first(ranks):
+        fitted = recipe.objective.fitted(data) if ranks.rank == 0 else None
+    return zero.from_rank_0(fitted)
 
 
 def stored_recipe(recipe: Recipe) -> dict | None:
@@ -203,9 +233,12 @@ def as_tuple(names: list[str] | None) -> tuple[str, ...] | None:
     return None if names is None else tuple(names)
 
 
-def kernel_faults(device: torch.device, switches: speed.Speed) -> list[str]:
+def kernel_faults(ranks: zero.Ranks, switches: speed.Speed) -> list[str]:
     """On a GPU every kernel is held against its definition once; one that disagrees is switched off, with a line."""
-    return self_test(device, switches.norms_in_turns, switches.norms_join_skips) if device.type == "cuda" else []
+    if ranks.device.type == "cpu":
+        return []
+    mine = self_test(ranks.device, switches.norms_in_turns, switches.norms_join_skips)
+    return sorted(set(zero.gathered(mine)))
 
 
 def announce(run: Run, predicted: Estimate, begun: list[str], faults: list[str]) -> None:
@@ -241,10 +274,10 @@ def save(run: Run) -> None:
     if run.saved == run.images:
         return
     tensors = {kind: run.sharded.gather(kind) for kind in checkpoint.KINDS}
+    chosen = zero.gathered([{"rows": attention_backends.choices(), "where": attention_backends.measured_on()}])
     if run.ranks.rank == 0:
         folder = run.recipe.folder / "checkpoints"
-        facts = {"counters": run.sharded.counters(), "data": run.data.fingerprint}
-        facts["attention"] = {"rows": attention_backends.choices(), "where": attention_backends.measured_on()}
+        facts = {"counters": run.sharded.counters(), "data": run.data.fingerprint, "attention": chosen}
         header = artifact.header(run.recipe, run.facts, run.images)
         checkpoint.publish(folder, run.images, tensors, facts, header)
         checkpoint.retire(folder, run.recipe.checkpoint.keep, run.images)
@@ -261,6 +294,8 @@ def resume(run: Run, path: Path) -> str:
     for kind, named in tensors.items():
         run.sharded.scatter(kind, named)
     run.sharded.restore_counters(manifest["counters"])
-    attention_backends.keep_choices(**manifest.get("attention", {"rows": [], "where": ""}))
+    chosen = manifest.get("attention", [])
+    for theirs in [chosen] if isinstance(chosen, dict) else chosen[run.ranks.rank :][:1] or chosen[:1]:
+        attention_backends.keep_choices(**theirs)
     run.images = run.saved = manifest["images"]
     return f"resumed from {path} at {run.images:,} images"

@@ -55,10 +55,6 @@ class Sharded:
     def grad_norm(self) -> float:
         return float(self.engine.get_global_grad_norm() or 0.0)
 
-    @property
-    def loss_scale(self) -> float:
-        return float(self.engine.optimizer.loss_scale)
-
     # State by name. A flat shard holds pieces of parameters; Piece says which.
 
     def shards(self) -> Iterator[tuple[Tensor, list["Piece"]]]:

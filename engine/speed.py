@@ -1,7 +1,9 @@
 """Every performance switch in one place: device, precision, compilation, CUDA graphs, TF32, cuDNN, gradient checkpointing."""
 
 import os
+import sysconfig
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -77,7 +79,26 @@ def choose(speed: Speed, stage: int = 1) -> Choice:
             "fp32" if device == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         )
     compiled = device == "cuda" and stage < 3 if speed.compile is None else speed.compile
+    if compiled and device == "cpu" and speed.backend == "inductor":
+        refuse_without_compiler()
     return Choice(device, precision, compiled)
+
+
+def refuse_without_compiler() -> None:
+    """Raises Refused where torch.compile could not build what it writes for a CPU."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+        missing = None if Path(sysconfig.get_path("include"), "Python.h").exists() else "Python.h"
+    except InvalidCxxCompiler:
+        missing = "a C++ compiler"
+    if missing:
+        raise Refused(
+            f"speed.compile = True needs {missing} on a CPU, which is not there: leave it off, or install it "
+            "(Debian: apt-get install g++ python3-dev)"
+        )
 
 
 def set_up(speed: Speed, choice: Choice) -> None:
@@ -145,8 +166,12 @@ def substitutions(speed: Speed, choice: Choice) -> list[str]:
         lines.append("speed.norms_in_turns has no effect without a CUDA device")
     if choice.device == "cpu" and speed.norms_join_skips:
         lines.append("speed.norms_join_skips has no effect without a CUDA device")
-    if speed.autotune and not choice.compile:
-        lines.append("speed.autotune has no effect without speed.compile")
+    if choice.device == "cuda" and speed.threads is not None:
+        lines.append("speed.threads has no effect on a CUDA device")
+    if not choice.compile or speed.backend != "inductor":
+        needed = "speed.compile" if not choice.compile else "speed.backend = inductor"
+        asked = {"autotune": speed.autotune, "cuda_graphs": speed.cuda_graphs and choice.device == "cuda"}
+        lines += [f"speed.{name} has no effect in training without {needed}" for name, on in asked.items() if on]
     return lines
 
 

@@ -83,11 +83,10 @@ def whole_step(run: Run) -> WholeStep | None:
 
 def train_step(run: Run, batches: Iterator[Batch]) -> None:
     """One optimizer step: `accumulation` micro-batches on every rank, then the update of weights and EMA."""
-    recipe, began = run.recipe, run.images
+    recipe = run.recipe
+    learning_rate = recipe.optimizer.lr_at(run.images, recipe.images)
     run.images += recipe.batch_size
-    run.sharded.optimizer.set(
-        lr=recipe.optimizer.lr_at(began, recipe.images), ema_decay=recipe.ema.decay(run.images, recipe.batch_size)
-    )
+    run.sharded.optimizer.set(lr=learning_rate, ema_decay=recipe.ema.decay(run.images, recipe.batch_size))
     losses, traced = [], []
     for _ in range(recipe.accumulation):
         waiting = time.monotonic()
@@ -97,20 +96,25 @@ def train_step(run: Run, batches: Iterator[Batch]) -> None:
         losses.append(loss.detach())
         if recipe.log.trace:
             traced += fingerprints(batch, input_NCHW)
+    if run.steps_here == 2:
+        run.graphs_before = speed.compiled_graphs()
+    tell(run, torch.stack(losses).mean(), learning_rate, traced)
+
+
+def tell(run: Run, loss: Tensor, learning_rate: float, traced: list[tuple[int, str, str]]) -> None:
+    """A step's numbers, where they are due: each waits for the device."""
 
     def numbers() -> dict[str, float]:
         return {
-            "loss": zero.mean(torch.stack(losses).mean()).item(),
+            "loss": zero.mean(loss).item(),
             "grad_norm": run.sharded.grad_norm(),
-            "learning_rate": recipe.optimizer.lr_at(began, recipe.images),
+            "learning_rate": learning_rate,
             "skipped": run.sharded.skipped,
         }
 
-    if recipe.log.trace:
-        trace(run, traced, zero.mean(torch.stack(losses).mean()).item())
-    run.log.step(run.step, run.images, recipe.batch_size, numbers)
-    if run.step == 2:
-        run.graphs_at_step_2 = speed.compiled_graphs()
+    if run.recipe.log.trace:
+        trace(run, traced, zero.mean(loss).item())
+    run.log.step(run.step, run.images, run.recipe.batch_size, numbers)
 
 
 def whole_or_micro_step(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -238,10 +242,11 @@ def finish(run: Run) -> None:
     """The last checkpoint, export, pictures and losses."""
     save(run)
     ema = run.sharded.gather("ema")
+    unread = sorted(set(zero.gathered(run.data.unread())))
     if run.ranks.rank == 0:
         path = run.recipe.folder / "ema.safetensors"
         artifact.save(path, ema, run.recipe, run.facts, run.images)
-        write_json(run.recipe.folder / "record.json", record(run))
+        write_json(run.recipe.folder / "record.json", record(run) | {"unread_samples": unread})
         model_card.write(run.recipe.folder / "MODEL_CARD.md", run.recipe, run.facts, run.data, run.images)
         model = averaged(run, ema)
         written = draw(run, model)
@@ -262,7 +267,7 @@ def record(run: Run) -> dict:
         "attention_choices": attention_backends.choices(),
         "notes": run.notes,
         "graph_breaks": speed.graph_breaks(),
-        "recompiles_after_step_2": speed.compiled_graphs() - run.graphs_at_step_2 if run.step > 2 else 0,
+        "recompiles_after_step_2": speed.compiled_graphs() - run.graphs_before if run.steps_here > 2 else 0,
     }
 
 

@@ -4,19 +4,14 @@ The only file that imports deepspeed, and only inside functions: a configuration
 """
 
 import atexit
-import fcntl
 import gc
 import logging
 import os
-import shutil
 import socket
-import sys
-import sysconfig
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -56,13 +51,12 @@ def join(device: str) -> Ranks:
     on_cuda = device == "cuda"
     if not on_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        refuse_without_compiler()
     single_process_defaults()
     import deepspeed
 
     quiet()
     if not on_cuda:
-        build_communication_operator()
+        without_its_own_operator()
     if not dist.is_initialized():
         try:
             deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", verbose=False, timeout=PATIENCE)
@@ -82,33 +76,12 @@ def join(device: str) -> Ranks:
     )
 
 
-def refuse_without_compiler() -> None:
-    """DeepSpeed builds its CPU communication operator on first use, with g++, ninja and Python's headers."""
-    # This environment's own ninja comes first: two versions of ninja rebuild each other's work at every start.
-    os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
-    missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
-    missing += [] if Path(sysconfig.get_path("include"), "Python.h").exists() else ["Python.h"]
-    if missing:
-        raise Refused(
-            f"{' and '.join(missing)} not found: DeepSpeed compiles an operator on the CPU the first time; "
-            "install them (Debian: apt-get install g++ ninja-build python3-dev)"
-        )
+def without_its_own_operator() -> None:
+    """DeepSpeed builds an operator for inference on a CPU at every start, which training never calls: it would need a compiler and
+    a minute the first time, and leave 66 MiB a rank in /dev/shm behind for good."""
+    from deepspeed.ops import __compatible_ops__
 
-
-def build_communication_operator() -> None:
-    """Builds DeepSpeed's CPU operator under a lock that dies with its holder.
-
-    torch's own lock is a file that a killed process leaves behind, and the next one would wait for it for ever.
-    """
-    from deepspeed.accelerator import get_accelerator
-    from torch.utils.cpp_extension import _get_build_directory
-
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    folder = Path(_get_build_directory(builder.name, verbose=False))
-    with open(folder.with_name(f"{folder.name}.duotone-lock"), "w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        (folder / "lock").unlink(missing_ok=True)
-        builder.load(verbose=False)
+    __compatible_ops__["deepspeed_shm_comm"] = False
 
 
 SET_HERE: dict[str, str] = {}  # what a process without a launcher was given, to be taken back when its run ends

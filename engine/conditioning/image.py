@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from duotone.data.batch import Batch, sent
+from duotone.data.batch import Batch, sent, unit
 from duotone.data.refusal import Refused
 from duotone.engine import draws
 from duotone.engine.conditioning.base import Conditioner, Conditioning, Facts
@@ -178,11 +178,6 @@ class HoleConditioner(Conditioner):
         mask_N1HW = tensors["mask_N1HW"] | ~keep_N[:, None, None, None]
         image_NCHW = tensors["image_NCHW"] * ~mask_N1HW
         return Conditioning(channels_NKHW=torch.cat([image_NCHW, mask_N1HW.to(image_NCHW.dtype)], dim=1))
-
-
-def unit(images_NHWC: Tensor) -> Tensor:
-    """uint8 to [-1, 1], channels first."""
-    return images_NHWC.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def enlarged(x_NCHW: Tensor, size: tuple[int, int]) -> Tensor:

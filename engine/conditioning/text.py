@@ -167,7 +167,7 @@ def warn_cut(caption: str, cut: str) -> None:
 
 
 class TextConditioner(Conditioner):
-    """Tokens of a text encoder's last layer; the null state is all-zero tokens, whose attention output is exactly zero."""
+    """Tokens of a text encoder's last layer; the null state is no token: attention to it gives exactly zero."""
 
     kind, asked = "text", "prompts"
     nobody = ""
@@ -225,7 +225,8 @@ class TextConditioner(Conditioner):
         tokens_NMD = torch.where(keep_N[:, None, None], tokens_NMD, torch.zeros_like(tokens_NMD))
         mask_NM = tensors["mask_NM"]
         vector_NE = None if self.pool is None else self.pool(masked_mean(tokens_NMD, mask_NM))
-        return Conditioning(vector_NE=vector_NE, tokens_NMD=tokens_NMD, mask_NM=mask_NM)
+        # Beside another condition's tokens, zero keys would take a share of the attention that tells the caption's length.
+        return Conditioning(vector_NE=vector_NE, tokens_NMD=tokens_NMD, mask_NM=mask_NM & keep_N[:, None])
 
 
 def masked_mean(tokens_NMD: Tensor, mask_NM: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from duotone.data.batch import unit
 from duotone.data.refusal import Refused
 from duotone.data.whole_file import draft_of, write_json
 from duotone.engine.checkpoint import digest
@@ -116,13 +117,7 @@ def run(function: Callable, images_NHWC: np.ndarray) -> np.ndarray:
     """What a classifier, or its `embed`, makes of the images, a chunk at a time."""
     network = getattr(function, "__self__", function)
     device = network.head.weight.device
-    return torch.cat([function(unit(part, device)).cpu() for part in chunks(images_NHWC)]).numpy()
-
-
-def unit(images_NHWC: np.ndarray, device: torch.device) -> Tensor:
-    """uint8 to [-1, 1], channels-last."""
-    x_NHWC = torch.from_numpy(images_NHWC).to(device).float() / 127.5 - 1
-    return x_NHWC.permute(0, 3, 1, 2)
+    return torch.cat([function(unit(torch.from_numpy(part).to(device))).cpu() for part in chunks(images_NHWC)]).numpy()
 
 
 def chunks(images_NHWC: np.ndarray) -> list[np.ndarray]:
@@ -220,7 +215,7 @@ def train(network: Classifier, images: Images, config: ClassifierConfig, device:
 
 
 def step(network, optimizer, images: Images, config: ClassifierConfig, random: torch.Generator, device) -> None:
-    x_NCHW = augmented(unit(images.images_NHWC, device), config, random)
+    x_NCHW = augmented(unit(torch.from_numpy(images.images_NHWC).to(device)), config, random)
     loss = loss_of(network(x_NCHW), torch.from_numpy(wanted(images)).to(device))
     optimizer.zero_grad()
     loss.backward()

@@ -13,7 +13,7 @@ from duotone.data.refusal import Refused, finite
 from duotone.engine.conditioning.attributes import UNKNOWN, attribute_row, place
 from duotone.engine.conditioning.base import Conditioning
 from duotone.engine.cuda_graph import Recordings
-from duotone.engine.guidance import denoised, keys_values
+from duotone.engine.guidance import denoised, keys_values, scalings
 from duotone.engine.model.network import Network
 from duotone.engine.objectives.base import Objective
 
@@ -66,7 +66,7 @@ class ComposedDenoiser:
         copies = 1 + len(self.scales)
         rows_NCHW = torch.cat([x_NCHW] * copies)
         sigma_N = torch.full((rows_NCHW.shape[0],), sigma, dtype=torch.float64)
-        skip_N, out_N, in_N, noise_N = [v.to(x_NCHW.device, torch.float32) for v in self.objective.scalings(sigma_N)]
+        skip_N, out_N, in_N, noise_N = scalings(self.objective, sigma_N, x_NCHW.device)
         self.forwards += rows_NCHW.shape[0]
         scaled_NCHW = (rows_NCHW * in_N[:, None, None, None]).to(self.network.dtype)
         output_NCHW = self.recordings("all branches", self.output, scaled_NCHW, noise_N)

@@ -147,27 +147,27 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_width or width, width, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(width, width), nn.Dropout(0.0)])
 
-    def packed(self, x_NLC: Tensor, *layers: nn.Linear) -> list[Tensor]:
-        """Several projections of the same tokens as one matrix product, split into heads: each (N, L, heads, width)."""
-        if len(layers) == 1:
-            return [layers[0](x_NLC).unflatten(-1, (self.heads, -1))]
-        weight = torch.cat([layer.weight for layer in layers])
-        bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-        y = F.linear(x_NLC, weight, bias).unflatten(-1, (len(layers), self.heads, -1))
-        return list(y.unbind(2))
-
     def keys_values(self, context_NMD: Tensor) -> tuple[Tensor, Tensor]:
-        k_NMHD, v_NMHD = self.packed(context_NMD, self.to_k, self.to_v)
+        k_NMHD, v_NMHD = packed(self.heads, context_NMD, self.to_k, self.to_v)
         return k_NMHD, v_NMHD
 
     def forward(self, x_NLC: Tensor, context=None, mask_NM: Tensor | None = None) -> Tensor:
         """`context` is tokens_NMD, or keys and values already projected (they do not change between sampling steps)."""
         if context is None:
-            q, k, v = self.packed(x_NLC, self.to_q, self.to_k, self.to_v)
+            q, k, v = packed(self.heads, x_NLC, self.to_q, self.to_k, self.to_v)
         else:
-            (q,) = self.packed(x_NLC, self.to_q)
+            (q,) = packed(self.heads, x_NLC, self.to_q)
             k, v = context if isinstance(context, tuple) else self.keys_values(context)
         return self.to_out[0](attention(q, k, v, mask_NM=mask_NM).flatten(2))
+
+
+def packed(heads: int, x_NLC: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    """Several projections of the same tokens as one matrix product, split into heads: each (N, L, heads, width)."""
+    if len(layers) == 1:
+        return (layers[0](x_NLC).unflatten(-1, (heads, -1)),)
+    weight = torch.cat([layer.weight for layer in layers])
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    return F.linear(x_NLC, weight, bias).unflatten(-1, (len(layers), heads, -1)).unbind(2)
 
 
 class SelfAttention(Attention):

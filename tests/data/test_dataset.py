@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from duotone.data.refusal import Refused
+from duotone.data.refusal import Refused, SampleReplaced
 from duotone.data.shards import Shards
 from duotone.data.write_shards import Sample, write_shards
 
@@ -203,7 +203,10 @@ def test_bytes_that_changed_behind_the_index_are_refused(shard_folder, cpu, plan
         assert changed.columns["json_size"][3] > 0
     with pytest.raises(Refused, match=r"00000.tar: key '00003'.*checksum"):
         changed.read(plan_for([0, 3]))
-    replaced = opened(shard_folder, cpu, on_bad="replace").read(plan_for([0, 3]))
+    dataset = opened(shard_folder, cpu, on_bad="replace")
+    with pytest.warns(SampleReplaced, match="key '00003'.*the next sample is read instead"):
+        replaced = dataset.read(plan_for([0, 3]))
+    assert len(dataset.unread()) == 1
     assert replaced.keys == ["00000", "00004"] and "checksum" in replaced.skipped[0]
 
 

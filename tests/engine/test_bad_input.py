@@ -21,7 +21,7 @@ from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.text import ByteText, ClipText, EncoderText
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.recipe import Recipe
-from duotone.engine.recipe_json import from_json, to_json
+from duotone.engine.recipe_json import differences, from_json, to_json
 from duotone.engine.starting_weights import begin_from
 
 RECIPE = Path(__file__).with_name("tiny_recipe.py")
@@ -125,6 +125,10 @@ def test_counts_may_be_written_short():
 def test_a_recipe_survives_json_and_builds_no_foreign_type():
     recipe = tiny()
     assert from_json(json.loads(json.dumps(to_json(recipe)))) == recipe
+    # Until 0.1 a type was stored with its module: such a run goes on.
+    stored = to_json(recipe)
+    stored["optimizer"]["type"] = "duotone.engine.elsewhere:AdamW"
+    assert from_json(stored) == recipe and not differences(stored, recipe)
     for name in ("os:system", "duotone.engine.train:train", "duotone..os:path", "duotone.engine.nothing:Here"):
         with pytest.raises(Refused, match="type"):
             from_json({"type": name})

@@ -22,7 +22,7 @@ from duotone.engine.conditioning.dropout import conditioned
 from duotone.engine.conditioning.image import ClassMap, Hole, LowResolution, rectangles
 from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.temperature import Temperature
-from duotone.engine.conditioning.text import EncoderText
+from duotone.engine.conditioning.text import ByteText, EncoderText
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.recipe import Recipe
 from duotone.engine.sample import sample
@@ -219,6 +219,24 @@ def test_every_label_encoding_exports_to_diffusers_as_its_table(encoding, tmp_pa
         condition = model.network.conditioners["label"]({"labels_N": labels}, torch.ones(4, dtype=torch.bool))
         got = model.network.predict(x, t, condition)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_dropped_caption_leaves_nothing_beside_other_tokens():
+    """Its zero keys would take a share of the attention, larger for a longer caption."""
+    network = model_of(
+        ByteText(width=CROSS.context_width, pooled=False), Attributes(port="tokens"), network=CROSS
+    ).network
+    tensors = {
+        "text": network.conditioners["text"].of_values(["", "a kite", "a kite over the sea"]),
+        "attributes": {"attributes_NK": torch.ones(3, len(FACTS.attributes), dtype=torch.int8)},
+    }
+    x_NCHW, time_N = torch.randn(1, 3, 8, 8).expand(3, -1, -1, -1), torch.full((3,), 500.0)
+    apart = []
+    for kept in (False, True):
+        keep = {"text": torch.full((3,), kept), "attributes": torch.ones(3, dtype=torch.bool)}
+        output_NCHW, _ = network(x_NCHW, time_N, tensors, keep)
+        apart.append((output_NCHW - output_NCHW[:1]).abs().max().item())
+    assert apart[0] < 1e-6 < 1e-3 < apart[1]
 
 
 # ------------------------------------------------------------------------------------------------------- images

@@ -287,6 +287,19 @@ def test_a_condition_that_was_never_left_out_must_be_given(guidance):
     assert not both.can_be_asked_for_anything and model_of(Label()).can_be_asked_for_anything
 
 
+def test_a_null_state_that_was_trained_with_all_others_alone_is_no_state_of_its_own():
+    """Dropped together they are guidance's other branch; one of them without the other was never seen."""
+    both = model_of(CONDITIONS["text"][0], Label(dropout=0.0), network=CONDITIONS["text"][1])
+    both = replace(both, recipe=replace(both.recipe, drop_together=0.1))
+    assert both.can_be_guided and both.can_be_asked_for_anything
+    sample(both, count=1, steps=1)
+    sample(both, prompts=["x"], labels=[0], guidance=2.0, steps=1)
+    with pytest.raises(Refused, match="never trained without its labels alone: give labels"):
+        sample(both, prompts=["x"], steps=1)
+    with pytest.raises(Refused, match="condition dropout 0 for its labels"):
+        sample(both, prompts=["x"], labels=[0], guidance=2.0, steps=1, negative={"prompts": ["y"]})
+
+
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
 def test_steps_are_told_once_for_each_image_whatever_the_chunks(sampler):
     model, asked = model_of(Label()), {"labels": [0, 1, 2, 0, 1], "steps": 3, "sampler": sampler, "seed": 4}

@@ -1,6 +1,9 @@
 """The switches of engine/speed.py: what they may change is speed and rounding, nothing else."""
 
 import copy
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -148,6 +151,16 @@ def test_norms_that_join_skips_change_nothing(monkeypatch):
 # -------------------------------------------------------------------------------------------------------- compiler
 
 
+def test_compiling_without_a_compiler_is_one_line_with_the_remedy():
+    """In a process of its own: torch looks for one once."""
+    code = "from duotone.engine.speed import Speed, choose; choose(Speed(device='cpu')); choose(Speed(device='cpu', compile=True))"
+    environment = os.environ | {"PATH": "/nowhere"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stderr.splitlines()[-1].startswith(
+        "duotone.data.refusal.Refused: speed.compile = True needs a C++ compiler on a CPU"
+    )
+
+
 def test_the_compiler_knows_every_option_that_it_is_given():
     """An unknown option would be found out on the first GPU only: Inductor refuses it when a function is wrapped."""
     options = speed.compiler_options(speed.Speed(autotune=True, cuda_graphs=True))
@@ -206,8 +219,18 @@ def test_what_has_no_effect_here_is_said():
     assert any("speed.norms_join_skips has no effect without a CUDA device" in line for line in said)
     assert any("speed.norms_in_turns has no effect without a CUDA device" in line for line in said)
     assert any("speed.cuda_graphs has no effect without a CUDA device" in line for line in said)
-    assert any("speed.autotune has no effect without speed.compile" in line for line in said)
+    assert any("speed.autotune has no effect in training without speed.compile" in line for line in said)
     assert len(speed.substitutions(speed.Speed(), CPU)) == 1
+    graphs = speed.Speed(cuda_graphs=True, backend="aot_eager", threads=4)
+    said = [
+        speed.substitutions(replace(graphs, compile=compiled), speed.Choice("cuda", "bf16", compiled))
+        for compiled in (False, True)
+    ]
+    assert ["speed.compile" in line for line in said[0]] == [False, True]
+    assert said[1] == [
+        "speed.threads has no effect on a CUDA device",
+        "speed.cuda_graphs has no effect in training without speed.backend = inductor",
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------- probes

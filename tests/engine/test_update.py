@@ -95,6 +95,25 @@ def test_gradients_that_are_not_finite_change_nothing_and_are_counted(precision)
     assert not state(made)["weight/0.weight"].equal(before["weight/0.weight"])
 
 
+@pytest.mark.parametrize("stage,accumulation", [(1, 1), (2, 2)])
+def test_in_fp16_the_loss_scale_is_deepspeeds_and_goes_on_after_a_resume(stage, accumulation):
+    """The first scale is too large for this loss: steps are skipped and the scale halves, and so it does at spoilt ones."""
+    options = {"stage": stage, "precision": "fp16", "accumulation": accumulation}
+    mine, theirs = (sharded(small_network(), **options, ours=ours) for ours in (True, False))
+    for made in (mine, theirs):
+        run(made, 8, accumulation, spoilt=(3, 4))
+    assert mine.counters()["scaler"] == theirs.counters()["scaler"] and mine.skipped == theirs.engine.skipped_steps > 2
+    for name, value in state(theirs).items():
+        torch.testing.assert_close(state(mine)[name], value, rtol=2e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    again = sharded(small_network(), **options)
+    run(again, 1, accumulation)  # the state of the optimizer is made by its first step
+    for kind in ("weight", "exp_avg", "exp_avg_sq", "ema"):
+        again.scatter(kind, mine.gather(kind))
+    again.restore_counters(mine.counters())
+    assert run(again, 3, accumulation) == run(mine, 3, accumulation)
+    assert again.counters() == mine.counters()
+
+
 class Written(TorchDispatchMode):
     """Elements that operators write, of tensors as large as a shard."""
 
