@@ -11,7 +11,6 @@ before is kept and measured again; the record keeps the rows of earlier calls wi
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -21,8 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from clocks import core_seconds_of_children
 from fashion import CLASSES, DATA, SAMPLES, Course, shards
-from record import default_path, load_average, machine, refuse, write_json
+from record import load_average, machine, refuse, result_path, write_json
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -196,19 +196,15 @@ def trained(bug: Bug, scratch: Path, images: int) -> dict:
     order = [sys.executable, __file__, "--scratch", str(scratch), "--images", str(images), "--train", bug.name]
     # One thread: threads that wait for each other on a busy machine burn what they wait for.
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    before, began, log = core_seconds(), time.time(), kept.with_suffix(".log")
+    before, began, log = core_seconds_of_children(), time.time(), kept.with_suffix(".log")
     with log.open("w") as file:
         done = subprocess.run(order, env=environment, stdout=file, stderr=subprocess.STDOUT)
     if done.returncode:
         raise Refused(f"training {bug.name} ended with {done.returncode}: {last_line(log)}")
-    clock = {"images": images, "core_seconds": core_seconds() - before, "seconds": time.time() - began}
+    used = core_seconds_of_children() - before
+    clock = {"images": images, "core_seconds": used, "seconds": time.time() - began}
     write_json(kept, clock | {"load_average": load_average()})
     return json.loads(kept.read_text())
-
-
-def core_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def last_line(log: Path) -> str:
@@ -326,6 +322,7 @@ def settings(asked: argparse.Namespace, course: Course) -> dict:
         "sampler": SAMPLER,
         "floor": course.floor,
         "classifier": course.judge.accuracy.to_json(),
+        "classifier_digest": course.judge.key,
         "brightness_of_test_images": float(real.mean() / 255),
         "parameters": sum(p.numel() for p in sound.model.build().parameters()),
     }
@@ -394,12 +391,12 @@ def check(asked: argparse.Namespace) -> None:
 
 def main() -> None:
     asked = parsed()
-    asked.json = asked.json or default_path("bugs")
     try:
         check(asked)
         if asked.train:  # the training process itself
             train(recipe_of(bug_named(asked.train), asked.scratch, asked.images))
         else:
+            asked.json = result_path(asked.json, "bugs")
             bench(asked)
     except Refused as refusal:
         refuse(str(refusal))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from clocks import copy_bandwidth, copy_bandwidth_on_cpu, matmul_rate
-from record import command, default_path, machine, write_json
+from record import command, machine, result_path, write_json
 
 
 def measure() -> dict:
@@ -25,9 +25,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where the result goes (default: bench/results/)")
     asked = parser.parse_args()
+    path = result_path(asked.json, "ceilings")
     found = measure()
     print(f"copy {found['copy_gigabytes_per_second']:.0f} GB/s, matrix product {found['matmul_teraflops']:.3g} TFLOP/s")
-    path = asked.json or default_path("ceilings")
     write_json(path, {"machine": machine(), "command": command(), **found})
     print(f"written: {path}")
 

@@ -4,6 +4,7 @@ On a GPU: events around graph replays, the level-2 cache emptied before each. On
 neighbour disturbs far less than the wall clock; with several threads it is the sum over them.
 """
 
+import resource
 import statistics
 import time
 
@@ -97,6 +98,12 @@ def time_on_cpu(call, rounds: int = 5) -> float:
         call()
         times.append((time.perf_counter() - begin) * 1e3)
     return min(times)
+
+
+def core_seconds_of_children() -> float:
+    """In which processes that this one started, and that have ended, had a core."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def spread(values: list[float]) -> dict[str, float]:

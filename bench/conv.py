@@ -2,7 +2,7 @@
 
     python bench/conv.py                     # the reference network, 64 images of 128 px; on a CPU the small one
     python bench/conv.py --small             # the small network, 2 images of 64 px, anywhere
-    python bench/conv.py --shapes 5 --json out.json
+    python bench/conv.py --shapes 5 --json out.json      # written anew after each shape
 
 Shapes and their numbers come from hooks on the network itself. On a GPU, bf16 and channels-last: cuDNN (benchmark on), the
 compiler's templates (max-autotune; it has none for a weight gradient, nor for the data gradient of a stride), and for 1 x 1
@@ -14,6 +14,7 @@ import argparse
 import statistics
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from clocks import interleaved, matmul_rate
 from networks import NAMED, SIZES, one_line, their_unet
-from record import command, default_path, load_average, machine, refuse, table, write_json
+from record import command, load_average, machine, refuse, result_path, table, write_json
 
 from duotone.data.refusal import Refused
 
@@ -194,15 +195,15 @@ def measure(shape: Shape, number: int, device: str, rounds: int, with_templates:
     return row | ({"absent": absent} if absent else {})
 
 
-def measure_all(found: Counter, device: str, asked: argparse.Namespace) -> list[dict]:
-    """Heaviest shapes first; the compiler is asked for templates until its minutes are spent."""
+def measure_all(found: Counter, device: str, asked: argparse.Namespace) -> Iterator[list[dict]]:
+    """All rows so far, after each shape, heaviest first; the compiler is asked for templates until its minutes are spent."""
     heaviest = sorted(found, key=lambda shape: -found[shape] * shape.flops)
     rows, began = [], time.monotonic()
     for shape in heaviest[: asked.shapes]:
         with_templates = time.monotonic() - began < 60 * asked.template_minutes
         rows.append(measure(shape, found[shape], device, asked.rounds, with_templates))
         print(f"{len(rows)} of {len(heaviest[: asked.shapes])}: {shape}", flush=True)
-    return rows
+        yield rows
 
 
 def totals(rows: list[dict], standard: str) -> dict[str, dict[str, float]]:
@@ -259,10 +260,8 @@ def main() -> None:
         found = shapes_of(network, size, batch)
     except Refused as refusal:
         refuse(str(refusal))
-    loads = [load_average()]
-    rows = measure_all(found, device, asked)
-    standard = "cuDNN" if device == "cuda" else "planes"
-    result = {
+    path = result_path(asked.json, f"conv_{network}" if asked.network else "conv")
+    about = {
         "machine": machine(),
         "command": command(),
         "network": network,
@@ -270,18 +269,21 @@ def main() -> None:
         "batch": batch,
         "dtype": "bf16" if device == "cuda" else "fp32",
         "clock": "device" if device == "cuda" else "processor time",
-        "load_average": [*loads, load_average()],
         "convolutions": sum(found.values()),
         "matmul_teraflops": matmul_rate(device),
-        "ways": list(dict.fromkeys(way for row in rows for one in row["passes"].values() for way in one["milliseconds"])),
-        "totals": totals(rows, standard),
-        "results": rows,
-        "choices": choices(rows),
-    }  # fmt: skip
+    }
+    load = load_average()
+    for rows in measure_all(found, device, asked):
+        result = about | {"load_average": [load, load_average()]} | result_of(rows, device)
+        write_json(path, result)
     print("\n" + show(rows, result))
-    path = asked.json or default_path("conv")
-    write_json(path, result)
     print(f"\nwritten: {path}")
+
+
+def result_of(rows: list[dict], device: str) -> dict:
+    every = (way for row in rows for one in row["passes"].values() for way in one["milliseconds"])
+    summed = totals(rows, "cuDNN" if device == "cuda" else "planes")
+    return {"ways": list(dict.fromkeys(every)), "totals": summed, "results": rows, "choices": choices(rows)}
 
 
 if __name__ == "__main__":

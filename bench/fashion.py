@@ -1,12 +1,18 @@
-"""Fashion-MNIST at 28 px as a course to run models over: its shards, its classifier, and what samples are measured by."""
+"""Fashion-MNIST at 28 px as a course to run models over: its shards, its classifier, and what samples are measured by.
 
+python bench/fashion.py --scratch DIR    lays it, which every bench that runs over it does by itself where that was not done before
+"""
+
+import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from record import refuse
 
 from duotone.data.prepare.idx import PrepareIdx
+from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
 from duotone.engine.evaluate.classifier import ClassifierConfig, Judge, judge_of
 from duotone.engine.evaluate.composition import Composition, composition
@@ -70,10 +76,32 @@ class Course:
         return composition(x_ND, labels_N, self.real.train_ND, train.labels_N, train.classes)
 
 
+def files(split: str) -> tuple[Path, Path]:
+    """Images and labels of `train` or `t10k`, as they are published."""
+    return FASHION / f"{split}-images-idx3-ubyte.gz", FASHION / f"{split}-labels-idx1-ubyte.gz"
+
+
 def shards(scratch: Path, split: str) -> Path:
     """The shards of `train` or `t10k`, prepared on first use."""
     out = scratch / "shards" / split
     if not out.exists():
-        images, labels = (FASHION / f"{split}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1"))
+        images, labels = files(split)
         PrepareIdx(images=images, labels=labels, names="fashion-mnist", out=out).run()
     return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scratch", type=Path, required=True, help="folder for shards and the classifier")
+    scratch = parser.parse_args().scratch
+    try:
+        course = Course.laid(scratch)
+    except Refused as refused:
+        refuse(str(refused))
+    for split, images in {"train": course.splits.train, "t10k": course.splits.held_out}.items():
+        print(f"{len(images):,} images in {shards(scratch, split)}")
+    print(f"classifier {course.judge.accuracy} in {course.judge.folder}; floor {course.floor:.3f}")
+
+
+if __name__ == "__main__":
+    main()

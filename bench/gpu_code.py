@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 import triton
 from networks import diffusers
-from record import RESULTS, command, machine, refuse, table, write_json
+from record import RESULTS, command, machine, refuse, refuse_unwritable, table, write_json
 from triton.backends.compiler import GPUTarget
 
 from duotone.data.refusal import Refused
@@ -414,12 +414,14 @@ def main() -> None:
     if asked.images < 1:
         refuse(f"--images {asked.images}: it must be at least 1")
     names = [asked.case] if asked.case else list(CASES)
+    path = asked.json or (None if asked.case else RESULTS / "gpu_code.json")
+    if path:
+        refuse_unwritable(path)
     try:
         rows = [row for name in names for row in measure(name, asked.images, bool(asked.case))]
     except Refused as refusal:
         refuse(str(refusal))
     print("\n" + table([{name: value for name, value in row.items() if name != "launches"} for row in rows]))
-    path = asked.json or (None if asked.case else RESULTS / "gpu_code.json")
     if path:
         write_json(path, {"machine": machine(), "command": command(), "written_for": H100.name, "results": rows})
         print(f"written: {path}")

@@ -21,7 +21,7 @@ from pathlib import Path
 import step_counters
 import torch
 from harness import CHIPS, compile_key, counted, resources
-from record import NOT_MEASURED, RESULTS, command, machine, table, write_json
+from record import NOT_MEASURED, RESULTS, command, machine, refuse_unwritable, table, write_json
 from subjects import SUBJECTS, forward_backward, launches_of
 
 from duotone.kernels import attention
@@ -191,6 +191,8 @@ def main():
     if options.count_traffic:
         print(json.dumps(count_traffic()))
         return
+    if not (options.check or options.kernels_alone):
+        refuse_unwritable(options.json)
     rows = ledger([GATED_CHIP] if options.check else options.chips)
     print(show(rows))
     step = {} if options.kernels_alone else step_counters.counters()

@@ -3,36 +3,33 @@
 Every contender gives uint8 batches with their captions. They take turns within a round, and ratios are taken within a
 round, so that a busy neighbour slows all of them alike. Ours reads in a shuffled order, the others as the shard lies.
 
-    python bench/loader.py                   # table, and bench/results/loader-<date>.json
+    python bench/loader.py                   # table, and its record in bench/results
 """
 
 import argparse
 import io
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import date
-from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from record import command, machine, refuse, write_json
+from record import command, installed, load_average, machine, refuse, result_path, table, write_json
 
 from duotone.data import captioned_shapes
 from duotone.data.batch import Plan
 from duotone.data.order import samples_at
+from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
 from duotone.data.write_shards import Sample, write_shards
 
 BATCH = 64
-RESULTS = Path(__file__).parent / "results"
 BASELINE = "webdataset + Pillow"
 
 
@@ -64,8 +61,10 @@ def jobs(folder: Path) -> list[Job]:
 
 def _photographs(number: int, side: int | None) -> Iterator[np.ndarray]:
     """Cut-outs of two real photographs (scikit-learn's), nearly whole or shrunk to a square."""
-    from sklearn.datasets import load_sample_images
-
+    try:
+        from sklearn.datasets import load_sample_images
+    except ImportError:
+        raise Refused("the photographs are scikit-learn's, which is not installed: pip install scikit-learn") from None
     photographs, rng = load_sample_images().images, np.random.default_rng(0)
     for index in range(number):
         photograph = photographs[index % 2]
@@ -187,38 +186,41 @@ def measure(job: Job, rounds: int, seconds: float, threads: int) -> dict:
     return result
 
 
-def table(results: list[dict]) -> str:
-    """The results as Markdown."""
-    lines = [
-        "| set | reader | images / CPU-second | x webdataset + Pillow | x plain DALI |",
-        "|---|---|---:|---:|---:|",
-    ]
+def rows_of(results: list[dict]) -> list[dict]:
+    rows = []
     for result in results:
         for name, entry in result["contenders"].items():
-            ratios = [entry.get(f"times {other}") for other in (BASELINE, "plain DALI")]
-            shown = " | ".join("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
-            lines.append(f"| {result['job']} | {name} | {entry['images_per_cpu_second']:,.0f} | {shown} |")
-    return "\n".join(lines)
+            ratios = {f"x {other}": entry.get(f"times {other}") for other in (BASELINE, "plain DALI")}
+            rows.append(
+                {"set": result["job"], "reader": name, "images / CPU-second": entry["images_per_cpu_second"]} | ratios
+            )
+    return rows
 
 
 def main() -> None:
     """Measures, prints, and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="of one measurement")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=RESULTS / f"loader-{date.today()}.json")
+    parser.add_argument("--json", "--out", type=Path, help="where the result goes (default: bench/results/)")
     options = parser.parse_args()
     if options.rounds < 1 or options.seconds <= 0 or options.threads < 1:
         refuse("--rounds and --threads must be at least 1, and --seconds above 0")
-    with tempfile.TemporaryDirectory() as folder:
-        measured = [measure(job, options.rounds, options.seconds, options.threads) for job in jobs(Path(folder))]
-    print(table(measured))
-    packages = ["torch", "pillow", "webdataset", "nvidia-dali-cuda130", "numpy"]
-    content = {"date": str(date.today()), "command": command(), "machine": machine(), "threads": options.threads}
-    content |= {"rounds": options.rounds, "seconds": options.seconds, "processor": platform.machine()}
-    content |= {"versions": {name: version(name) for name in packages} | {"python": sys.version.split()[0]}}
-    write_json(options.out, content | {"results": measured})
+    path, load, measured = result_path(options.json, "loader"), load_average(), []
+    packages = ("pillow", "webdataset", "nvidia-dali-cuda130", "numpy", "scikit-learn")
+    about = {"command": command(), "machine": machine(), "threads": options.threads, "rounds": options.rounds}
+    about |= {"seconds": options.seconds, "processor": platform.machine()}
+    about |= {"versions": {name: installed(name) for name in packages}}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for job in jobs(Path(folder)):
+                measured.append(measure(job, options.rounds, options.seconds, options.threads))
+                write_json(path, about | {"load_average": [load, load_average()], "results": measured})
+    except Refused as refusal:
+        refuse(str(refusal))
+    print(table(rows_of(measured)))
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":

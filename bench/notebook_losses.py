@@ -12,7 +12,7 @@ import json
 import statistics
 from pathlib import Path
 
-from record import machine, refuse, table, write_json
+from record import machine, refuse, refuse_unwritable, table, write_json
 
 from duotone.data.refusal import Refused
 from duotone.engine.recipe import Recipe
@@ -59,6 +59,8 @@ def main() -> None:
         recipe = stored(arguments.run)
     except Refused as refusal:
         refuse(str(refusal))
+    if arguments.json:
+        refuse_unwritable(arguments.json)
     data, steps = data_of(recipe), steps_of(arguments.run)
     length = data.get("count", 0) if arguments.epoch is None else arguments.epoch
     if length < 1 and arguments.epoch is not None:

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fashion import shards
-from record import machine, refuse, table, write_json
+from record import RESULTS, machine, refuse, refuse_unwritable, table, write_json
 
 from duotone.data.refusal import Refused
 
-RESULTS = Path(__file__).parent / "results"
-MEASUREMENTS = 6
+BATCH, MEASUREMENTS = 32, 6
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Contender:
     flags: tuple[str, ...]
 
 
-SAME = ("--optimizer.weight-decay", "0", "--optimizer.warmup", "1600")
+SAME = ("--batch-size", str(BATCH), "--optimizer.weight-decay", "0", "--optimizer.warmup", "1600")
 # AdamW's rate was the best of 2e-3, 4e-3 and 8e-3, Muon's of 3e-3, 6e-3 and 12e-3, both with 16 channels at full resolution.
 CONTENDERS = (
     Contender("AdamW", ("optimizer:adam-w", "--optimizer.lr", "4e-3", *SAME)),
@@ -39,14 +38,19 @@ CONTENDERS = (
 )
 
 
-def started(contender: Contender, scratch: Path, images: int) -> subprocess.Popen:
-    """Its training: the speedrun's recipe in one process on one thread."""
+def flags_of(contender: Contender, data: Path, scratch: Path, images: int) -> list[str]:
+    """What the speedrun's recipe is told, of which it keeps the rest."""
     every, out = str(images // MEASUREMENTS), scratch / "optimizers" / contender.name
-    flags = ["--data.shards", str(shards(scratch, "train")), "--data.held-out", "0.05", "--images", str(images)]
+    flags = [*contender.flags, "--data.shards", str(data), "--data.held-out", "0.05", "--images", str(images)]
     flags += ["--validation.every", every, "--validation.images", "1024", "--checkpoint.every", "0"]
-    flags += ["--out", str(out), "--fresh"]
+    return [*flags, "--out", str(out)]
+
+
+def started(contender: Contender, scratch: Path, images: int) -> subprocess.Popen:
+    """Its training, in one process on one thread."""
     environment = os.environ | {"LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).with_name("speedrun.py")), *contender.flags, *flags]
+    flags = [*flags_of(contender, shards(scratch, "train"), scratch, images), "--fresh"]
+    command = [sys.executable, str(Path(__file__).with_name("speedrun.py")), *flags]
     scratch.mkdir(parents=True, exist_ok=True)
     with (scratch / f"optimizers-{contender.name}.log").open("w") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -104,8 +108,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=9_600, help="budget of each contender")
     parser.add_argument("--json", type=Path, default=RESULTS / "optimizers.json")
     arguments = parser.parse_args()
-    if arguments.images < 1 or arguments.images % (32 * MEASUREMENTS):
-        refuse(f"--images {arguments.images}: give a multiple of {32 * MEASUREMENTS}, the batch times the measurements")
+    between = BATCH * MEASUREMENTS
+    if arguments.images < 1 or arguments.images % between:
+        refuse(f"--images {arguments.images}: give a multiple of {between}, the batch times the measurements")
+    refuse_unwritable(arguments.json)
     shards(arguments.scratch, "train")  # before both ask for them
     running = {c.name: started(c, arguments.scratch, arguments.images) for c in CONTENDERS}
     try:

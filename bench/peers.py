@@ -166,7 +166,7 @@ def cast(i):
 
 
 def torch_update():
-    """Fused AdamW, foreach EMA and cast: three passes."""
+    """Fused AdamW, foreach EMA and cast: three passes, and a fourth before them where gradients are in bf16, which are cast."""
 
     def call(i):
         master = torch_adamw(i)

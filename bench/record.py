@@ -61,10 +61,27 @@ def _git(*arguments):
     return result.stdout.strip()
 
 
-def default_path(name: str) -> Path:
-    """Where a result goes unless --json is given: one file per bench, device and date."""
-    device = machine()["device"].replace(" ", "-").lower()
-    return RESULTS / f"{name}-{device}-{datetime.date.today().isoformat()}.json"
+def result_path(asked: Path | None, name: str) -> Path:
+    """Where a result goes: --json, or one file per bench, device and date; refused before anything is measured."""
+    path = asked or RESULTS / f"{name}-{device()}-{datetime.date.today().isoformat()}.json"
+    refuse_unwritable(path)
+    return path
+
+
+def device() -> str:
+    """As it stands in a file's name."""
+    return torch.cuda.get_device_name(0).replace(" ", "-").lower() if torch.cuda.is_available() else "cpu"
+
+
+def refuse_unwritable(path: Path, flag: str = "--json") -> None:
+    try:
+        there = path.exists()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        refuse(f"{path} cannot be written ({error.strerror}): give another {flag}")
+    if not there:
+        path.unlink()
 
 
 def write_json(path: Path, value) -> None:

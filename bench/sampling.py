@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from clocks import spread
 from networks import NAMED, SIZES
-from record import command, default_path, load_average, machine, refuse, table, write_json
+from record import command, load_average, machine, refuse, result_path, table, write_json
 
 from duotone.data import captioned_shapes
 from duotone.data.refusal import Refused
@@ -302,12 +302,18 @@ def model_of(asked: argparse.Namespace, device: str) -> artifact.Model:
     return model
 
 
-def confirm(model: artifact.Model, asked: argparse.Namespace) -> None:
+def confirm(model: artifact.Model, asked: argparse.Namespace, path: Path) -> None:
     found = confirmed(model, asked.guidance, tuple(asked.interval), asked.steps or 18, asked.per_caption)
     print("\n" + table([found]))
-    path = asked.json or default_path("interval")
     write_json(path, {"machine": machine(), "command": command(), "confirmed": found})
     print(f"written: {path}")
+
+
+def name_of(asked: argparse.Namespace, model: artifact.Model) -> str:
+    """Of the result: what was measured on one network, or asked of it, stands beside what others gave."""
+    if asked.confirm or asked.quality:
+        return "interval" if asked.confirm else "guidance"
+    return f"sampling_{asked.network or model.recipe.name}" if asked.network or asked.run else "sampling"
 
 
 def main() -> None:
@@ -319,28 +325,31 @@ def main() -> None:
     )
     if min(*sizes, steps if asked.steps is None else asked.steps, asked.rounds, asked.per_caption) < 1:
         refuse("--batch, --steps, --rounds and --per-caption must be at least 1")
+    if not 0 <= asked.interval[0] < asked.interval[1]:
+        refuse(f"--interval {asked.interval[0]:g} {asked.interval[1]:g}: it must rise, from 0 or more")
     try:
         model = model_of(asked, device)
+        path = result_path(asked.json, name_of(asked, model))
         if asked.confirm:
-            confirm(model, asked)
+            confirm(model, asked, path)
             return
-        rows, loads = [], [load_average()]
+        result = {"machine": machine(), "command": command(), "network": model.recipe.name, "size": model.size, "steps": steps,
+                  "dtype": str(model.network.dtype).removeprefix("torch."), "clock": "wall" if device == "cuda" else "processor time"}  # fmt: skip
+        rows, load = [], load_average()
         for images in sizes:
             chosen = ways(asked.guidance, tuple(asked.interval))
             rows += compare(job_of(model, images, steps), chosen, asked.rounds)
+            result |= {"results": rows, "load_average": [load, load_average()]}
+            write_json(path, result)
     except Refused as refusal:
         refuse(str(refusal))
     flat = [row | {"milliseconds_per_image": row["milliseconds_per_image"]["median"]} for row in rows]
     print(table([{k.replace("_", " "): v for k, v in row.items()} for row in flat]) + "\n")
-    result = {"machine": machine(), "command": command(), "network": model.recipe.name, "size": model.size, "steps": steps,
-              "dtype": str(model.network.dtype).removeprefix("torch."),
-              "clock": "wall" if device == "cuda" else "processor time", "results": rows}  # fmt: skip
     if asked.quality:
         sweep = quality(model, asked.guidance, asked.steps or 18, asked.per_caption)
         result |= {"quality": sweep, "verdict": verdict(sweep)}
+        write_json(path, result)
         print(f"\n{result['verdict']}")
-    path = asked.json or default_path("sampling")
-    write_json(path, result | {"load_average": [*loads, load_average()]})
     print(f"written: {path}")
 
 

@@ -12,6 +12,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.backend_bases import FigureCanvasBase
+from record import refuse, refuse_unwritable
 
 from duotone.engine.objectives.ddpm import DDPM, alpha_bars
 from duotone.engine.objectives.edm import EDM
@@ -50,10 +52,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "schedules.png")
     out = parser.parse_args().out
+    if out.suffix.removeprefix(".") not in FigureCanvasBase.get_supported_filetypes():
+        refuse(f"--out {out}: no picture is written under such a name; give one that ends with .png, .svg or .pdf")
+    refuse_unwritable(out, "--out")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     draw_signal(left)
     draw_levels(right)
-    out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=80)
     print(f"written: {out}")
 

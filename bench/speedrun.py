@@ -13,15 +13,15 @@ the training process to the moment when the weights that are measured lay on dis
 seconds that the process and its children had a core, which a busy machine disturbs least. Shards and classifier are made
 before, samples are drawn after, and their seconds are listed. Both sides see the same classifier and the same labels.
 
-The other side is a well-known notebook's loop (bench/speedrun_notebook.py), in as many DDIM steps as --notebook-steps says. What
-else the last weights of our side tell is in bench/speedrun_sampling.py and bench/speedrun_noises.py.
+The other side is a well-known notebook's loop (bench/speedrun_notebook.py): as many core-seconds as ours has used in DIR, unless
+--core-seconds says otherwise, and as many DDIM steps as --notebook-steps says. What else the last weights of our side tell is in
+bench/speedrun_sampling.py and bench/speedrun_noises.py.
 """
 
 import argparse
 import json
 import math
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -33,8 +33,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from clocks import core_seconds_of_children
 from fashion import CLASSES, DATA, SAMPLES, Course, shards
-from record import machine, refuse, write_json
+from record import RESULTS, machine, refuse, refuse_unwritable, write_json
 
 from duotone.data.refusal import Refused
 from duotone.engine import Recipe, artifact, checkpoint, main, pictures
@@ -53,7 +54,7 @@ from duotone.engine.samplers.epsilon_scaling import epsilon_scaled
 from duotone.engine.samplers.named import SAMPLERS
 from duotone.engine.speed import Speed
 
-RESULTS = Path(__file__).parent / "results" / "speedrun"
+RECORDS = RESULTS / "speedrun"
 LEAST_ACCURACY, MOST_RATIO = 0.9, 1.5
 IMAGES, CHECKS, SEED = 1_152_000, 3, 1
 # Nothing is tried beforehand or compiled, which would take its time, and few lines are waited for.
@@ -276,32 +277,31 @@ def clocked(command: list[str], log: Path, goes_on: bool = False) -> Clock:
     kept = log.with_suffix(".json")
     if parsed().again and not kept.exists():
         refuse(f"--again: {kept} is not there, nothing was trained here; leave --again out")
-    parts = [Part(**part) for part in json.loads(kept.read_text())] if goes_on or parsed().again else []
+    parts = stored(kept).parts if goes_on or parsed().again else []
     if parsed().again:
         return Clock(parts)
     kept.unlink(missing_ok=True)  # a part that is killed leaves no clock: the next training begins anew
-    before, began = cpu_seconds(), time.time()
+    before, began = core_seconds_of_children(), time.time()
     # One thread a process: threads that wait for each other on a busy machine burn what they wait for.
     environment = os.environ | {"DS_ACCELERATOR": parsed().device, "OMP_NUM_THREADS": "1"}
     with log.open("a" if goes_on else "w") as file:
         code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
     load = round(os.getloadavg()[1], 2)
-    parts.append(Part(began, time.time() - began, cpu_seconds() - before, load))
+    parts.append(Part(began, time.time() - began, core_seconds_of_children() - before, load))
     write_json(kept, [asdict(part) for part in parts])  # of a part that failed too: its time was spent
     if code:
         refuse(f"the training ended with exit code {code}: what it said is in {log}")
     return Clock(parts)
 
 
+def stored(path: Path) -> Clock:
+    return Clock([Part(**part) for part in json.loads(path.read_text())])
+
+
 def last(folder: Path, pattern: str, between: int = 1) -> list[Path]:
     """What was kept on the way, oldest first, where a check was due; with --checks, only the last of it."""
     paths = [path for path in sorted(folder.glob(pattern)) if int(path.stem.split("-")[1]) % between == 0]
     return paths[-parsed().checks :]
-
-
-def cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def check(course: Course, drawn: np.ndarray, clock: tuple[float, float], images: int, sampling_seconds: float) -> dict:
@@ -343,7 +343,7 @@ def record(side: str, course: Course, checks: list[dict], clock: Clock, sampling
     if side == "engine":
         command += f" --images {parsed().images or usual_images()}"
     else:
-        command += f" --core-seconds {parsed().core_seconds:g} --notebook-steps {parsed().notebook_steps}"
+        command += f" --core-seconds {budget():g} --notebook-steps {parsed().notebook_steps}"
     command += f" --again --checks {parsed().checks}" if parsed().again else ""
     command += f" --seed {parsed().seed}" if parsed().seed != SEED else ""
     return {
@@ -358,10 +358,22 @@ def record(side: str, course: Course, checks: list[dict], clock: Clock, sampling
         "parameters": parameters,
         "sampling": sampling,
         "classifier": course.judge.accuracy.to_json(),
+        "classifier_digest": course.judge.key,
         "floor": course.floor,
         "composition_of_real": asdict(course.composed_of_real()),
         "machine": machine() | {"load_average_5_minutes": clock.parts[-1].load},
     }
+
+
+def budget() -> float:
+    """Core-seconds of the notebook's side: those asked for, or as many as ours has used in this folder, all parts together."""
+    asked, ours = parsed().core_seconds, parsed().scratch / "engine.json"
+    if asked is None and not ours.exists():
+        refuse(f"{ours} is not there, so our side's core-seconds are not known: give --core-seconds")
+    seconds = stored(ours).cpu_seconds if asked is None else asked
+    if seconds <= 0:
+        refuse(f"--core-seconds {seconds:g}: it must be above 0")
+    return seconds
 
 
 def where() -> str:
@@ -385,7 +397,7 @@ def name(side: str) -> str:
 
 def result(side: str) -> Path:
     """The file of a side's record; its picture lies beside it."""
-    return parsed().json if parsed().json is not None else RESULTS / f"{name(side)}.json"
+    return parsed().json if parsed().json is not None else RECORDS / f"{name(side)}.json"
 
 
 def picture(drawn: np.ndarray, side: str) -> None:
@@ -404,16 +416,21 @@ def race(arguments: argparse.Namespace) -> None:
     between = CHECKS * recipe.batch_size
     if arguments.images is not None and (arguments.images < 1 or arguments.images % between):
         refuse(f"--images {arguments.images}: give a multiple of {between}, of batches and checks")
-    if arguments.checks < 1 or arguments.core_seconds <= 0 or arguments.notebook_steps < 1:
-        refuse("--checks and --notebook-steps must be at least 1, and --core-seconds above 0")
+    if arguments.checks < 1 or arguments.notebook_steps < 1:
+        refuse("--checks and --notebook-steps must be at least 1")
+    sides = ("engine", "notebook") if arguments.side == "both" else (arguments.side,)
+    if sides == ("notebook",) or "notebook" in sides and arguments.device == "cuda":
+        budget()  # nothing that is yet to run will say it
+    for side in sides:
+        refuse_unwritable(result(side))
     course = Course.laid(arguments.scratch)
     print(f"classifier {course.judge.accuracy}; floor {course.floor:.3f}, bar {MOST_RATIO * course.floor:.3f}")
-    for side in ("engine", "notebook") if arguments.side == "both" else (arguments.side,):
+    for side in sides:
         print(f"{side}:", flush=True)
         if side == "engine":
             found = engine_side(arguments.scratch, course, arguments.images or usual_images())
         else:
-            found = notebook_side(arguments.scratch, course, arguments.core_seconds)
+            found = notebook_side(arguments.scratch, course, budget())
         write_json(result(side), found)
 
 
@@ -429,7 +446,11 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=float, default=0, help="of our side's training before it stops; 0 = all it needs"
     )
-    parser.add_argument("--core-seconds", type=float, default=1000, help="budget of the notebook's side")
+    parser.add_argument(
+        "--core-seconds",
+        type=float,
+        help="budget of the notebook's side (default: as many as ours used in this folder)",
+    )
     parser.add_argument("--again", action="store_true", help="measure what was trained before once more")
     parser.add_argument("--checks", type=int, default=CHECKS, help="measure only the last so many of what was kept")
     parser.add_argument("--seed", type=int, default=SEED, help="of the noise that our side's samples begin with")

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 from fashion import SAMPLES, SIDE, Course
-from record import machine, refuse, write_json
-from speedrun import RESULTS, SAMPLING, SEED, posed, samples
+from record import machine, refuse, refuse_unwritable, write_json
+from speedrun import RECORDS, SAMPLING, SEED, posed, samples
 from speedrun_sampling import described, said, trained_last
 
 from duotone.data.refusal import Refused
@@ -84,6 +84,8 @@ def main() -> None:
     arguments = parse()
     if arguments.noises < 1:
         raise Refused(f"--noises {arguments.noises}: give at least 1")
+    path = RECORDS / f"{arguments.name}.json"
+    refuse_unwritable(path, "--name")
     model = loaded(arguments.weights or trained_last(arguments.scratch))
     course = Course.laid(arguments.scratch)
     print(f"{SAMPLES} samples of the model of {model.images:,} images from each noise; floor {course.floor:.2f}")
@@ -97,11 +99,12 @@ def main() -> None:
         "images": model.images,
         "samples": SAMPLES,
         "floor": course.floor,
+        "classifier_digest": course.judge.key,
         "machine": machine(),
         "summary": {"samples": summary(ours), "training images": summary(real)},
         "rows": {"samples": ours, "training images": real},
     }
-    write_json(RESULTS / f"{arguments.name}.json", result)
+    write_json(path, result)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from fashion import Course
 from record import machine, refuse, write_json
-from speedrun import RESULTS, SAMPLING, Sampling, posed, samples, trained
+from speedrun import RECORDS, SAMPLING, Sampling, posed, samples, trained
 from torch import Tensor
 
 from duotone.data.refusal import Refused
@@ -133,13 +133,14 @@ def main() -> None:
         "samples": SAMPLES,
         "precision": "bf16",
         "floor": course.floor,
+        "classifier_digest": course.judge.key,
         "machine": machine(),
     }
     for name, wanted in {"sweep": arguments.sweep or both, "from-real": arguments.from_real or both}.items():
         if wanted:
             again = {"command": f"python bench/speedrun_sampling.py --scratch DIR --{name}"}
             rows = sweep(course, models) if name == "sweep" else from_real(course, last)
-            write_json(RESULTS / f"{name}.json", again | about | {"rows": rows})
+            write_json(RECORDS / f"{name}.json", again | about | {"rows": rows})
 
 
 if __name__ == "__main__":

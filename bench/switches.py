@@ -3,20 +3,22 @@
     python bench/switches.py                 # the reference network; on a CPU the small one
     python bench/switches.py --rounds 5 --json out.json
 
-Interleaved rounds on the same weights and batches; ratios are of medians, to the settings that a run takes here by itself.
-Memory is what autograd keeps between the passes.
+Interleaved rounds on the same weights and batches; ratios are of medians, to the settings that a run takes here by itself,
+which take their steps beside each switch's own. Memory is what autograd keeps between the passes.
 """
 
 import argparse
 import copy
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from counters import saved_bytes
 from networks import NAMED, SIZES
-from record import NOT_MEASURED, command, default_path, load_average, machine, refuse, table, write_json
+from record import NOT_MEASURED, command, load_average, machine, refuse, result_path, table, write_json
 
 from duotone.engine.model.unet import UNet
 from duotone.engine.speed import Choice, Speed, choose, make_ready, set_up
@@ -42,12 +44,12 @@ def settings(usual: Choice) -> list[Setting]:
         Setting("as chosen", usual),
         Setting(f"speed.precision = {other}", replace(usual, precision=other)),
         Setting(f"speed.compile = {not usual.compile}", replace(usual, compile=not usual.compile), why_not=minutes),
-        Setting("speed.autotune = True", usual, Speed(autotune=True), why_not=minutes),
         Setting("speed.cuda_graphs = True", usual, Speed(cuda_graphs=True), why_not=no_gpu),
         Setting("speed.norms_in_turns = True", usual, Speed(norms_in_turns=True), why_not=no_gpu),
         Setting("speed.norms_join_skips = True", usual, Speed(norms_join_skips=True), why_not=no_gpu),
         Setting("speed.padded_ends = True", usual, Speed(padded_ends=True)),
         Setting("speed.gradient_checkpointing = True", usual, Speed(gradient_checkpointing=True)),
+        Setting("speed.autotune = True", usual, Speed(autotune=True), why_not=minutes),
     ]
 
 
@@ -77,17 +79,7 @@ class Step:
         self.milliseconds.append(1e3 * (self.clock() - began))
 
     def saved_mebibytes(self, batch: dict) -> float:
-        """What autograd keeps, each tensor once, weights not among them."""
-        weights = {p.untyped_storage()._cdata for p in self.unet.parameters()}
-        held: dict[int, torch.UntypedStorage] = {}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            held[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            self.loss(batch)
-        return sum(storage.nbytes() for key, storage in held.items() if key not in weights) / 2**20
+        return saved_bytes(self.unet, lambda: self.loss(batch)) / 2**20
 
 
 def drawn(config, size: int, images: int, device: str) -> dict:
@@ -104,23 +96,27 @@ def drawn(config, size: int, images: int, device: str) -> dict:
     }
 
 
-def measure(network: str, images: int, rounds: int, usual: Choice) -> list[dict]:
+def measure(network: str, images: int, rounds: int, usual: Choice) -> Iterator[list[dict]]:
+    """All rows so far, after each switch; the usual choice takes a step beside every step of the moved one."""
     torch.manual_seed(0)
     unet, batch = NAMED[network].build(), drawn(NAMED[network], SIZES[network], images, usual.device)
-    every = settings(usual)
-    steps = {setting.name: Step(unet, setting) for setting in every if not setting.why_not}
-    for _ in range(rounds + 1):
-        for step in steps.values():
-            step(batch)
-    base = statistics.median(steps[every[0].name].milliseconds[1:])
-    return [row_of(setting, steps.get(setting.name), batch, base) for setting in every]
+    chosen, *moved = settings(usual)
+    base, rows = Step(unet, chosen), []
+    for setting in moved:
+        if setting.why_not:
+            rows.append({"switch": setting.name, "milliseconds": None, "why": f"{NOT_MEASURED}: {setting.why_not}"})
+        else:
+            step, base.milliseconds = Step(unet, setting), []
+            for _ in range(rounds + 1):
+                base(batch)
+                step(batch)
+            rows.append(row_of(setting, step, base, batch))
+        yield [row_of(chosen, base, base, batch), *rows]
 
 
-def row_of(setting: Setting, step: Step | None, batch: dict, base: float) -> dict:
-    if step is None:
-        return {"switch": setting.name, "milliseconds": None, "why": f"{NOT_MEASURED}: {setting.why_not}"}
-    median = statistics.median(step.milliseconds[1:])
-    return {"switch": setting.name, "milliseconds": median, "times_as_chosen": median / base,
+def row_of(setting: Setting, step: Step, base: Step, batch: dict) -> dict:
+    median, usual = (statistics.median(one.milliseconds[1:]) for one in (step, base))
+    return {"switch": setting.name, "milliseconds": median, "times_as_chosen": median / usual,
             "saved_mebibytes": step.saved_mebibytes(batch)}  # fmt: skip
 
 
@@ -137,8 +133,11 @@ def main() -> None:
     if min(images, asked.rounds) < 1:
         refuse("--batch and --rounds must be at least 1")
     set_up(Speed(), usual)  # as a run does: cuDNN's search, TF32
-    loads = [load_average()]
-    rows = measure(network, images, asked.rounds, usual)
+    path, load = result_path(asked.json, f"switches_{network}" if asked.network else "switches"), load_average()
+    about = {"machine": machine(), "command": command(), "network": network, "size": SIZES[network], "batch": images,
+             "as_chosen": vars(usual), "clock": "wall" if usual.device == "cuda" else "processor time"}  # fmt: skip
+    for rows in measure(network, images, asked.rounds, usual):
+        write_json(path, about | {"load_average": [load, load_average()], "results": rows})
     print(
         table(
             [
@@ -147,10 +146,6 @@ def main() -> None:
             ]
         )
     )
-    path = asked.json or default_path("switches")
-    write_json(path, {"machine": machine(), "command": command(), "network": network, "size": SIZES[network],
-                      "batch": images, "as_chosen": vars(usual), "load_average": [*loads, load_average()],
-                      "clock": "wall" if usual.device == "cuda" else "processor time", "results": rows})  # fmt: skip
     print(f"written: {path}")
 
 

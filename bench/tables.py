@@ -4,13 +4,15 @@ python bench/tables.py            rewrites the tables
 python bench/tables.py --check    says whether they are up to date (exit code 1 if not)
 """
 
+import argparse
 import json
 import re
 import sys
 from pathlib import Path
 
+from record import RESULTS
+
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results"
 
 
 def newest(pattern: str) -> tuple[Path, dict]:
@@ -52,7 +54,14 @@ def kernels() -> str:
     ]
     name = timed["machine"]["device"]
     head = ["kernel", "case", "launches", "registers", "spilled bytes", f"ms, {name}", "eager", "torch.compile"]
-    return table([*head, "the fastest other"], rows) + source(gpu_path) + source(path)
+    builds = f"Launches, registers and spilled bytes: {build(compiled)}. Times: {build(timed)}.\n\n"
+    return builds + table([*head, "the fastest other"], rows) + source(gpu_path) + source(path)
+
+
+def build(result: dict) -> str:
+    """What was compiled, and by what."""
+    machine = result["machine"]
+    return f"triton {machine['triton']}, torch {machine['torch']}, commit {machine['commit'][:8]} of {machine['date']}"
 
 
 def occupied(launches: list[dict]) -> list[str]:
@@ -323,12 +332,17 @@ def written(text: str, page: str) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit code 1 where a table is not up to date"
+    )
+    check = parser.parse_args().check
     for page in PAGES:
         path = ROOT / page
         text = written(path.read_text(), page)
-        if "--check" in sys.argv and text != path.read_text():
+        if check and text != path.read_text():
             sys.exit(f"{page}'s tables differ from bench/results: run python bench/tables.py")
-        if "--check" not in sys.argv:
+        if not check:
             path.write_text(text)
 
 

@@ -17,7 +17,7 @@ import torch
 from bars import backward_median, bars, timed
 from clocks import copy_bandwidth, interleaved, spread, time_on_cpu
 from harness import CHIPS, resources
-from record import NOT_MEASURED, RESULTS, command, installed, machine, refuse, table, write_json
+from record import NOT_MEASURED, command, installed, machine, refuse, result_path, table, write_json
 from subjects import SUBJECTS, forward_backward, launches_of, leaves
 from torch.utils._pytree import tree_leaves
 
@@ -208,34 +208,41 @@ def _chosen(kernel, case):
     return pairs
 
 
+def _path_of(options) -> Path | None:
+    """A part is no record of the whole, and takes no whole record's place."""
+    whole = (options.kernel, options.case, options.dtype, options.chips) == (None, None, "bf16", [90])
+    return result_path(options.json, "throughput") if whole or options.json else None
+
+
 def main():
     """Measure what was asked for, print it, and leave a record, written after every case."""
     options = _parse()
     if options.rounds < 1:
         refuse(f"--rounds {options.rounds}: it must be at least 1")
     dtype, on_gpu, results = DTYPES[options.dtype], torch.cuda.is_available(), []
+    path = _path_of(options)
     about = machine() | {"peers": {name: installed(name) for name in peers.PACKAGES}}
     record = {"command": command(), "machine": about, "results": results}
     if on_gpu:
         record["copy_gigabytes_per_second"] = ceiling = copy_bandwidth()
-    name = record["machine"]["device"].replace(" ", "-").lower()
-    path = options.json or RESULTS / f"throughput-{name}-{record['machine']['date']}.json"
     for subject, case in _chosen(options.kernel, options.case):
         print(f"{subject.name} {case.name} ...", file=sys.stderr, flush=True)
         named = {"kernel": subject.name, "case": case.name, "why": case.why, "dtype": options.dtype}
         results.append(named | _measured(subject, case, dtype, on_gpu, options))
         if on_gpu:
             record |= {"attention_choices": attention_backends.choices(), "bars": bars(results, ceiling)}
-        write_json(path, record)
+        if path:
+            write_json(path, record)
     if on_gpu:
         _print_gpu(results, ceiling)
         try:
-            _draw_chart(results, path.with_suffix(".png"))
+            if path:
+                _draw_chart(results, path.with_suffix(".png"))
         except ImportError as error:
             print(f"no chart: {error}", file=sys.stderr)
     else:
         _print_cpu(results)
-    print(f"\nrecord: {path}")
+    print(f"\nrecord: {path}" if path else "\nno record of a part: --json FILE keeps it")
     sys.exit(1 if any("failed" in result for result in results) else 0)
 
 

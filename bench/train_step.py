@@ -24,7 +24,7 @@ import torch
 from clocks import matmul_rate
 from counters import counts_of, forward, forward_backward, ghost_counts, graphs, profiled, saved_bytes, summary
 from networks import SIZES, batches, one_line, size_of, their_unet
-from record import command, default_path, load_average, machine, refuse, table, write_json
+from record import command, load_average, machine, refuse, result_path, table, write_json
 from torch.utils.flop_counter import FlopCounterMode
 
 from duotone.data.refusal import Refused
@@ -89,7 +89,7 @@ class Step:
     def gibibytes(self, batch: dict) -> float:
         """Weights, both moments, and what a step needs on top: measured on a GPU, what autograd keeps on a CPU."""
         own = 3 * sum(p.nbytes for p in self.unet.parameters())
-        above = self.peak or saved_bytes(self.unet, batch) + own // 3
+        above = self.peak or saved_bytes(self.unet, lambda: forward(self.unet, batch)) + own // 3
         return (own + above) / 2**30
 
 
@@ -256,6 +256,7 @@ def main() -> None:
     network = asked.unet or ("reference" if torch.cuda.is_available() else "small")
     torch.manual_seed(0)
     try:
+        path = result_path(asked.json, f"train_step_{Path(asked.unet).name}" if asked.unet else "train_step")
         unet = their_unet(network, asked.size or SIZES.get(network, 32))
         setting = setting_of(asked, unet, network)
         refuse_too_large(unet, setting)
@@ -263,7 +264,6 @@ def main() -> None:
     except Refused as refusal:
         refuse(str(refusal))
     print(show(result))
-    path = asked.json or default_path("train_step")
     write_json(path, result)
     written = [str(path)]
     try:

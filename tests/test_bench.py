@@ -6,6 +6,7 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
+from duotone.data.prepare.idx import PrepareIdx
 from duotone.data.whole_file import write_json
 from duotone.engine.command_line import parse
 from duotone.engine.recipe import Recipe
@@ -21,6 +23,7 @@ from duotone.engine.small import small_text
 
 ROOT = Path(__file__).parent.parent
 BENCH = ROOT / "bench"
+FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
 @pytest.fixture
@@ -238,6 +241,45 @@ def test_no_images_are_refused(bench):
     assert code == 2 and len(errors) == 1 and "--images 0" in errors[0]
 
 
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        ("conv", ["--network", "tiny"]),
+        ("switches", ["--network", "tiny"]),
+        ("ceilings", []),
+        ("sampling", ["--network", "tiny"]),
+        ("throughput", ["--kernel", "guided_step"]),
+        ("train_step", ["--unet", "tiny"]),
+        ("loader", []),
+        ("ledger", []),
+        ("optimizers", ["--scratch", "nowhere"]),
+        ("gpu_code", []),
+    ],
+)
+def test_a_result_that_cannot_be_written_is_refused_before_anything_is_measured(script, flags, bench, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    for path in (tmp_path / "file" / "out.json", tmp_path):
+        code, out, errors = bench(script, *flags, "--json", path)
+        assert code == 2 and not out and len(errors) == 1 and f"refused: {path} cannot be written" in errors[0]
+    assert [found.name for found in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_result_that_stands_there_stays_until_something_is_measured(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCH))
+    refuse_unwritable = importlib.import_module("record").refuse_unwritable
+    for path, text in ((tmp_path / "old.json", "old"), (tmp_path / "a" / "new.json", None)):
+        if text:
+            path.write_text(text)
+        refuse_unwritable(path)
+        assert path.read_text() == text if text else not path.exists()
+
+
+@pytest.mark.parametrize("interval", [(3, 0.3), (-1, 2), (1, 1)])
+def test_an_interval_that_does_not_rise_is_refused(interval, bench):
+    code, out, errors = bench("sampling", "--network", "tiny", "--interval", *interval)
+    assert code == 2 and not out and len(errors) == 1 and f"--interval {interval[0]:g} {interval[1]:g}" in errors[0]
+
+
 @pytest.mark.parametrize("flag", ["--quality", "--confirm"])
 def test_quality_without_a_run_is_refused(bench, flag):
     code, _, errors = bench("sampling", flag)
@@ -330,6 +372,9 @@ def test_stages_stand_in_order_and_their_scripts_exist(monkeypatch, tmp_path):
             or "deepspeed" not in stage.needs
             or stage.name in ("guidance", "speedrun", "their distance", "whole step")
         )
+        earlier = stages[: stages.index(stage)]
+        # The course begins with what is published, everything else with what a stage before it has made.
+        assert stage.name == "course" or all(any(s.makes(path) for s in earlier) for path in stage.inputs)
 
 
 def test_the_reference_stage_is_a_recipe_that_can_be_run(monkeypatch, tmp_path):
@@ -353,28 +398,103 @@ def test_what_a_stage_trains_is_a_recipe_with_flags_that_it_takes(monkeypatch, t
             base = module["recipe"] if "--data.shards" in flags and "--small" not in flags else small
             recipe = parse(Recipe, [flag for flag in flags if flag != "--small"], default=base)
             recipe.check()
-            assert 0 < recipe.checkpoint.stop_after < stage.minutes
             seen.append(stage.name)
         for flag in flags if script.startswith("bench/") else ():
             assert not flag.startswith("--") or f'"{flag}"' in (ROOT / script).read_text(), f"{script} has no {flag}"
     assert seen == ["first steps", "100 epochs", "demo", "reference", "reference whole"]
 
 
-def test_another_days_folder_is_refused(bench, monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    (tmp_path / "gpu_day.json").write_text("{}")
-    code, _, errors = bench("gpu_day", "--only", "ceilings", "--out", tmp_path)
-    assert code == 2 and "holds another day" in errors[0]
-
-
-def test_a_stage_is_skipped_ended_or_recorded(monkeypatch, tmp_path):
+@pytest.fixture
+def day(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
-    day = importlib.import_module("gpu_day")
+    return importlib.import_module("gpu_day")
+
+
+HERE = {"device": "a GPU", "commit": "1"}
+
+
+@pytest.mark.parametrize("before, said", [
+    ({"machine": HERE | {"device": "another"}}, "a day of another device, another and not a GPU: give another --out"),
+    ({"machine": HERE | {"commit": "0"}}, "a day of another commit, 0 and not 1: give another --out"),
+    ({}, "a day of another device, None"),
+    (None, "no record of a day: give another --out"),
+])  # fmt: skip
+def test_another_days_folder_is_refused(before, said, bench, day, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(day, "machine", lambda: HERE)
+    (tmp_path / "gpu_day.json").write_text(json.dumps(before) if before is not None else "{")
+    code, out, errors = bench("gpu_day", "--only", "ceilings", "--out", tmp_path)
+    assert code == 2 and not out and len(errors) == 1 and said in errors[0]
+
+
+def python(code: str, *words) -> tuple[str, ...]:
+    return (sys.executable, "-c", code, *map(str, words))
+
+
+def test_a_day_that_was_cut_goes_on_where_it_was(day, monkeypatch, capsys, tmp_path):
+    """What ended well and left its result is not done again; what did not, is."""
+    monkeypatch.setattr(day, "machine", lambda: HERE)
+    results, times = [tmp_path / name for name in ("first", "second", "third")], tmp_path / "times"
+    write = f"open({str(times)!r}, 'a').write(sys.argv[1]); open(sys.argv[2], 'w')"
+    chosen = [
+        day.Stage("first", python("import sys; " + write, 1, results[0]), 1, result=results[0]),
+        day.Stage("second", python("import sys; " + write, 2, tmp_path / "elsewhere"), 1, result=results[1]),
+        day.Stage("third", python("import sys; " + write, 3, results[2]), 1, inputs=(results[1],), result=results[2]),
+    ]
+    day.day(chosen, tmp_path, 3)
+    said = capsys.readouterr().out
+    assert times.read_text() == "12" and "ok, no result" in said and f"skipped: {results[1]} not there" in said
+    results[1].touch()
+    day.day(chosen, tmp_path, 3)
+    assert times.read_text() == "123"
+    assert capsys.readouterr().out.count("done before") == 2
+    stages = result(tmp_path / "gpu_day.json")["stages"]
+    assert {row["stage"]: row["code"] for row in stages} == {"first": 0, "second": 0, "third": 0}
+
+
+OBEDIENT = """
+import pathlib, signal, sys, time
+def end(*_):
+    pathlib.Path(sys.argv[1]).touch()
+    sys.exit(int(sys.argv[2]))
+signal.signal(signal.SIGTERM, end)
+time.sleep(60)
+"""
+DEAF = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+pathlib.Path(sys.argv[1]).touch()
+time.sleep(8)
+pathlib.Path(sys.argv[2]).touch()
+"""
+
+
+def test_a_stage_is_told_to_end_before_it_is_killed(day, tmp_path):
+    told, began, lived = (tmp_path / name for name in ("told", "began", "lived"))
+    with (tmp_path / "log").open("w") as log:
+        assert day.boxed(python(OBEDIENT, told, 143), 4.5, log) == "out of time" and told.exists()
+        assert day.boxed(python(OBEDIENT, told, 0), 4.5, log) == 0
+        assert day.boxed(python(DEAF, began, lived), 4.5, log) == "out of time" and began.exists()
+    time.sleep(5)
+    assert not lived.exists()
+
+
+def test_a_stage_whose_inputs_no_one_makes_is_skipped(day, bench, tmp_path):
+    code, out, _ = bench("gpu_day", "--dry-run", "--only", "guidance", "--out", tmp_path)
+    weights = tmp_path / "demo" / "ema.safetensors"
+    assert code == 0 and f"skipped: {weights} not there" in out and f"begins with {weights}: missing" in out
+    made = {stage.name: stage for stage in day.stages(tmp_path)}
+    assert day.origin(weights, [made["demo"]]) == "result of demo"
+    weights.parent.mkdir()
+    weights.touch()
+    assert day.origin(weights, []) == "there"
+
+
+def test_a_stage_is_skipped_ended_or_recorded(day, tmp_path):
     absent = day.Stage("absent", (sys.executable, "x.py"), 1, ("no_such_package",))
     assert day.run(absent, tmp_path, 1)["code"] == "skipped: no_such_package not installed"
-    slow = day.Stage("slow", (sys.executable, "-c", "import time; time.sleep(60)"), 1)
-    assert day.run(slow, tmp_path, 0.01)["code"] == "out of time"
-    assert day.run(day.Stage("failing", (sys.executable, "-c", "raise SystemExit(3)"), 1), tmp_path, 1)["code"] == 3
+    assert day.run(day.Stage("slow", python("import time; time.sleep(60)"), 1), tmp_path, 0.01)["code"] == "out of time"
+    assert day.run(day.Stage("failing", python("raise SystemExit(3)"), 1), tmp_path, 1)["code"] == 3
 
 
 BARE = """
@@ -384,7 +504,7 @@ for name in ("deepspeed", "nvidia", "nvidia.dali", "webdataset", "tyro", "transf
 sys.path.insert(0, "bench")
 import ceilings, conv, gpu_day, sampling, switches, throughput, train_step
 from pathlib import Path
-assert {s.name for s in gpu_day.stages(Path("x")) if s.missing} == {"first steps", "speedrun", "100 epochs", "their distance", "shards", "demo", "guidance", "reference", "whole step", "reference whole"}
+assert {s.name for s in gpu_day.stages(Path("x")) if s.missing} == {"first steps", "course", "speedrun", "100 epochs", "their distance", "shards", "demo", "guidance", "reference", "whole step", "reference whole"}
 for bench, flags in [(conv, ["--network", "tiny", "--shapes", "1", "--rounds", "1"]),
                      (sampling, ["--network", "tiny", "--batch", "1", "--steps", "1", "--rounds", "1"]), (ceilings, [])]:
     sys.argv = [bench.__name__ + ".py", *flags, "--json", sys.argv[-1]]
@@ -426,8 +546,31 @@ def test_the_kernels_bench_says_what_the_compiler_makes_of_a_launch(tmp_path):
     assert '"spilled_bytes": 0' in text and "not yet measured" in text and "guided_step" in text
 
 
+def test_a_part_of_the_kernels_bench_leaves_no_record_among_the_results():
+    before = {path: path.stat().st_mtime_ns for path in (BENCH / "results").rglob("*")}
+    started("throughput.py", "--kernel", "guided_step", "--case", "single_128")
+    assert {path: path.stat().st_mtime_ns for path in (BENCH / "results").rglob("*")} == before
+
+
+def test_photographs_that_are_not_there_are_refused_in_one_line(bench, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    code, out, errors = bench("loader", "--json", tmp_path / "l.json")
+    assert code == 2 and not out and len(errors) == 1 and "pip install scikit-learn" in errors[0]
+
+
+def test_a_picture_of_no_kind_is_refused(bench, tmp_path):
+    code, out, errors = bench("schedules", "--out", tmp_path / "x.nope")
+    assert code == 2 and not out and len(errors) == 1 and "x.nope" in errors[0] and not list(tmp_path.iterdir())
+
+
+def test_words_that_no_table_knows_are_refused_and_help_writes_nothing(bench):
+    before = {page: page.stat().st_mtime_ns for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+    assert bench("tables", "what")[0] == 2 and bench("tables", "--help")[0] == 0
+    assert {page: page.stat().st_mtime_ns for page in before} == before
+
+
 def test_the_loaders_bench_reads_real_shards_by_every_reader(tmp_path):
-    started("loader.py", "--rounds", 1, "--seconds", 0.1, "--threads", 1, "--out", tmp_path / "l.json")
+    started("loader.py", "--rounds", 1, "--seconds", 0.1, "--threads", 1, "--json", tmp_path / "l.json")
     text = (tmp_path / "l.json").read_text()
     assert all(reader in text for reader in ("ours, Pillow", "webdataset + Pillow", "plain DALI"))
 
@@ -447,12 +590,28 @@ def test_a_curve_comes_down_to_a_loss_between_its_measurements(bench, tmp_path):
     assert code == 2 and "give a multiple of 192" in errors[0]
 
 
+@pytest.mark.long
+def test_both_contenders_train_and_are_measured(tmp_path):
+    """On the first few hundred garments: a step between two measurements."""
+    if not FASHION.exists():
+        pytest.skip("Fashion-MNIST is not on this machine")
+    images, labels = (FASHION / f"train-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1"))
+    shards = tmp_path / "shards" / "train"
+    PrepareIdx(images=images, labels=labels, names="fashion-mnist", out=shards, limit=384).run()
+    started("optimizers.py", "--scratch", tmp_path, "--images", 192, "--json", tmp_path / "out.json")
+    found = result(tmp_path / "out.json")
+    assert [row["images"] for row in found["rows"]] == [32, 64, 96, 128, 160, 192]
+    assert found["rows"][-1]["AdamW"] != found["rows"][-1]["Muon"]
+    assert set(found["core_seconds"]) == {"AdamW", "Muon"} and all(found["core_seconds"].values())
+
+
 def test_contenders_train_the_speedruns_network(bench):
     """Their flags are a recipe that training takes, alike but for the optimizer."""
     optimizers, speedrun = (importlib.import_module(name) for name in ("optimizers", "speedrun"))
-    made = [parse(Recipe, list(c.flags), default=speedrun.recipe) for c in optimizers.CONTENDERS]
+    flags = [optimizers.flags_of(c, Path("data"), Path("scratch"), 9_600) for c in optimizers.CONTENDERS]
+    made = [parse(Recipe, words, default=speedrun.recipe) for words in flags]
     for recipe in made:
         recipe.check()
     assert [type(recipe.optimizer).__name__ for recipe in made] == ["AdamW", "Muon"]
     assert made[0].optimizer.weight_decay == made[1].optimizer.weight_decay == 0
-    assert replace(made[0], optimizer=made[1].optimizer) == made[1]
+    assert replace(made[0], optimizer=made[1].optimizer, out=made[1].out) == made[1]

@@ -131,6 +131,19 @@ def test_every_run_is_measured(record):
     assert record["machine"]["commit"] and record["command"].startswith("python bench/bugs.py --scratch DIR")
 
 
+def test_the_course_is_laid_alone(bugs, scratch, record, capsys):
+    """By the same classifier that judged the runs."""
+    assert len(record["classifier_digest"]) == 16
+    fashion = importlib.import_module("fashion")
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["fashion.py", "--scratch", str(scratch)])
+        fashion.main()
+    out = capsys.readouterr().out
+    assert out.count("256 images in") == 2 and str(scratch / "shards" / "t10k") in out
+    assert fashion.Course.laid(scratch).judge.key == record["classifier_digest"] and "floor " in out
+
+
 def test_the_picture_has_a_row_for_each_set_of_samples(bugs, scratch, record):
     from PIL import Image
 

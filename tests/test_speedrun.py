@@ -138,6 +138,33 @@ def test_a_speedrun_on_a_gpu_that_is_not_there_is_refused_before_anything_is_wri
     assert not (tmp_path / "new").exists()
 
 
+def test_the_notebooks_budget_is_what_our_side_used(bench_script, monkeypatch, capsys, tmp_path):
+    speedrun = bench_script("speedrun")
+
+    def budget(*flags) -> float:
+        monkeypatch.setattr(sys, "argv", ["speedrun.py", "--scratch", str(tmp_path), "--side", "notebook", *flags])
+        speedrun.parsed.cache_clear()
+        return speedrun.budget()
+
+    assert budget("--core-seconds", "7") == 7
+    for flags, said in (((), "engine.json is not there"), (("--core-seconds", "0"), "--core-seconds 0")):
+        with pytest.raises(SystemExit) as stop:
+            budget(*flags)
+        errors = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and len(errors) == 1 and said in errors[0]
+    parts = [{"began": 0.0, "seconds": 9.0, "cpu_seconds": used, "load": 1.0} for used in (60.0, 40.0)]
+    (tmp_path / "engine.json").write_text(json.dumps(parts))
+    assert budget() == 100 and budget("--core-seconds", "7") == 7
+    speedrun.parsed.cache_clear()
+
+
+def test_a_budget_that_is_not_known_is_refused_before_anything_is_written(tmp_path):
+    command = [sys.executable, str(BENCH / "speedrun.py"), "--scratch", str(tmp_path / "new"), "--side", "notebook"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "give --core-seconds" in done.stderr
+    assert not done.stdout and not (tmp_path / "new").exists()
+
+
 def test_weights_that_are_not_there_are_refused_before_anything_is_measured(tmp_path):
     command = [sys.executable, str(BENCH / "speedrun_noises.py"), "--scratch", str(tmp_path / "new")]
     for flags, says in [((), "train first, or give the path"), (("--noises", "0"), "give at least 1")]:
