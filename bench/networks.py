@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from duotone.data.refusal import Refused
-from duotone.engine import diffusers_folder
+from duotone.engine.exchange import diffusers_folder
 from duotone.engine.model.unet import UNetConfig
 
 REFERENCE = UNetConfig()

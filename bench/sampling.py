@@ -31,14 +31,14 @@ from duotone.data.shards import Shards
 from duotone.engine import artifact, draws
 from duotone.engine.conditioning.base import Conditioning, Facts
 from duotone.engine.evaluate.captioned_shapes import rightness
-from duotone.engine.guidance import Guidance, GuidedDenoiser, cost_of_pair
 from duotone.engine.model.network import Network
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.recipe import Recipe
 from duotone.engine.sample import image_shape, noise, sample
-from duotone.engine.samplers.heun import heun
+from duotone.engine.sampling.guidance import Guidance, GuidedDenoiser, cost_of_pair
+from duotone.engine.sampling.samplers.heun import heun
+from duotone.engine.sampling.steering import condition
 from duotone.engine.speed import SAMPLING, choose, set_up
-from duotone.engine.steering import condition
 
 EVERYWHERE = (0.0, float("inf"))
 

@@ -50,8 +50,8 @@ from duotone.engine.objectives.edm import EDM
 from duotone.engine.optimizer import Ema
 from duotone.engine.preview import Previews
 from duotone.engine.sample import sample
-from duotone.engine.samplers.epsilon_scaling import epsilon_scaled
-from duotone.engine.samplers.named import SAMPLERS
+from duotone.engine.sampling.samplers.epsilon_scaling import epsilon_scaled
+from duotone.engine.sampling.samplers.named import SAMPLERS
 from duotone.engine.speed import Speed
 
 RECORDS = RESULTS / "speedrun"

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from duotone.data.whole_file import write_whole
-from duotone.engine import diffusers_folder
 from duotone.engine.conditioning.base import Facts
+from duotone.engine.exchange import diffusers_folder
 from duotone.engine.recipe import Recipe
 
 LIMITS = """\

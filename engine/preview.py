@@ -11,7 +11,7 @@ from duotone.data.refusal import Refused, at_least
 from duotone.engine import pictures
 from duotone.engine.objectives.base import Objective
 from duotone.engine.pictures import pixels
-from duotone.engine.samplers.named import solver_named
+from duotone.engine.sampling.samplers.named import solver_named
 
 
 @dataclass(frozen=True, kw_only=True)

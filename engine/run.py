@@ -14,6 +14,7 @@ from duotone.data.whole_file import write_json
 from duotone.engine import artifact, checkpoint, draws, probe, run_folder, speed, validation, zero
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.evaluate.images import Images
+from duotone.engine.exchange.starting_weights import begin_from
 from duotone.engine.log import Logger, say
 from duotone.engine.memory import Estimate, estimate, fewest_micro_batches
 from duotone.engine.model.network import Network
@@ -21,7 +22,6 @@ from duotone.engine.preview import Examples
 from duotone.engine.recipe import Objectives, Recipe
 from duotone.engine.recipe_json import differences, to_json
 from duotone.engine.sharded import Sharded
-from duotone.engine.starting_weights import begin_from
 from duotone.engine.whole_step import WholeStep
 from duotone.kernels import attention_backends
 from duotone.kernels.self_test import self_test

@@ -16,18 +16,18 @@ from tqdm import tqdm
 from duotone.data.refusal import Refused
 from duotone.engine import draws
 from duotone.engine.artifact import Model
-from duotone.engine.guiding.apg import Apg
-from duotone.engine.guiding.cfg_plus_plus import CfgPlusPlus
 from duotone.engine.memory import rows_that_fit
 from duotone.engine.pictures import pixels
-from duotone.engine.request import (
+from duotone.engine.sampling.guiding.apg import Apg
+from duotone.engine.sampling.guiding.cfg_plus_plus import CfgPlusPlus
+from duotone.engine.sampling.request import (
     listed,
     number_of_images,
     seeds_of,
 )
-from duotone.engine.samplers.clipping import clipped
-from duotone.engine.samplers.named import solver_named
-from duotone.engine.steering import Conditions, Steering
+from duotone.engine.sampling.samplers.clipping import clipped
+from duotone.engine.sampling.samplers.named import solver_named
+from duotone.engine.sampling.steering import Conditions, Steering
 
 
 def sample(
@@ -62,12 +62,12 @@ def sample(
     from the known names to 0 or 1; low-resolution `images`, uint8 (h, w, C); `holes`, pairs of an image and its mask (H, W),
     true where it is to be filled, and around which the image stays as it is.
 
-    `guidance` is a number or one per image, or for attributes a scale of each by name (engine/guiding/composed.py): plain, or
-    by a `rule` of engine/guiding. It leads away from the null state, from the `negative` condition, given by name as above, or,
+    `guidance` is a number or one per image, or for attributes a scale of each by name (engine/sampling/guiding/composed.py): plain, or
+    by a `rule` of engine/sampling/guiding. It leads away from the null state, from the `negative` condition, given by name as above, or,
     with a `guide`, from a weaker model of the same objective (autoguidance). `sampler` is a name or a function like those of
-    engine/samplers, as functools.partial(stochastic_heun, churn=40.0) or epsilon_scaled(heun, 1.005).
+    engine/sampling/samplers, as functools.partial(stochastic_heun, churn=40.0) or epsilon_scaled(heun, 1.005).
 
-    `clip` keeps every step's denoised image within [-1, 1], where pixels lie (engine/samplers/clipping.py): by default for DDPM, but
+    `clip` keeps every step's denoised image within [-1, 1], where pixels lie (engine/sampling/samplers/clipping.py): by default for DDPM, but
     not with CFG++, whose steps go through what is no image.
 
     `seed` is a number or one per image: image i of a single seed uses seed and i, and its noise does not depend on the batch.

@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 from duotone.data.shards import Shards
-from duotone.engine import artifact, diffusers_folder, draws, zero
+from duotone.engine import artifact, draws, zero
 from duotone.engine.conditioning.base import Facts
+from duotone.engine.exchange import diffusers_folder
 from duotone.engine.log import Log
 from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.preview import Previews

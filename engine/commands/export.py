@@ -16,7 +16,8 @@ class Export:
     format: Literal["safetensors", "diffusers"] = "diffusers"
 
     def run(self, path: Path) -> None:
-        from duotone.engine import artifact, diffusers_folder, model_card
+        from duotone.engine import artifact, model_card
+        from duotone.engine.exchange import diffusers_folder
         from duotone.engine.run_folder import made
 
         if self.out.exists():

@@ -136,10 +136,10 @@ class Sample:
     def draw(self, model, asked: dict, images: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """The pictures and, for a GIF, every step's idea of them."""
         from duotone.engine.artifact import load
-        from duotone.engine.guiding.apg import Apg
-        from duotone.engine.guiding.cfg_plus_plus import CfgPlusPlus
         from duotone.engine.pictures import ByStep
         from duotone.engine.sample import sample
+        from duotone.engine.sampling.guiding.apg import Apg
+        from duotone.engine.sampling.guiding.cfg_plus_plus import CfgPlusPlus
 
         guide = load(self.guide, speed=self.speed) if self.guide else None
         frames = ByStep()

@@ -42,7 +42,7 @@ class Objective(ABC):
     spacings = ("karras", "log-linear")
     """How sampling_sigmas can place its noise levels; the first is its default."""
     clips = False
-    """Whether sampling keeps denoised images within [-1, 1] unless told otherwise (engine/samplers/clipping.py)."""
+    """Whether sampling keeps denoised images within [-1, 1] unless told otherwise (engine/sampling/samplers/clipping.py)."""
     time_unit = 0.004
     """Brings c_noise to a range of a few units (here from 0 .. 1000)."""
 

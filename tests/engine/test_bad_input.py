@@ -15,14 +15,15 @@ from safetensors.torch import load_file, save_file
 from duotone.data import captioned_shapes
 from duotone.data.prepare.image_folder import PrepareFolder
 from duotone.data.refusal import Refused
-from duotone.engine import artifact, checkpoint, diffusers_folder
+from duotone.engine import artifact, checkpoint
 from duotone.engine.command_line import parse
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.text import ByteText, ClipText, EncoderText
+from duotone.engine.exchange import diffusers_folder
+from duotone.engine.exchange.starting_weights import begin_from
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.recipe import Recipe
 from duotone.engine.recipe_json import differences, from_json, to_json
-from duotone.engine.starting_weights import begin_from
 
 RECIPE = Path(__file__).with_name("tiny_recipe.py")
 COCO = Path(__file__).parents[2] / "recipes" / "coco_clip.py"

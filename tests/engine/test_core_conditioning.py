@@ -14,7 +14,7 @@ from duotone.data import captioned_shapes
 from duotone.data.batch import Batch
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
-from duotone.engine import artifact, cli, diffusers_folder, pictures, preview
+from duotone.engine import artifact, cli, pictures, preview
 from duotone.engine.artifact import Model, build
 from duotone.engine.conditioning.attributes import Attributes, attribute_row
 from duotone.engine.conditioning.base import Facts
@@ -23,6 +23,7 @@ from duotone.engine.conditioning.image import ClassMap, Hole, LowResolution, rec
 from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.temperature import Temperature
 from duotone.engine.conditioning.text import ByteText, EncoderText
+from duotone.engine.exchange import diffusers_folder
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.recipe import Recipe
 from duotone.engine.sample import sample

@@ -17,17 +17,17 @@ from duotone.engine.conditioning.attributes import Attributes
 from duotone.engine.conditioning.base import Conditioning, Facts
 from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.text import ByteText
-from duotone.engine.guidance import Guidance, GuidedDenoiser, cost_of_pair
-from duotone.engine.guiding.apg import Apg
-from duotone.engine.guiding.cfg_plus_plus import CfgPlusPlus
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.objectives.flow import Flow
 from duotone.engine.recipe import Recipe
 from duotone.engine.sample import sample, sweep
-from duotone.engine.samplers.euler import euler
-from duotone.engine.samplers.heun import heun
+from duotone.engine.sampling.guidance import Guidance, GuidedDenoiser, cost_of_pair
+from duotone.engine.sampling.guiding.apg import Apg
+from duotone.engine.sampling.guiding.cfg_plus_plus import CfgPlusPlus
+from duotone.engine.sampling.samplers.euler import euler
+from duotone.engine.sampling.samplers.heun import heun
 
 FACTS = Facts(classes=("cat", "dog", "bird"), attributes=("Bald", "Male"))
 SIZES = dict(heads=(2, 2, 2), blocks=(1, 1, 1), depth=(1, 1, 1), context_width=16, groups=8, zero_init=False)

@@ -28,8 +28,6 @@ from duotone.engine.conditioning.image import ClassMap, Hole, LowResolution
 from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.temperature import Temperature
 from duotone.engine.conditioning.text import ByteText
-from duotone.engine.guidance import GuidedDenoiser
-from duotone.engine.guiding.apg import Apg
 from duotone.engine.log import Log
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.ddpm import DDPM
@@ -40,6 +38,8 @@ from duotone.engine.optimizer import AdamW
 from duotone.engine.preview import Previews
 from duotone.engine.recipe import Recipe
 from duotone.engine.sample import sample
+from duotone.engine.sampling.guidance import GuidedDenoiser
+from duotone.engine.sampling.guiding.apg import Apg
 from duotone.engine.speed import Speed
 from duotone.engine.train import Run, inputs_of, micro_step, noise_levels, train
 from duotone.kernels.philox import uniform_reference

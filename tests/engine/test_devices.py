@@ -19,16 +19,16 @@ from duotone.engine.conditioning.image import ClassMap, Hole, LowResolution
 from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.temperature import Temperature
 from duotone.engine.conditioning.text import ByteText
-from duotone.engine.guiding.apg import Apg
-from duotone.engine.guiding.cfg_plus_plus import CfgPlusPlus
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.objectives.flow import Flow
 from duotone.engine.recipe import Recipe
-from duotone.engine.samplers.named import SAMPLERS
+from duotone.engine.sampling.guiding.apg import Apg
+from duotone.engine.sampling.guiding.cfg_plus_plus import CfgPlusPlus
+from duotone.engine.sampling.samplers.named import SAMPLERS
+from duotone.engine.sampling.steering import Steering, composed_denoiser, guided_denoiser
 from duotone.engine.speed import Choice
-from duotone.engine.steering import Steering, composed_denoiser, guided_denoiser
 from duotone.engine.train import micro_step
 
 META = torch.device("meta")

@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from duotone.data.shards import Shards
-from duotone.engine import artifact, diffusers_folder, model_card, small
+from duotone.engine import artifact, model_card, small
 from duotone.engine.artifact import Model
 from duotone.engine.conditioning.base import Facts
+from duotone.engine.exchange import diffusers_folder
 from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.objectives.flow import Flow
 from duotone.engine.sample import sample
-from duotone.engine.samplers.euler import euler
+from duotone.engine.sampling.samplers.euler import euler
 
 ROOT = Path(__file__).parents[2]
 RECIPES = {path.stem: path for path in (ROOT / "recipes").glob("*.py")}

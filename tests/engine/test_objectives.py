@@ -19,13 +19,13 @@ from duotone.data.refusal import Refused
 from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.objectives.flow import Flow
-from duotone.engine.samplers.ancestral import ancestral
-from duotone.engine.samplers.clipping import clipped
-from duotone.engine.samplers.dpmpp_2m import dpmpp_2m
-from duotone.engine.samplers.epsilon_scaling import epsilon_scaled
-from duotone.engine.samplers.euler import euler
-from duotone.engine.samplers.heun import heun
-from duotone.engine.samplers.stochastic_heun import stochastic_heun
+from duotone.engine.sampling.samplers.ancestral import ancestral
+from duotone.engine.sampling.samplers.clipping import clipped
+from duotone.engine.sampling.samplers.dpmpp_2m import dpmpp_2m
+from duotone.engine.sampling.samplers.epsilon_scaling import epsilon_scaled
+from duotone.engine.sampling.samplers.euler import euler
+from duotone.engine.sampling.samplers.heun import heun
+from duotone.engine.sampling.samplers.stochastic_heun import stochastic_heun
 
 THEIRS = {
     "linear": ("linear", 1e-4, 0.02),

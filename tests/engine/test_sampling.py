@@ -15,8 +15,6 @@ from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.image import ClassMap
 from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.text import ByteText
-from duotone.engine.guidance import Guidance, GuidedDenoiser
-from duotone.engine.guiding.cfg_plus_plus import CfgPlusPlus
 from duotone.engine.model.blocks import Attention
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.ddpm import DDPM
@@ -24,8 +22,10 @@ from duotone.engine.objectives.edm import EDM
 from duotone.engine.pictures import ByStep
 from duotone.engine.recipe import Recipe
 from duotone.engine.sample import Steps, in_chunks, sample
-from duotone.engine.samplers.ancestral import ancestral
-from duotone.engine.samplers.stochastic_heun import stochastic_heun
+from duotone.engine.sampling.guidance import Guidance, GuidedDenoiser
+from duotone.engine.sampling.guiding.cfg_plus_plus import CfgPlusPlus
+from duotone.engine.sampling.samplers.ancestral import ancestral
+from duotone.engine.sampling.samplers.stochastic_heun import stochastic_heun
 from duotone.engine.train import Run, conditions
 
 CROSS = UNetConfig(
@@ -234,7 +234,7 @@ def test_any_size_and_ddpm_spacings():
         (dict(labels=[0], steps=2.5), "steps = 2.5: it must be a whole number"),
         (dict(labels=[0], size=(8,)), r"size = \(8,\): give one side, or height and width"),
         (dict(labels=[0], seed=1.5), "seed = 1.5: give a whole number"),
-        (dict(labels=[0], rule="apg"), "rule = 'apg': give one of engine/guiding"),
+        (dict(labels=[0], rule="apg"), "rule = 'apg': give one of engine/sampling/guiding"),
         (dict(labels=[0], negative=[1], guidance=2.0), "negative = .*give it by name"),
     ],
 )

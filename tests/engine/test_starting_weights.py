@@ -13,15 +13,16 @@ import torch
 from safetensors.torch import save_file
 
 from duotone.data.refusal import Refused
-from duotone.engine import artifact, diffusers_folder, original_layout
+from duotone.engine import artifact
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.text import ByteText
+from duotone.engine.exchange import diffusers_folder, original_layout
+from duotone.engine.exchange.starting_weights import begin_from
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.recipe import Recipe
-from duotone.engine.starting_weights import begin_from
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = UNetConfig(

@@ -13,7 +13,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 from duotone.data.refusal import Refused
-from duotone.engine import diffusers_folder
+from duotone.engine.exchange import diffusers_folder
 from duotone.engine.model.blocks import ResBlock
 from duotone.engine.model.unet import UNet, UNetConfig
 

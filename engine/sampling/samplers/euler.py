@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from duotone.engine.samplers.slope import slope
+from duotone.engine.sampling.samplers.slope import slope
 
 
 def euler(denoise: Callable, x_NCHW: Tensor, sigmas: Tensor, *, on_step: Callable | None = None, **_: object) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from duotone.engine.samplers.heun import heun_step
+from duotone.engine.sampling.samplers.heun import heun_step
 
 
 def stochastic_heun(

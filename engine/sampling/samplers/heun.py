@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from duotone.engine.samplers.slope import slope
+from duotone.engine.sampling.samplers.slope import slope
 
 FAR = 500.0
 """Noise beside which no image counts. From there a step is Euler's, as from infinity: over a step from 20,000 to 10, as a cosine

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from duotone.data.refusal import Refused
-from duotone.engine import artifact, diffusers_folder, original_layout
+from duotone.engine import artifact
 from duotone.engine.conditioning.base import Facts
+from duotone.engine.exchange import diffusers_folder, original_layout
 from duotone.engine.model.network import Network
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.base import Objective

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 from duotone.data.refusal import Refused
-from duotone.engine.samplers.ancestral import ancestral
-from duotone.engine.samplers.dpmpp_2m import dpmpp_2m
-from duotone.engine.samplers.euler import euler
-from duotone.engine.samplers.heun import heun
-from duotone.engine.samplers.stochastic_heun import stochastic_heun
+from duotone.engine.sampling.samplers.ancestral import ancestral
+from duotone.engine.sampling.samplers.dpmpp_2m import dpmpp_2m
+from duotone.engine.sampling.samplers.euler import euler
+from duotone.engine.sampling.samplers.heun import heun
+from duotone.engine.sampling.samplers.stochastic_heun import stochastic_heun
 
 SAMPLERS = {f.__name__: f for f in (euler, heun, dpmpp_2m, ancestral, stochastic_heun)}
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from duotone.data.refusal import Refused
 from duotone.engine.artifact import Model
 from duotone.engine.conditioning.base import Conditioning
-from duotone.engine.guidance import Guidance, GuidedDenoiser
-from duotone.engine.guiding import composed
-from duotone.engine.guiding.apg import Apg
-from duotone.engine.guiding.cfg_plus_plus import CfgPlusPlus
-from duotone.engine.request import (
+from duotone.engine.sampling.guidance import Guidance, GuidedDenoiser
+from duotone.engine.sampling.guiding import composed
+from duotone.engine.sampling.guiding.apg import Apg
+from duotone.engine.sampling.guiding.cfg_plus_plus import CfgPlusPlus
+from duotone.engine.sampling.request import (
     kept,
     negative_values,
     part,
@@ -47,7 +47,7 @@ class Steering:
         if self.rescale and self.rule:
             raise Refused(f"rescale belongs to plain guidance: leave it at 0 with {type(self.rule).__name__}")
         if self.rule is not None and not hasattr(self.rule, "begin"):
-            raise Refused(f"rule = {self.rule!r}: give one of engine/guiding, as Apg() or CfgPlusPlus()")
+            raise Refused(f"rule = {self.rule!r}: give one of engine/sampling/guiding, as Apg() or CfgPlusPlus()")
         if self.guide is None:
             return
         if negatives:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from duotone.engine.samplers.slope import slope
+from duotone.engine.sampling.samplers.slope import slope
 
 
 def dpmpp_2m(

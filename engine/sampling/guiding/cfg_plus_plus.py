@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from duotone.data.refusal import Refused
-from duotone.engine.samplers.euler import euler
+from duotone.engine.sampling.samplers.euler import euler
 
 
 @dataclass(frozen=True, kw_only=True)

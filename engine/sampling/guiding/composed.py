@@ -13,9 +13,9 @@ from duotone.data.refusal import Refused, finite
 from duotone.engine.conditioning.attributes import UNKNOWN, attribute_row, place
 from duotone.engine.conditioning.base import Conditioning
 from duotone.engine.cuda_graph import Recordings
-from duotone.engine.guidance import denoised, keys_values, scalings
 from duotone.engine.model.network import Network
 from duotone.engine.objectives.base import Objective
+from duotone.engine.sampling.guidance import denoised, keys_values, scalings
 
 
 def branches(asked: list, scales: Mapping[str, float], names: tuple[str, ...]) -> list[list[int]]:
