@@ -87,16 +87,17 @@ class Sharded:
             values = shard.detach() if kind == "weight" else self.optimizer.state_of(shard).get(kind)
             if values is None:
                 continue
-            parts_RP = self.all_gather(values)
-            if dist.get_rank() == 0 or not to_rank_0:
+            parts = self.all_gather(values)
+            if dist.get_rank() == 0 or not to_rank_0:  # the others need no copy of it all in their CPU's memory
+                parts_RP = torch.stack([part.cpu() for part in parts])
                 named |= {piece.name: piece.cut(parts_RP) for piece in pieces}
         return named
 
-    def all_gather(self, values: Tensor) -> Tensor:
-        """The shards of every rank, (ranks, elements), on the CPU."""
+    def all_gather(self, values: Tensor) -> list[Tensor]:
+        """The shards of every rank."""
         parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, values.contiguous())
-        return torch.stack([part.cpu() for part in parts])
+        return parts
 
     @torch.no_grad()
     def scatter(self, kind: str, named: dict[str, Tensor]) -> None:
