@@ -43,7 +43,7 @@ class Speed:
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: about a third more work for much less memory."""
     threads: int | None = None
-    """CPU threads of each rank; by default the cores divided among the ranks of this machine."""
+    """CPU threads of each rank; by default OMP_NUM_THREADS, or the cores divided among the ranks of this machine."""
 
 
 SAMPLING = Speed(compile=False)
@@ -104,13 +104,20 @@ def refuse_without_compiler() -> None:
 def set_up(speed: Speed, choice: Choice) -> None:
     """The process-wide switches."""
     if choice.device == "cpu":
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
-        torch.set_num_threads(speed.threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        torch.set_num_threads(speed.threads or usual_threads())
         return
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
     # Shapes never change within a run, so trying every algorithm once pays.
     torch.backends.cudnn.benchmark = True
+
+
+def usual_threads() -> int:
+    """What OMP_NUM_THREADS asks for, or this rank's share of the cores."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # a list holds those of nested parts too
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+    cores = len(os.sched_getaffinity(0)) // local_ranks
+    return max(1, int(asked) if asked.isdigit() else cores)
 
 
 def compile_blocks(network: nn.Module, speed: Speed = Speed()) -> int:

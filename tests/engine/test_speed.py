@@ -212,6 +212,16 @@ def plain() -> UNetConfig:
     return replace(SHAPE, attention=("none", "self"), middle="self")
 
 
+@pytest.mark.parametrize(
+    "asked, ranks, threads", [("3", "1", 3), ("2,1", "1", 2), ("", "1", 6), ("", "4", 1), ("", "9", 1)]
+)
+def test_threads_are_those_that_openmp_is_given_or_a_share_of_the_cores(asked, ranks, threads, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    assert speed.usual_threads() == threads
+
+
 def test_what_has_no_effect_here_is_said():
     said = speed.substitutions(
         speed.Speed(autotune=True, cuda_graphs=True, norms_in_turns=True, norms_join_skips=True), CPU
