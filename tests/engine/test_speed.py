@@ -27,6 +27,7 @@ from duotone.engine.model.unet import UNet, UNetConfig
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.recipe import Recipe
 from duotone.engine.sample import sample
+from duotone.engine.sampling import guidance
 from duotone.engine.zero import Zero
 from duotone.kernels.group_norm_tiling import tiling
 
@@ -117,6 +118,26 @@ def test_padded_ends_hand_the_convolutions_multiples_of_eight(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "conv2d", noted)
     unet(torch.randn(1, 3, 8, 8), torch.zeros(1), None, torch.randn(1, 5, 16))
     assert widths[0] == (16, 8) and widths[-1] == (8, 16)
+
+
+@pytest.mark.parametrize("kind", ["text", "label"])
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_padded_ends_are_guided_as_dense_ones_are(kind, rescale, tmp_path, monkeypatch):
+    """Guidance is handed the padded output's first channels, which its kernel takes only where nothing lies between them."""
+    seen, step = [], guidance.guided_step
+
+    def watched(output_NCHW, *rest, **named):
+        seen.append(output_NCHW.is_contiguous(memory_format=torch.channels_last))
+        return step(output_NCHW, *rest, **named)
+
+    monkeypatch.setattr(guidance, "guided_step", watched)
+    folder, drawn = exported(tmp_path, kind), []
+    for padded in (False, True):
+        model = artifact.load(folder, "cpu", speed=replace(speed.SAMPLING, padded_ends=padded))
+        asked = {"steps": 3, "guidance": 3.0, "sampler": "euler", "seed": 3, "rescale": rescale}
+        drawn.append(sample(model, **ASKED[kind][1], **asked).astype(int))
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1 and drawn[0].std() > 5
+    assert len(seen) == 6 and all(seen[3:])
 
 
 def test_every_norm_is_told_to_take_turns():
