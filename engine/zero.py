@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,6 +103,8 @@ def quiet() -> None:
     """DeepSpeed logs every setting of every rank; ours is the plan line."""
     for name in [name for name in logging.root.manager.loggerDict if name.lower().startswith("deepspeed")]:
         logging.getLogger(name).setLevel(logging.ERROR)
+    # What it calls is to be renamed in torch, which is no user's affair.
+    warnings.filterwarnings("ignore", ".*is deprecated. Please use", FutureWarning, r"torch\.distributed\.c10d_logger")
 
 
 def stage_taken(zero: Zero, precision: str, accumulation: int) -> tuple[int, str | None]:
