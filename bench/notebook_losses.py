@@ -26,7 +26,8 @@ def epochs(steps: list[dict], length: int, batch: int) -> list[dict]:
     """The loss at the end of each epoch of `length` images; `steps` are lines of metrics.jsonl."""
     rows = []
     for end in range(length, steps[-1]["images"] + 1, length):
-        losses = [step["loss"] for step in steps if end - BATCHES * batch < step["images"] <= end]
+        last = [step["loss"] for step in steps if end - BATCHES * batch < step["images"] <= end]
+        losses = [loss for loss in last if loss is not None]  # as one that is not finite stands in metrics.jsonl
         if len(losses) > 1:
             half = 1.96 * statistics.stdev(losses) / len(losses) ** 0.5
             rows.append(

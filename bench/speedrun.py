@@ -175,9 +175,14 @@ def told(metrics: Path, parts: int = 48) -> list[dict]:
     rows = []
     for part in sorted(set(of_part)):
         here = [line for line, its in zip(lines, of_part) if its == part]
-        means = {name: round(statistics.mean(line[name] for line in here), 6) for name in TOLD}
-        rows.append({"images": here[-1]["images"], **means})
+        rows.append({"images": here[-1]["images"], **{name: mean_of(name, here) for name in TOLD}})
     return rows
+
+
+def mean_of(name: str, lines: list[dict]) -> float | None:
+    """Of the lines that have one: a step that was skipped has no gradient norm."""
+    values = [line[name] for line in lines if line[name] is not None]
+    return round(statistics.mean(values), 6) if values else None
 
 
 def trained(path: Path, course: Course, dtype: torch.dtype = torch.float32, device: str = "cpu") -> artifact.Model:

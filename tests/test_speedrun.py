@@ -57,9 +57,12 @@ def test_a_records_log_is_the_runs_in_equal_parts(bench_script, monkeypatch, tmp
     speedrun = bench_script("speedrun")
     line = {"grad_norm": 1.0, "learning_rate": 1e-3, "images_per_second": 100.0}
     lines = [line | {"images": images, "loss": float(images)} for images in (1, 10, 20, 30, 40)]
+    lines[0] |= {"grad_norm": None}  # a step that was skipped
+    lines[3] |= {"loss": None}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     rows = speedrun.told(tmp_path / "metrics.jsonl", parts=2)
-    assert [(row["images"], row["loss"]) for row in rows] == [(20, pytest.approx(31 / 3, abs=1e-5)), (40, 35.0)]
+    assert [(row["images"], row["loss"]) for row in rows] == [(20, pytest.approx(31 / 3, abs=1e-5)), (40, 40.0)]
+    assert [row["grad_norm"] for row in rows] == [1.0, 1.0]
 
 
 def test_the_way_back_from_noise_begins_at_the_given_images_chunk_by_chunk(bench_script):
