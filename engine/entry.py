@@ -1,6 +1,8 @@
 """main(recipe): what a recipe file calls, from the command line to the end of the run."""
 
+import contextlib
 import os
+import signal
 import socket
 import sys
 import time
@@ -35,6 +37,9 @@ def main(recipe: Recipe, embedded: Recipe | None = None) -> None:
         tell(refusal)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # the launcher sends it after Ctrl-C, and the last line comes first
         tell_where(recipe)
         sys.exit(getattr(interrupt, "code", 130))
     except RuntimeError as error:
@@ -51,7 +56,8 @@ def tell_where(recipe: Recipe) -> None:
     if int(os.environ.get("RANK", 0)) == 0:
         known = sorted((recipe.folder / "checkpoints").glob("images-*"))
         where = f"{recipe.again} goes on from {known[-1]}" if known else "there is no checkpoint to go on from yet"
-        print(f"\nduotone: interrupted: {where}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # where nobody listens any more
+            print(f"\nduotone: interrupted: {where}", file=sys.stderr, flush=True)
 
 
 def tell(refusal: Refused) -> None:

@@ -3,6 +3,7 @@
 Every format string of training lives here.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -176,7 +177,7 @@ class Bar:
         if self.tqdm is not None:
             self.tqdm.write(line)
         else:
-            print(line, flush=True)
+            printed(line)
 
     def update(self, row: dict) -> None:
         if self.tqdm is not None:
@@ -186,7 +187,7 @@ class Bar:
         now = time.monotonic()
         if now - self.last_line > 10 or row["images"] >= self.total:
             self.last_line = now
-            print(plain_line(row, self.total, self.left(row["images"], now)), flush=True)
+            printed(plain_line(row, self.total, self.left(row["images"], now)))
 
     def left(self, images: int, now: float) -> float:
         """Seconds to go at the mean rate so far."""
@@ -196,6 +197,12 @@ class Bar:
     def close(self) -> None:
         if self.tqdm is not None:
             self.tqdm.close()
+
+
+def printed(line: str) -> None:
+    """Whether or not it is heard: a pager that has ended must not end the run."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
 
 
 def plain_line(row: dict, total: int, left: float) -> str:

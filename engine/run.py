@@ -50,6 +50,8 @@ class Run:
     """What rank 0 measures the loss on."""
     saved: int | None = None
     """Images of the newest checkpoint."""
+    unread_before: tuple[str, ...] = ()
+    """Samples that could not be read before the checkpoint, a line each."""
     notes: list[str] = field(default_factory=list)
     """What was substituted, in a line each."""
 
@@ -274,15 +276,26 @@ def save(run: Run) -> None:
     if run.saved == run.images:
         return
     tensors = {kind: run.sharded.gather(kind) for kind in checkpoint.KINDS}
+    unread = unread_samples(run)
     chosen = zero.gathered([{"rows": attention_backends.choices(), "where": attention_backends.measured_on()}])
     if run.ranks.rank == 0:
         folder = run.recipe.folder / "checkpoints"
-        facts = {"counters": run.sharded.counters(), "data": run.data.fingerprint, "attention": chosen}
+        facts = {
+            "counters": run.sharded.counters(),
+            "data": run.data.fingerprint,
+            "attention": chosen,
+            "unread": unread,
+        }
         header = artifact.header(run.recipe, run.facts, run.images)
         checkpoint.publish(folder, run.images, tensors, facts, header)
         checkpoint.retire(folder, run.recipe.checkpoint.keep, run.images)
     run.saved = run.images
     zero.wait()
+
+
+def unread_samples(run: Run) -> list[str]:
+    """What any rank, or the run before it was gone on with, could not read."""
+    return sorted({*run.unread_before, *zero.gathered(run.data.unread())})
 
 
 def resume(run: Run, path: Path) -> str:
@@ -297,5 +310,6 @@ def resume(run: Run, path: Path) -> str:
     chosen = manifest.get("attention", [])
     for theirs in [chosen] if isinstance(chosen, dict) else chosen[run.ranks.rank :][:1] or chosen[:1]:
         attention_backends.keep_choices(**theirs)
+    run.unread_before = tuple(manifest.get("unread", ()))
     run.images = run.saved = manifest["images"]
     return f"resumed from {path} at {run.images:,} images"

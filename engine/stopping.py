@@ -1,5 +1,6 @@
 """What ends a run before its images are done: its minutes, or a signal."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -22,8 +23,17 @@ class Interrupted(KeyboardInterrupt):
         self.code = 128 + number
 
 
+def tell(line: str) -> None:
+    """A line from within a signal's handler: not by print, which may be at work just now, and whether or not it is heard."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"\nduotone: {line}\n".encode())
+
+
 class Stop:
-    """Holds the signals back while it is entered: the first lets the next step end, a second Ctrl-C does not wait."""
+    """Holds the signals back while it is entered: the first lets the next step end, a second Ctrl-C does not wait.
+
+    Under the launcher, which Ctrl-C ends, no second one reaches a rank.
+    """
 
     def __init__(self, minutes: float, began: float, device: torch.device):
         self.minutes, self.began, self.device = minutes, began, device
@@ -46,10 +56,12 @@ class Stop:
         # The launcher follows Ctrl-C up with SIGTERM to every rank, so only Ctrl-C can be a second call.
         if self.heard and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self.heard and int(os.environ.get("RANK", 0)) == 0:
-            # Not by print, which may be at work just now.
-            os.write(2, b"\nduotone: stopping with a checkpoint after the next step; Ctrl-C once more: at once\n")
-        self.heard = self.heard or number
+        first, self.heard = not self.heard, self.heard or number
+        if first and int(os.environ.get("RANK", 0)) == 0:
+            tell(
+                "stopping with a checkpoint after the next step"
+                + ("; Ctrl-C once more: at once" if zero.SET_HERE else "")
+            )
 
     def due(self) -> bool:
         """Whether the run stops after this step, on all ranks alike: one has heard a signal, or by the mean of their clocks.

@@ -21,7 +21,7 @@ from duotone.engine.checkpoint import name_of
 from duotone.engine.conditioning.dropout import conditioned
 from duotone.engine.objectives.base import Objective
 from duotone.engine.recipe import Recipe
-from duotone.engine.run import Run, plans, save, set_up
+from duotone.engine.run import Run, plans, save, set_up, unread_samples
 from duotone.engine.stopping import Interrupted, Stop
 from duotone.engine.whole_step import WholeStep
 from duotone.kernels import attention_backends
@@ -37,7 +37,7 @@ def train(recipe: Recipe) -> Path:
     """
     recipe.check()
     began = time.monotonic()
-    with ExitStack() as held:
+    with ExitStack() as signals, ExitStack() as held:  # what is held is closed first
         held.push(zero.leave)
         run = set_up(recipe, held)
         run.whole_step = whole_step(run)
@@ -45,11 +45,12 @@ def train(recipe: Recipe) -> Path:
         batches = run.data.batches(plans(run))
         if run.saved is not None and run.images < recipe.images:
             look(run, **zero.from_rank_0(missed(run)))
-        with Stop(recipe.checkpoint.stop_after, began, run.sharded.device) as stop:
-            steps(run, batches, stop)
+        stop = signals.enter_context(Stop(recipe.checkpoint.stop_after, began, run.sharded.device))
+        steps(run, batches, stop)
         if run.images < recipe.images:
             interrupt(run, stop)
         else:
+            signals.close()  # from here on they end it at once, and lose nothing but pictures
             finish(run)
     if stop.heard and run.images < recipe.images:
         raise Interrupted(stop.heard)
@@ -242,7 +243,7 @@ def finish(run: Run) -> None:
     """The last checkpoint, export, pictures and losses."""
     save(run)
     ema = run.sharded.gather("ema")
-    unread = sorted(set(zero.gathered(run.data.unread())))
+    unread = unread_samples(run)
     if run.ranks.rank == 0:
         path = run.recipe.folder / "ema.safetensors"
         artifact.save(path, ema, run.recipe, run.facts, run.images)

@@ -27,7 +27,7 @@ class ClipText:
     encoder: str = "openai/clip-vit-base-patch32"
     """Name on the Hugging Face hub, or a folder holding model and tokenizer."""
     dropout: float = 0.1
-    """Share of captions replaced by the null state (all-zero tokens) in training."""
+    """Share of captions replaced by the null state (no token) in training."""
 
     def build(self, network: UNetConfig, facts: Facts) -> "TextConditioner":
         from transformers import AutoTokenizer, CLIPTextModel
@@ -49,7 +49,7 @@ class EncoderText:
     length: int = 77
     """Most tokens of a caption."""
     dropout: float = 0.1
-    """Share of captions replaced by the null state (all-zero tokens) in training."""
+    """Share of captions replaced by the null state (no token) in training."""
 
     def build(self, network: UNetConfig, facts: Facts) -> "TextConditioner":
         at_least("conditioning: EncoderText.length", self.length, 2)
@@ -93,7 +93,7 @@ class ByteText:
     pooled: bool = True
     """Also add the mean of a caption's tokens to the time embedding, so that every block hears the caption."""
     dropout: float = 0.1
-    """Share of captions replaced by the null state (all-zero tokens) in training."""
+    """Share of captions replaced by the null state (no token) in training."""
 
     def build(self, network: UNetConfig, facts: Facts) -> "TextConditioner":
         for name in ("width", "layers", "heads"):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import weakref
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +21,8 @@ import torch
 from safetensors.torch import load_file
 
 from duotone.data import captioned_shapes
-from duotone.data.refusal import Refused
+from duotone.data.refusal import Refused, SampleReplaced
+from duotone.data.shards import Shards
 from duotone.engine import artifact, checkpoint, cli, run_folder, stopping, zero
 from duotone.engine.command_line import parse
 from duotone.engine.recipe import Recipe
@@ -356,6 +358,25 @@ def test_what_a_run_trained_is_freed_with_it(shards, tmp_path):
     assert network() is None
 
 
+def test_samples_that_could_not_be_read_stay_in_the_record(shards, tmp_path):
+    """Of all that the run read, also before it was gone on with, and when a finished run is started once more."""
+    folder, out = shutil.copytree(shards, tmp_path / "shards"), tmp_path / "run"
+    data = Shards(shards=folder, size=16).open(torch.device("cpu"))
+    data.close()
+    (tar,) = folder.glob("*.tar")
+    stat, raw = tar.stat(), bytearray(tar.read_bytes())
+    raw[int(data.columns["image_offset"][3]) + 50] ^= 1
+    tar.write_bytes(raw)
+    os.utime(tar, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    for images, told in (("40", 1), ("48", 0), ("48", 0)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run_here(folder, out, "--data.on-bad", "replace", "--optimizer.schedule", "constant", "--images", images)
+        assert sum(w.category is SampleReplaced for w in caught) == told
+        (line,) = json.loads((out / "record.json").read_text())["unread_samples"]
+        assert "checksum" in line and str(tar) in line
+
+
 def test_sigma_data_is_measured_once_in_a_run(shards, tmp_path, monkeypatch):
     """Another decoder rounds otherwise; what goes on learns the objective that it began with."""
     flags = ["--objective.sigma-data", "None", "--optimizer.schedule", "constant"]
@@ -459,7 +480,11 @@ def said_at_the_end(process: subprocess.Popen) -> str:
 def test_a_signal_ends_a_run_with_a_checkpoint(shards, tmp_path):
     """Where none was due, with every step that was taken in it; the same command goes on from there."""
     process = begun(shards, tmp_path / "run")
-    process.send_signal(signal.SIGTERM)
+    while (
+        process.poll() is None
+    ):  # a queue may say it again, and the launcher does, also while the checkpoint is written
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
     said = said_at_the_end(process)
     (written,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert process.returncode == 143 and "Traceback" not in said
@@ -485,6 +510,19 @@ def test_a_signal_ends_two_ranks_after_one_step(shards, tmp_path, to):
     assert said.count(f"duotone: interrupted: the same command goes on from {written}") == 1
     assert written.name == checkpoint.name_of(rows(tmp_path / "run")[-1]["images"])
     assert ("stopping with a checkpoint" in said) == (to == "all")  # rank 0 says what it has heard
+
+
+def test_a_run_that_nobody_listens_to_any_more_writes_its_checkpoint(shards, tmp_path):
+    """As of `... | tee log`, which Ctrl-C ends first."""
+    process = begun(shards, tmp_path / "run")
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    process.wait(200)
+    (written,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert checkpoint.verify(written) is None and process.returncode in (
+        130,
+        120,
+    )  # 120: Python could not flush its output
 
 
 def test_a_second_ctrl_c_does_not_wait():
