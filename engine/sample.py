@@ -160,6 +160,11 @@ class Steps:
             self.bar.close()
 
 
+def sweep(model: Model, scales: Sequence[float], **asked) -> np.ndarray:
+    """The same images, from the same noise, at each guidance scale: uint8, (scales, N, H, W, C), a row of a grid per scale."""
+    return np.stack([sample(model, **asked, guidance=scale) for scale in scales])
+
+
 def run(
     model: Model, denoise, solver: Callable, sigmas: Tensor, seeds: list[tuple[int, int]], size, on_step
 ) -> np.ndarray:

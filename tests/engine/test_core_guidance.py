@@ -22,7 +22,7 @@ from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.objectives.flow import Flow
 from duotone.engine.recipe import Recipe
-from duotone.engine.sample import sample
+from duotone.engine.sample import sample, sweep
 from duotone.engine.sampling.guidance import Guidance, GuidedDenoiser, cost_of_pair
 from duotone.engine.sampling.guiding.apg import Apg
 from duotone.engine.sampling.guiding.cfg_plus_plus import CfgPlusPlus
@@ -217,6 +217,14 @@ def test_autoguidance_is_two_models_on_the_same_condition():
     settings = dict(labels=[0, 1], steps=3, sampler="euler")
     itself = sample(weak, **settings, guide=weak, guidance=3.0)
     assert np.abs(itself.astype(int) - sample(weak, **settings)).max() <= 1
+
+
+def test_a_sweep_of_scales_is_one_row_each():
+    model = model_of(Label(), PLAIN)
+    settings = dict(labels=[0, 1], steps=2, sampler="euler", seed=3)
+    rows = sweep(model, [1.0, 4.0], **settings)
+    assert rows.shape == (2, 2, 8, 8, 3)
+    assert np.array_equal(rows[1], sample(model, **settings, guidance=4.0))
 
 
 @pytest.mark.parametrize(
