@@ -45,6 +45,14 @@ def _saved(mean, rstd, add, image, add_n, groups, channel_C, real_C, PER_GROUP: 
 
 
 @triton.jit
+def _centred(twist_C, flow_C, drift_C, pixels, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
+    """Twist and drift of values whose mean is 0 in every group, as it would be but for the last bit of the saved mean."""
+    left_G = fold(drift_C, PER_GROUP, BLOCK_C, BLOCK_G) / (pixels * PER_GROUP)
+    left_C = spread(left_G, PER_GROUP, BLOCK_C, BLOCK_G)
+    return twist_C - left_C * flow_C, drift_C - left_C * pixels
+
+
+@triton.jit
 def _small_gradients(
     weight, bias, scale, per_image, dadd, dscale, dshift, image, channels, channel_C, real_C,
     flow_C, twist_C, drift_C, common_C, tilt_C, rstd_C, gain_C, pixels, scale_n,
@@ -114,6 +122,7 @@ def backward_whole(
     drift_C = flow_C
     if ADD:
         drift_C = tl.sum(normal_RC, axis=0)
+        twist_C, drift_C = _centred(twist_C, flow_C, drift_C, pixels, PER_GROUP, BLOCK_C, BLOCK_G)
 
     count = pixels * PER_GROUP
     common_G = fold(gain_C * flow_C, PER_GROUP, BLOCK_C, BLOCK_G) / count
@@ -195,6 +204,8 @@ def _totals(
     drift_C = flow_C
     if ADD:
         drift_C = _total(partial, image, 2, channels, chunks, channel_C, real_C, BLOCK_K)
+        pixels = count // PER_GROUP
+        twist_C, drift_C = _centred(twist_C, flow_C, drift_C, pixels, PER_GROUP, BLOCK_C, BLOCK_G)
     common_G = fold(gain_C * flow_C, PER_GROUP, BLOCK_C, BLOCK_G) / count
     tilt_G = fold(gain_C * twist_C, PER_GROUP, BLOCK_C, BLOCK_G) / count
     return flow_C, twist_C, drift_C, common_G, tilt_G
