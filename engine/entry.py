@@ -37,9 +37,8 @@ def main(recipe: Recipe, embedded: Recipe | None = None) -> None:
         tell(refusal)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # the launcher sends it after Ctrl-C, and the last line comes first
+        # The launcher sends it after Ctrl-C, and the last line comes first.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         tell_where(recipe)
         sys.exit(getattr(interrupt, "code", 130))
     except RuntimeError as error:

@@ -59,9 +59,9 @@ def say_warnings_plainly() -> None:
     def show(message, category, *where) -> None:
         if not category.__module__.startswith("duotone."):
             others(message, category, *where)
-        elif int(os.environ.get("RANK", 0)) == 0 or issubclass(
-            category, SampleReplaced
-        ):  # each rank has samples of its own
+            return
+        of_this_rank = issubclass(category, SampleReplaced)  # each reads samples of its own
+        if of_this_rank or int(os.environ.get("RANK", 0)) == 0:
             print(f"duotone: warning: {message}", file=sys.stderr, flush=True)
 
     warnings.showwarning = show
@@ -120,9 +120,9 @@ class Logger:
             "data_wait": self.window.waited / seconds,
         }
         self.window = Window(time.monotonic())
-        self.metrics.write(
-            json.dumps({name: value if math.isfinite(value) else None for name, value in row.items()}) + "\n"
-        )
+        # JSON has no NaN, which the norm of a skipped step may be.
+        plain = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        self.metrics.write(json.dumps(plain) + "\n")
         self.bar.update(row)
         for listener in list(self.listeners):
             self.tell(listener, row)

@@ -58,10 +58,8 @@ class Stop:
             raise KeyboardInterrupt
         first, self.heard = not self.heard, self.heard or number
         if first and int(os.environ.get("RANK", 0)) == 0:
-            tell(
-                "stopping with a checkpoint after the next step"
-                + ("; Ctrl-C once more: at once" if zero.SET_HERE else "")
-            )
+            again = "; Ctrl-C once more: at once" if zero.SET_HERE else ""
+            tell(f"stopping with a checkpoint after the next step{again}")
 
     def due(self) -> bool:
         """Whether the run stops after this step, on all ranks alike: one has heard a signal, or by the mean of their clocks.

@@ -50,7 +50,8 @@ def train(recipe: Recipe) -> Path:
         if run.images < recipe.images:
             interrupt(run, stop)
         else:
-            signals.close()  # from here on they end it at once, and lose nothing but pictures
+            save(run)
+            signals.close()  # from here on they end it at once, and lose nothing but the export, which the same command makes
             finish(run)
     if stop.heard and run.images < recipe.images:
         raise Interrupted(stop.heard)
@@ -240,8 +241,7 @@ def interrupt(run: Run, stop: Stop) -> None:
 
 
 def finish(run: Run) -> None:
-    """The last checkpoint, export, pictures and losses."""
-    save(run)
+    """After the last checkpoint: export, pictures and losses."""
     ema = run.sharded.gather("ema")
     unread = unread_samples(run)
     if run.ranks.rank == 0:

@@ -78,8 +78,8 @@ def join(device: str) -> Ranks:
 
 
 def without_its_own_operator() -> None:
-    """DeepSpeed builds an operator for inference on a CPU at every start, which training never calls: it would need a compiler and
-    a minute the first time, and leave 66 MiB a rank in /dev/shm behind for good."""
+    """DeepSpeed builds an operator for inference on a CPU at every start, which training never calls: it would need a compiler,
+    and leave 66 MiB a rank in /dev/shm behind for good."""
     from deepspeed.ops import __compatible_ops__
 
     __compatible_ops__["deepspeed_shm_comm"] = False

@@ -525,6 +525,20 @@ def test_a_run_that_nobody_listens_to_any_more_writes_its_checkpoint(shards, tmp
     )  # 120: Python could not flush its output
 
 
+def test_a_signal_within_the_last_save_loses_nothing(shards, tmp_path, monkeypatch):
+    publish = checkpoint.publish
+
+    def interrupted(folder, images, *rest):
+        if images == 24:
+            signal.raise_signal(signal.SIGINT)
+        return publish(folder, images, *rest)
+
+    monkeypatch.setattr(checkpoint, "publish", interrupted)
+    run_here(shards, tmp_path / "run", "--images", "24", "--checkpoint.every", "0")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [checkpoint.name_of(24)]
+    assert (tmp_path / "run" / "ema.safetensors").exists()
+
+
 def test_a_second_ctrl_c_does_not_wait():
     """As while pictures are drawn; a SIGTERM, which the launcher sends after a Ctrl-C, is no second one."""
     before = [signal.getsignal(number) for number in stopping.SIGNALS]
