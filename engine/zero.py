@@ -5,6 +5,7 @@ The only file that imports deepspeed, and only inside functions: a configuration
 
 import atexit
 import gc
+import importlib
 import logging
 import os
 import socket
@@ -149,7 +150,20 @@ def start(network: nn.Module, optimizer: Optimizer, config: dict):
     """DeepSpeed's engine around a network."""
     import deepspeed
 
+    without_compiling_its_muon()
     return deepspeed.initialize(model=network, optimizer=optimizer, config=config)[0]
+
+
+def without_compiling_its_muon() -> None:
+    """DeepSpeed loads its own Muon in every run, for a look at an optimizer's type, and torch.compile around its functions loads
+    the whole compiler: a second of every start, for what is never called."""
+    importlib.import_module("torch._dynamo")  # which would read the variable for good
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        os.environ.pop("TORCHDYNAMO_DISABLE") if before is None else os.environ.update(TORCHDYNAMO_DISABLE=before)
 
 
 def count_step(engine) -> None:

@@ -284,7 +284,11 @@ def test_a_resumed_run_does_not_ask_for_the_weights_it_began_from(whole, shards,
 
 
 ENDING = """
-import atexit, pathlib
+import atexit, pathlib, sys
+
+def compiler():
+    loaded = [name for name in ("compile_fx", "select_algorithm") if f"torch._inductor.{name}" in sys.modules]
+    print(f"compiler loaded: {loaded}", flush=True)
 
 def gloo():  # runs after the end of all that registers later
     names = [(task / "comm").read_text().strip() for task in pathlib.Path("/proc/self/task").iterdir()]
@@ -292,6 +296,7 @@ def gloo():  # runs after the end of all that registers later
     print(f"{len(left)} threads of gloo at the end", flush=True)
 
 atexit.register(gloo)
+atexit.register(compiler)
 """
 REFUSING = """
 import importlib, os, runpy
@@ -313,7 +318,7 @@ runpy.run_path({recipe!r}, run_name="__main__")
 @pytest.mark.parametrize(
     "ranks", [pytest.param(0, id="without a launcher"), pytest.param(2, id="two ranks", marks=pytest.mark.launcher)]
 )
-def test_no_thread_of_gloo_outlives_the_run(shards, tmp_path, ranks):
+def test_no_thread_of_gloo_outlives_the_run_and_no_compiler_was_loaded(shards, tmp_path, ranks):
     """One that lets go of a tensor while Python is being taken down aborts the process: a good run's exit code would be 134."""
     script = tmp_path / "ending.py"
     script.write_text(f"{ENDING}\nimport runpy\nrunpy.run_path({str(RECIPE)!r}, run_name='__main__')\n")
@@ -321,6 +326,7 @@ def test_no_thread_of_gloo_outlives_the_run(shards, tmp_path, ranks):
     flags = ("--images", "8", "--data.decoder", "pillow")
     done = run(shards, tmp_path / "run", *flags, ranks=ranks, script=script)
     assert ends(done) == ["0 threads of gloo at the end"] * (ranks or 1)
+    assert done.stdout.count("compiler loaded: []") == (ranks or 1), "a second of every start that does not compile"
 
 
 def ends(done: subprocess.CompletedProcess) -> list[str]:
