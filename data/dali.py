@@ -4,14 +4,18 @@ Same rectangles and the same bicubic filter as Pillow's path. The bytes are slic
 before; DALI reads them in place.
 """
 
+import functools
+import io
 import threading
 
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
+from PIL import Image
 
 from duotone.data.framing import upright
 from duotone.data.pillow import Undecodable
+from duotone.data.refusal import Refused
 
 COLOURS = {1: types.GRAY, 3: types.RGB}
 
@@ -27,12 +31,15 @@ class DaliDecoder:
         self.pipeline: Pipeline | None = None
 
     def decode(self, encoded: list[np.ndarray], boxes_N4: np.ndarray, orientations_N: np.ndarray) -> torch.Tensor:
-        """Images uint8 (N, side, side, channels) on the device from N encoded images; raises Undecodable."""
+        """Images uint8 (N, side, side, channels) on the device from N encoded images.
+
+        Raises Undecodable, and Refused on a machine where DALI decodes nothing.
+        """
         with self.lock:
             try:
                 images_NHWC = self._run(encoded, boxes_N4)
-            except RuntimeError:
-                raise self._culprit(encoded, boxes_N4) from None
+            except RuntimeError as error:
+                raise self._culprit(error, encoded, boxes_N4) from None
         for place in np.flatnonzero(orientations_N != 1).tolist():
             turned_HWC = upright(images_NHWC[place].cpu().numpy(), int(orientations_N[place]))
             images_NHWC[place] = torch.from_numpy(turned_HWC.copy())
@@ -90,13 +97,52 @@ class DaliDecoder:
         feed_ndarray(images, images_NHWC, cuda_stream=torch.cuda.current_stream(self.device))
         return images_NHWC
 
-    def _culprit(self, encoded: list[np.ndarray], boxes_N4: np.ndarray) -> Exception:
-        """DALI fails a whole batch without a name: the images are shown to a new pipeline one by one."""
-        for place in range(len(encoded)):
-            self.pipeline = None
-            try:
-                self._run(encoded[place : place + 1], boxes_N4[place : place + 1])
-            except RuntimeError:
-                return Undecodable(place, "DALI cannot decode it")
+    def _culprit(self, error: RuntimeError, encoded: list[np.ndarray], boxes_N4: np.ndarray) -> Exception:
+        """DALI fails a whole batch without a name: the images are shown to a new pipeline one by one.
+
+        None of them is to blame where memory is short, or where not even a sound picture is decoded.
+        """
         self.pipeline = None
-        return RuntimeError(f"DALI failed on a batch of {len(encoded)} images, each of which it can decode alone")
+        if lacks_memory(error):
+            return error
+        broken = self._fault([sound()], np.array([[0, 0, 16, 16]]))
+        if broken is not None:
+            remedy = "take --data.decoder pillow"
+            return (
+                broken
+                if lacks_memory(broken)
+                else Refused(f"data.decoder is dali, which can decode nothing here ({told(broken)}): {remedy}")
+            )
+        for place in range(len(encoded)):
+            alone = self._fault(encoded[place : place + 1], boxes_N4[place : place + 1])
+            if alone is not None:
+                return alone if lacks_memory(alone) else Undecodable(place, "DALI cannot decode it")
+        return RuntimeError(
+            f"DALI failed on a batch of {len(encoded)} images, each of which it can decode alone: {error}"
+        )
+
+    def _fault(self, encoded: list[np.ndarray], boxes_N4: np.ndarray) -> RuntimeError | None:
+        """What a new pipeline fails with, if it does."""
+        try:
+            self._run(encoded, boxes_N4)
+        except RuntimeError as error:
+            return error
+        finally:
+            self.pipeline = None
+
+
+def lacks_memory(error: RuntimeError) -> bool:
+    return any(word in told(error).lower() for word in ("memory", "bad_alloc", "allocation"))
+
+
+def told(error: RuntimeError) -> str:
+    """What DALI says at the end of its traceback, in one line."""
+    return " ".join(str(error).split("encountered:")[-1].split())[:300]
+
+
+@functools.cache
+def sound() -> np.ndarray:
+    """The bytes of a picture that any decoder decodes."""
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), "orange").save(file, "JPEG")
+    return np.frombuffer(file.getvalue(), dtype=np.uint8)

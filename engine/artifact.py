@@ -165,7 +165,8 @@ def put_to_sample(network: Network, device: str | torch.device | None, speed: sw
             say(line)
     network.eval().requires_grad_(False).to(device or choice.device, choice.dtype)
     network.records = speed.cuda_graphs and choice.device == "cuda"
-    switches.make_ready(network.unet, speed, choice)
+    # The network is recorded whole: blocks that Inductor records as well would give away one another's memory.
+    switches.make_ready(network.unet, replace(speed, cuda_graphs=False), choice)
 
 
 def fill(network: nn.Module, named: dict[str, Tensor], source: Path) -> None:

@@ -11,11 +11,11 @@ class Recorded:
 
     def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]):
         self.inputs = [tensor.clone() for tensor in inputs]
-        self.warm_up(function)
+        self.device = self.inputs[0].device
         self.graph = torch.cuda.CUDAGraph()
-        # Another thread reads batches meanwhile, and may ask the device for memory.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.output = function(*self.inputs)
+        with torch.cuda.device(self.device):
+            self.warm_up(function)
+            self.record(function)
 
     def warm_up(self, function: Callable[..., Tensor]) -> None:
         """Whatever is compiled, measured or chosen on first use has to be so before the recording."""
@@ -26,11 +26,32 @@ class Recorded:
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(aside)
 
+    def record(self, function: Callable[..., Tensor]) -> None:
+        before, own = torch.cuda.current_stream(), torch.cuda.Stream()
+        try:
+            # Another thread reads batches meanwhile, and may ask the device for memory.
+            with torch.cuda.graph(self.graph, stream=own, capture_error_mode="thread_local"):
+                self.output = function(*self.inputs)
+        except BaseException:
+            put_right(before, self.device)
+            raise
+
     def __call__(self, *inputs: Tensor) -> Tensor:
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given)
-        self.graph.replay()
+        with torch.cuda.device(self.device):
+            self.graph.replay()
         return self.output
+
+
+def put_right(stream: torch.cuda.Stream, device: torch.device) -> None:
+    """What torch.cuda.graph leaves behind where its recording fails: work would go on on a stream that the thread which reads
+    batches does not wait for, and the generator takes itself for recorded. It begins anew from its seed."""
+    torch.cuda.set_stream(stream)
+    generator = torch.cuda.default_generators[device.index]
+    seed = generator.initial_seed()
+    generator.graphsafe_set_state(torch.Generator(device).graphsafe_get_state())
+    generator.manual_seed(seed)
 
 
 class Recordings:

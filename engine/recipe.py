@@ -93,7 +93,7 @@ class Recipe:
             at_least(name, getattr(self, name), 1)
         at_least("accumulation", 1 if self.accumulation is None else self.accumulation, 1)
         at_least("seed", self.seed, 0)
-        at_least("zero.bucket", self.zero.bucket, 1)
+        at_least("zero.bucket", self.zero.bucket, 2)
         self.model.check()
         self.objective.check()
         self.optimizer.check()
@@ -130,6 +130,10 @@ class Recipe:
                 raise Refused(f"model.{name} = {getattr(self.model, name)}, but data.channels = {self.data.channels}")
 
     def check_stage(self) -> None:
+        if self.zero.bucket % 2:
+            raise Refused(
+                f"zero.bucket = {self.zero.bucket}: DeepSpeed lays gradients out in pairs; give an even number"
+            )
         if self.zero.stage > self.optimizer.largest_stage:
             raise Refused(
                 f"zero.stage = {self.zero.stage}, but {type(self.optimizer).__name__} needs whole matrices, which stage 3 "

@@ -189,6 +189,7 @@ def start_sharded(recipe: Recipe, network: Network, choice: speed.Choice, micro:
             accumulation=recipe.accumulation,
             precision=choice.precision,
             clip=recipe.optimizer.clip,
+            recorded=speed.records_blocks(recipe.speed, choice),
         ),
     )
 
@@ -248,7 +249,9 @@ def announce(run: Run, predicted: Estimate, begun: list[str], faults: list[str])
     recipe, choice = run.recipe, run.choice
     parameters = sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in run.network.parameters())
     micro = recipe.micro_batch(run.ranks.count)
-    stage, why = zero.stage_taken(recipe.zero, choice.precision, recipe.accumulation)
+    stage, why = zero.stage_taken(
+        recipe.zero, choice.precision, recipe.accumulation, speed.records_blocks(recipe.speed, choice)
+    )
     fused, sites = speed.kernel_sites(run.network, run.ranks.device)
     run.log.say(
         f"{recipe.name}: {parameters / 1e6:.1f} M parameters, {choice.precision} on {choice.device}"

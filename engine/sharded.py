@@ -21,13 +21,18 @@ class Sharded:
     def __init__(self, network: nn.Module, optimizer: AdamWEma, config: dict):
         self.optimizer = optimizer
         self.stage = config["zero_optimization"]["stage"]
-        self.names = {id(p): name for name, p in network.named_parameters() if p.requires_grad}
+        self.names = {id(p): name for name, p in trained(network)}
+        rounds = config["bf16"]["enabled"] or config["fp16"]["enabled"]
+        exact = {name: p.detach().to("cpu", copy=True) for name, p in trained(network)} if rounds else {}
         self.engine = zero.start(network, optimizer, config)
         self.device = self.engine.device
         self.update = None
         if self.stage < 3:
             self.update = Update(self.engine.optimizer, optimizer, clip=config["gradient_clipping"])
             self.engine.optimizer.step = self.update
+        if exact:  # DeepSpeed's fp32 weights are copies of those that it had rounded
+            self.scatter("weight", exact)
+            self.scatter("ema", exact)
 
     def __call__(self, *inputs):
         return self.engine(*inputs)
@@ -154,6 +159,10 @@ class Sharded:
         if self.fp16_scaler is not None and stored.keys() == set(SCALER):
             for name, value in stored.items():
                 setattr(self.fp16_scaler, name, value)
+
+
+def trained(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in network.named_parameters() if p.requires_grad)
 
 
 @dataclass(frozen=True)

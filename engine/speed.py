@@ -1,6 +1,7 @@
 """Every performance switch in one place: device, precision, compilation, CUDA graphs, TF32, cuDNN, gradient checkpointing."""
 
 import os
+import shutil
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,14 +79,27 @@ def choose(speed: Speed, stage: int = 1) -> Choice:
         precision = (
             "fp32" if device == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         )
-    compiled = device == "cuda" and stage < 3 if speed.compile is None else speed.compile
-    if compiled and device == "cpu" and speed.backend == "inductor":
-        refuse_without_compiler()
+    usual = device == "cuda" and stage < 3 and c_compiler() is not None
+    compiled = usual if speed.compile is None else speed.compile
+    if compiled and speed.backend == "inductor":
+        refuse_without_compiler(device)
     return Choice(device, precision, compiled)
 
 
-def refuse_without_compiler() -> None:
-    """Raises Refused where torch.compile could not build what it writes for a CPU."""
+def c_compiler() -> str | None:
+    """What Triton builds a kernel's launch with."""
+    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+
+
+def refuse_without_compiler(device: str) -> None:
+    """Raises Refused where torch.compile could not build what it writes."""
+    if device == "cuda":
+        if c_compiler() is None:
+            raise Refused(
+                "speed.compile = True needs a C compiler, which Triton's launches are built with and which is not there: "
+                "install it (Debian: apt-get install gcc), or leave it off"
+            )
+        return
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -137,6 +151,12 @@ def compiler_options(speed: Speed) -> dict[str, bool] | None:
     return {"max_autotune": speed.autotune, "triton.cudagraphs": speed.cuda_graphs and not speed.whole_step}
 
 
+def records_blocks(speed: Speed, choice: Choice) -> bool:
+    """Whether Inductor replays each block as a CUDA graph in training."""
+    graphs = choice.compile and (compiler_options(speed) or {}).get("triton.cudagraphs", False)
+    return choice.device == "cuda" and graphs
+
+
 def make_ready(unet: UNet, speed: Speed, choice: Choice) -> int:
     """The switches that change the network itself, set before it is used; returns how many blocks will be compiled."""
     unet.checkpointing = speed.gradient_checkpointing
@@ -165,8 +185,12 @@ def substitutions(speed: Speed, choice: Choice) -> list[str]:
     lines = []
     if choice.device == "cpu":
         lines.append("no CUDA device: the CPU runs the kernels' plain PyTorch definitions")
-    if choice.device == "cuda" and speed.compile is None and not choice.compile:
+    if choice.device == "cuda" and c_compiler() is None:
+        lines.append("no C compiler: nothing is compiled, and Triton's kernels run only where they were built before")
+    elif choice.device == "cuda" and speed.compile is None and not choice.compile:
         lines.append("ZeRO-3 gathers weights within the blocks, which are therefore not compiled")
+    if choice.device == "cuda" and speed.whole_step and speed.cuda_graphs:
+        lines.append("speed.cuda_graphs has no effect beside speed.whole_step, which records a step as one")
     if choice.device == "cpu" and speed.cuda_graphs:
         lines.append("speed.cuda_graphs has no effect without a CUDA device")
     if choice.device == "cpu" and speed.norms_in_turns:

@@ -108,23 +108,27 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*is deprecated. Please use", FutureWarning, r"torch\.distributed\.c10d_logger")
 
 
-def stage_taken(zero: Zero, precision: str, accumulation: int) -> tuple[int, str | None]:
-    """The stage that runs, and why it is not the one asked for.
+def stage_taken(zero: Zero, precision: str, accumulation: int, recorded: bool = False) -> tuple[int, str | None]:
+    """The stage that runs, and why it is not the one asked for; `recorded` blocks are replayed as CUDA graphs.
 
     DeepSpeed's stage 1 hands bf16 with fp32 accumulation to another optimizer, which lets non-finite gradients into the
-    weights; stage 2 accumulates in fp32 and skips such a step.
+    weights; stage 2 accumulates in fp32 and skips such a step. In fp32 stage 1 keeps a micro-batch's gradients where the
+    backward pass left them: in a graph's memory, which the next micro-batch overwrites.
     """
-    if zero.stage == 1 and precision == "bf16" and accumulation > 1:
-        return (
-            2,
-            "ZeRO-1 in bf16 with accumulation runs as ZeRO-2, which adds up gradients in fp32 and skips non-finite ones",
-        )
-    return zero.stage, None
+    if zero.stage == 1 and accumulation > 1 and precision == "bf16":
+        why = "adds up gradients in fp32 and skips non-finite ones"
+    elif zero.stage == 1 and accumulation > 1 and precision == "fp32" and recorded:
+        why = "adds up gradients outside the CUDA graphs"
+    else:
+        return zero.stage, None
+    return 2, f"ZeRO-1 in {precision} with accumulation runs as ZeRO-2, which {why}"
 
 
-def settings(zero: Zero, *, batch: int, micro: int, accumulation: int, precision: str, clip: float) -> dict:
+def settings(
+    zero: Zero, *, batch: int, micro: int, accumulation: int, precision: str, clip: float, recorded: bool = False
+) -> dict:
     """DeepSpeed's own configuration."""
-    stage, _ = stage_taken(zero, precision, accumulation)
+    stage, _ = stage_taken(zero, precision, accumulation, recorded)
     # One micro-batch adds nothing up, so the type it would be added up in is the gradients' own.
     accumulated_in = "bf16" if precision == "bf16" and accumulation == 1 and stage == 1 else "fp32"
     return {
@@ -137,6 +141,8 @@ def settings(zero: Zero, *, batch: int, micro: int, accumulation: int, precision
         "data_types": {"grad_accum_dtype": accumulated_in},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
+        # Its clock waits for the device twice a micro-batch; ours is asked when a line is due.
+        "timers": {"throughput": {"enabled": False}},
         "zero_optimization": {
             "stage": stage,
             "reduce_bucket_size": zero.bucket,

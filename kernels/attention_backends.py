@@ -86,7 +86,7 @@ def by_measurement(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale):
     images, queries, heads, width = q_NLHD.shape
     # operator.index: a graph traced for any batch is here fixed to the one that is measured.
     sizes = (operator.index(size) for size in (images, queries, k_NMHD.shape[1], heads, width))
-    backend = _backend(torch.compiler.is_compiling(), *sizes, q_NLHD.dtype, mask_NM is not None)
+    backend = _backend(torch.compiler.is_compiling(), q_NLHD.get_device(), *sizes, q_NLHD.dtype, mask_NM is not None)
     return BACKENDS[backend](q_NLHD, k_NMHD, v_NMHD, mask_NM, scale)
 
 
@@ -122,11 +122,11 @@ _KEY = ("images", "queries", "keys", "heads", "width", "dtype", "masked")
 
 
 @torch.compiler.assume_constant_result
-def _backend(compiling, *key):
+def _backend(compiling, device_index, *key):
     if key not in _choices:
         if torch.cuda.is_current_stream_capturing():
             return "default"
-        _choices[key] = _measure(*key)
+        _choices[key] = _measure(device_index, *key)
     return taken(_choices[key], compiling)
 
 
@@ -138,14 +138,14 @@ def taken(choice: dict, compiling: bool) -> str:
     )
 
 
-def _measure(images, queries, keys, heads, width, dtype, masked):
+def _measure(device_index, images, queries, keys, heads, width, dtype, masked):
     """Forward and backward of every backend on random tensors of this shape; the fastest is chosen."""
     milliseconds, refused = {}, {}
     for name, run in BACKENDS.items():
         try:
             with warnings.catch_warnings():  # a backend that cannot run says at length why
                 warnings.simplefilter("ignore")
-                milliseconds[name] = _time(run, images, queries, keys, heads, width, dtype, masked)
+                milliseconds[name] = _time(run, device_index, images, queries, keys, heads, width, dtype, masked)
         except Exception as error:  # whatever another library raises costs its place, never the run
             refused[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     backend = min(milliseconds, key=milliseconds.get, default="default")
@@ -157,22 +157,30 @@ _HEAD_START = 30_000_000  # cycles, some 15 ms
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def _time(run, images, queries, keys, heads, width, dtype, masked, rounds=10):
+def _time(run, device_index, images, queries, keys, heads, width, dtype, masked, rounds=10):
+    device = torch.device("cuda", device_index)
+
     def draw(length):
-        return torch.randn(images, length, heads, width, dtype=dtype, device="cuda", requires_grad=True)
+        return torch.randn(images, length, heads, width, dtype=dtype, device=device, requires_grad=True)
 
     # A run that measures here draws, afterwards, what one draws that has measured before.
-    with torch.random.fork_rng([torch.cuda.current_device()]):
+    with torch.random.fork_rng([device]):
         q_NLHD, k_NMHD, v_NMHD = draw(queries), draw(keys), draw(keys)
-    mask_NM = torch.ones(images, keys, dtype=torch.bool, device="cuda") if masked else None
-    for round in range(rounds + 3):
-        if round == 3:
-            # While the GPU idles here the host runs ahead: else small shapes would be judged by how long a launch takes.
-            torch.cuda._sleep(_HEAD_START)
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
+    mask_NM = torch.ones(images, keys, dtype=torch.bool, device=device) if masked else None
+
+    def step():
         out_NLHD = run(q_NLHD, k_NMHD, v_NMHD, mask_NM, None)
         torch.autograd.grad(out_NLHD, (q_NLHD, k_NMHD, v_NMHD), out_NLHD.detach())
-    end.record()
-    end.synchronize()
+
+    with torch.cuda.device(device):
+        for _ in range(3):
+            step()
+        # While the GPU idles here the host runs ahead: else small shapes would be judged by how long a launch takes.
+        torch.cuda._sleep(_HEAD_START)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(rounds):
+            step()
+        end.record()
+        end.synchronize()
     return begin.elapsed_time(end) / rounds

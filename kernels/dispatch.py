@@ -67,13 +67,22 @@ def launch(name: str, wrapped, grid: tuple[int, ...], arguments: dict) -> None:
     if _imagining:
         return
     launches[name] += 1
-    wrapped[grid](**arguments)
+    with on_their_device(arguments):
+        wrapped[grid](**arguments)
 
 
 def launch_exactly(name: str, kernel, grid: tuple[int, ...], arguments: dict) -> None:
     """Launch with every product and sum rounded by itself, as a CPU does; not visible to torch.compile."""
     launches[name] += 1
-    direct(kernel)[grid](**arguments, enable_fp_fusion=False)
+    with on_their_device(arguments):
+        direct(kernel)[grid](**arguments, enable_fp_fusion=False)
+
+
+def on_their_device(arguments: dict):
+    """Triton launches on the current device, whichever the tensors are on."""
+    if not torch.cuda.is_initialized():
+        return contextlib.nullcontext()
+    return torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, torch.Tensor)))
 
 
 def direct(kernel):

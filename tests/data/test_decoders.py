@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageOps
 
 from duotone.data.framing import boxes, upright
+from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
 from duotone.data.write_shards import Sample, write_shards
 
@@ -115,6 +116,35 @@ def test_images_at_their_size_are_not_resampled(tmp_path, cpu, plan_for, photos,
     write_shards([Sample(image=photos[0][:64, :90])], tmp_path / "s", image_format="png")
     batch = read(tmp_path / "s", cpu, plan_for([0], crops=[[0, 0.5]]), decoder, crop="random")
     assert (batch.images_NHWC[0].numpy() == photos[0][:64, 13 : 13 + 64]).all()
+
+
+@pytest.mark.parametrize("on_bad", ["refuse", "replace"])
+def test_what_dali_lacks_is_no_pictures_fault(folder, cpu, plan_for, monkeypatch, on_bad):
+    """Memory that is short for a moment passes as it is; a machine where nothing can be decoded is one line."""
+    dali = pytest.importorskip("duotone.data.dali")
+    dataset = Shards(shards=folder, size=64, decoder="dali", on_bad=on_bad).open(cpu)
+    real, calls = dali.DaliDecoder._run, []
+
+    def short(self, *arguments):
+        calls.append(1)
+        if len(calls) <= 2:
+            raise RuntimeError("Critical error in pipeline: CUDA allocation failed: out of memory")
+        return real(self, *arguments)
+
+    monkeypatch.setattr(dali.DaliDecoder, "_run", short)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        dataset.read(plan_for([0, 1]))
+    calls += [1]
+    assert dataset.read(plan_for([0, 1])).skipped == [] and dataset.unread() == []
+
+    def broken(self, count):
+        raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version")
+
+    monkeypatch.setattr(dali.DaliDecoder, "_build", broken)
+    dataset._squares.decoder.pipeline = None
+    with pytest.raises(Refused, match="decode nothing here .*insufficient.*--data.decoder pillow"):
+        dataset.read(plan_for([0, 1]))
+    assert dataset.unread() == []
 
 
 @pytest.mark.gpu

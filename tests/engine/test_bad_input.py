@@ -99,6 +99,7 @@ def test_a_wrong_name_or_value_is_one_line_with_the_nearest_key(flags, says):
         (["--ema.power", "0.7", "--ema.max-decay", "1.1"], "ema.max_decay = 1.1"),
         (["--checkpoint.keep", "0"], "checkpoint.keep = 0"),
         (["--zero.bucket", "0"], "zero.bucket = 0"),
+        (["--zero.bucket", "1000001"], "zero.bucket = 1000001.*even"),
     ],
 )
 def test_a_value_out_of_range_or_a_bad_combination_is_named(flags, says):

@@ -12,7 +12,7 @@ import torch
 
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
-from duotone.engine import artifact, probe, speed
+from duotone.engine import artifact, probe, speed, zero
 from duotone.engine.conditioning.attributes import Attributes
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.image import ClassMap
@@ -28,7 +28,6 @@ from duotone.engine.objectives.edm import EDM
 from duotone.engine.recipe import Recipe
 from duotone.engine.sample import sample
 from duotone.engine.sampling import guidance
-from duotone.engine.zero import Zero
 from duotone.kernels.group_norm_tiling import tiling
 
 SHAPE = UNetConfig(
@@ -182,6 +181,48 @@ def test_compiling_without_a_compiler_is_one_line_with_the_remedy():
     )
 
 
+def test_a_gpu_without_a_c_compiler_compiles_nothing_and_says_so(monkeypatch):
+    """Triton builds each launch with one; with a folder of its own in PATH there is none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert speed.choose(speed.Speed(precision="bf16")).compile
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CC", raising=False)
+    choice = speed.choose(speed.Speed(precision="bf16"))
+    (line,) = speed.substitutions(speed.Speed(), choice)
+    assert not choice.compile and line.startswith("no C compiler")
+    with pytest.raises(Refused, match="speed.compile = True needs a C compiler"):
+        speed.choose(speed.Speed(precision="bf16", compile=True))
+
+
+def test_a_network_that_is_recorded_whole_has_no_recorded_blocks(tmp_path, monkeypatch):
+    """A block's next recording would give away the memory of the last one's output."""
+    asked = []
+    monkeypatch.setattr(speed, "compile_blocks", lambda network, switches: asked.append(switches) or 0)
+    switches = speed.Speed(compile=True, backend="eager", cuda_graphs=True)
+    artifact.load(exported(tmp_path, "label"), "cpu", speed=switches)
+    assert [speed.compiler_options(replace(s, backend="inductor"))["triton.cudagraphs"] for s in asked] == [False]
+
+
+def test_gradients_that_blocks_graphs_hold_are_added_up_elsewhere():
+    """ZeRO-1 keeps a micro-batch's gradients where the backward pass left them: here, in a graph's memory."""
+    graphs, on_gpu = speed.Speed(cuda_graphs=True), speed.Choice("cuda", "fp32", True)
+    assert speed.records_blocks(graphs, on_gpu)
+    for switches, choice in (
+        (speed.Speed(), on_gpu),
+        (graphs, speed.Choice("cpu", "fp32", True)),
+        (graphs, speed.Choice("cuda", "fp32", False)),
+        (replace(graphs, whole_step=True), on_gpu),
+        (replace(graphs, backend="eager"), on_gpu),
+    ):
+        assert not speed.records_blocks(switches, choice)
+    assert zero.stage_taken(zero.Zero(), "fp32", 2) == (1, None)
+    assert zero.stage_taken(zero.Zero(), "fp32", 1, recorded=True) == (1, None)
+    stage, why = zero.stage_taken(zero.Zero(), "fp32", 2, recorded=True)
+    assert stage == 2 and "ZeRO-2" in why
+    settings = dict(batch=4, micro=2, accumulation=2, precision="fp32", clip=1.0)
+    assert zero.settings(zero.Zero(), **settings, recorded=True)["zero_optimization"]["stage"] == 2
+
+
 def test_the_compiler_knows_every_option_that_it_is_given():
     """An unknown option would be found out on the first GPU only: Inductor refuses it when a function is wrapped."""
     options = speed.compiler_options(speed.Speed(autotune=True, cuda_graphs=True))
@@ -226,7 +267,9 @@ def test_zero_3_runs_its_blocks_uncompiled(monkeypatch):
     said = speed.substitutions(speed.Speed(), speed.choose(speed.Speed(), 3))
     assert said == ["ZeRO-3 gathers weights within the blocks, which are therefore not compiled"]
     with pytest.raises(Refused, match="speed.compile = True, but ZeRO-3"):
-        Recipe(name="r", speed=speed.Speed(compile=True), zero=Zero(stage=3), model=plain(), batch_size=100).check()
+        Recipe(
+            name="r", speed=speed.Speed(compile=True), zero=zero.Zero(stage=3), model=plain(), batch_size=100
+        ).check()
 
 
 def plain() -> UNetConfig:
@@ -262,6 +305,9 @@ def test_what_has_no_effect_here_is_said():
         "speed.threads has no effect on a CUDA device",
         "speed.cuda_graphs has no effect in training without speed.backend = inductor",
     ]
+    both = speed.Speed(cuda_graphs=True, whole_step=True)
+    (line,) = speed.substitutions(both, speed.Choice("cuda", "bf16", True))
+    assert line.startswith("speed.cuda_graphs has no effect beside speed.whole_step")
 
 
 # ---------------------------------------------------------------------------------------------------------- probes

@@ -128,6 +128,36 @@ class Written(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp32_weights_begin_as_they_were_given(stage, precision):
+    """DeepSpeed rounds the network first, and would train and average what is left of weights that a run begins from."""
+    network = small_network()
+    given = {name: p.detach().clone() for name, p in network.named_parameters()}
+    made = sharded(network, stage=stage, precision=precision)
+    for kind in ("weight", "ema"):
+        found = made.gather(kind)
+        assert all(torch.equal(found[name], given[name]) for name in given), kind
+    made.optimizer.set(lr=0.0, ema_decay=0.5)
+    loss = made(torch.ones(ROWS, 7, dtype=next(network.parameters()).dtype)).float().square().mean()
+    made.backward(loss)
+    made.step()
+    assert all(torch.equal(value, given[name]) for name, value in made.gather("ema").items())
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("precision,accumulation", [("fp32", 1), ("bf16", 1), ("bf16", 2)])
+def test_no_step_waits_for_the_device(stage, precision, accumulation, monkeypatch):
+    """DeepSpeed's clock would, twice a micro-batch from the third step on."""
+    from deepspeed.accelerator import get_accelerator
+
+    waits = []
+    made = sharded(small_network(), stage=stage, precision=precision, accumulation=accumulation)
+    monkeypatch.setattr(get_accelerator(), "synchronize", lambda *_: waits.append(1))
+    run(made, 5, accumulation)
+    assert not waits
+
+
 def whole_passes(ours: bool) -> list[str]:
     """Operators over the whole shard outside the kernel's own work."""
     made = sharded(nn.Linear(64, 64, bias=False), stage=1, precision="bf16", ours=ours)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 from duotone.engine import checkpoint, speed, update, zero
+from duotone.engine.cuda_graph import Recorded
 from duotone.engine.log import Log
 from duotone.engine.muon import Muon
 from duotone.engine.optimizer import AdamW, OptimizerConfig
@@ -358,25 +359,45 @@ def compare_on_a_gpu(stage: int, precision: str) -> None:
 
 
 @pytest.mark.gpu
-def test_a_replayed_step_never_waits_for_the_device(tmp_path):
+@pytest.mark.parametrize("whole", [True, False], ids=["replayed", "eager"])
+def test_a_step_never_waits_for_the_device(tmp_path, whole):
     """So that the next one is ready when the device is done with it."""
-    call = f"import runpy; runpy.run_path({__file__!r})['never_waiting_on_a_gpu']({str(tmp_path)!r})"
+    call = f"import runpy; runpy.run_path({__file__!r})['never_waiting_on_a_gpu']({str(tmp_path)!r}, {whole})"
     done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def never_waiting_on_a_gpu(folder: str) -> None:
+def never_waiting_on_a_gpu(folder: str, whole: bool) -> None:
     recipe = replace(runpy.run_path(str(TINY))["recipe"], accumulation=1, out=Path(folder) / "run")
-    recipe = replace(recipe, log=Log(every=1000), speed=Speed(precision="bf16", compile=False, whole_step=True))
-    real, watched = train.train_step, []
+    recipe = replace(recipe, log=Log(every=1000), speed=Speed(precision="bf16", compile=False, whole_step=whole))
+    real, watched, synchronize = train.train_step, [], torch.cuda.synchronize
+
+    def waiting(*_):
+        raise AssertionError("torch.cuda.synchronize, of which the debug mode knows nothing")
 
     def train_step(run, batches):
         amid = 2 <= run.step < STEPS - 2  # the first is recorded, the last one's numbers are asked for
         torch.cuda.set_sync_debug_mode("error" if amid else "default")
+        torch.cuda.synchronize = waiting if amid else synchronize
         real(run, batches)
+        torch.cuda.synchronize = synchronize
         torch.cuda.set_sync_debug_mode("default")
-        watched.append(amid and run.whole_step.replay is not None)
+        watched.append(amid and (not whole or run.whole_step.replay is not None))
 
     train.train_step = train_step
     train.train(recipe)
-    assert sum(watched) == STEPS - 4, "steps were replayed"
+    assert sum(watched) == STEPS - 4, "steps were watched, and replayed"
+
+
+@pytest.mark.gpu
+def test_a_recording_that_fails_leaves_the_device_as_it_was():
+    """torch.cuda.graph itself would leave work on its own stream, and a generator that can no longer draw."""
+    stream = torch.cuda.current_stream()
+    seed = torch.cuda.initial_seed()
+    x = torch.ones(4, device="cuda")
+    with pytest.raises(RuntimeError):
+        # The second warm-up call and those before draw; the recording asks for a number, which no recording can.
+        Recorded(lambda x: x * torch.rand_like(x).sum().item(), (x,))
+    assert torch.cuda.current_stream() == stream and torch.cuda.initial_seed() == seed
+    assert torch.rand(4, device="cuda").isfinite().all()
+    assert Recorded(lambda x: x + torch.rand_like(x), (x,))(x).shape == (4,)

@@ -123,10 +123,11 @@ def test_queries_are_split_only_where_heads_are_few():
 
 
 def test_large_tiles_go_elsewhere_on_chips_with_little_shared_memory():
-    """The ledger's figures: 128 keys of 128 channels take 120 KiB where an RTX has 99 and an H100 227."""
-    rtx, a100, h100 = 101_376, 166_912, 232_448
+    """The ledger's figures: 128 keys of 128 channels take 120 KiB where an RTX has 99 and an H100 227; a Turing has 64."""
+    turing, rtx, a100, h100 = 65_536, 101_376, 166_912, 232_448
     assert not fits(77, 96, rtx) and fits(77, 64, rtx) and fits(64, 128, rtx)
     assert fits(77, 96, a100) and fits(128, 128, h100)
+    assert not fits(16, 128, turing) and not fits(128, 32, turing)
 
 
 @pytest.mark.parametrize(
@@ -223,12 +224,12 @@ def test_each_shape_is_measured_once_and_a_backend_that_fails_is_named(monkeypat
     monkeypatch.setattr("duotone.kernels.attention_backends._choices", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     shape = (7, 256, 256, 4, 64, torch.bfloat16, False)
-    assert [backend_of(False, *shape) for _ in range(2)] == ["flash", "flash"] and runs == list(BACKENDS)
+    assert [backend_of(False, 0, *shape) for _ in range(2)] == ["flash", "flash"] and runs == list(BACKENDS)
     (row,) = choices()
     assert (row["images"], row["keys"], row["backend"], row["milliseconds"]) == (7, 256, "flash", milliseconds)
     assert row["refused"] == {n: f"AssertionError: {n}: not for this chip" for n in ("efficient", "xformers")}
     choose("cudnn", **dict(zip(("images", "queries", "keys", "heads", "width", "dtype", "masked"), shape)))
-    assert backend_of(False, *shape) == "cudnn"
+    assert backend_of(False, 0, *shape) == "cudnn"
 
 
 @pytest.mark.parametrize("backend", ["default", "flash", "efficient", "cudnn"])
@@ -263,7 +264,7 @@ def test_choices_hold_where_they_were_measured(monkeypatch):
     assert choices() == []
     keep_choices([*told, told[0] | {"queries": 4, "backend": "withdrawn"}], measured_on())
     assert choices() == told[: 1 if xformers()[0] is None else 2]
-    assert backend_of(False, *shape.values()) == "flash", "and nothing is measured"
+    assert backend_of(False, 0, *shape.values()) == "flash", "and nothing is measured"
 
 
 def test_xformers_is_not_taken_where_a_graph_is_compiled():

@@ -251,3 +251,10 @@ def test_attention_over_many_keys_is_one_graph(backend):
         torch._dynamo.reset()
         out = torch.compile(attention.attention, fullgraph=True)(*tokens)
     assert (out - expected).norm() <= 0.02 * expected.norm()
+
+
+def test_a_kernel_runs_where_its_tensors_are():
+    """Triton launches on the current device, which here is another one."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    assert self_test("cuda:1") == [] and torch.cuda.current_device() == 0
