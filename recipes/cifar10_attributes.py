@@ -4,8 +4,8 @@ duotone prepare cifar10 --source cifar-10-batches-bin --out shards/cifar10
 deepspeed recipes/cifar10_attributes.py --data.shards shards/cifar10
 
 After ntat/Class-Conditional-Diffusion, which trains one network on CelebA-HQ and CIFAR-10: cosine schedule, epsilon, bf16, EMA,
-class as a one-hot vector, one FiLM projection for all blocks. There the class is read by attention at the bottleneck; here it joins
-the time. Put right here: the class is dropped for 10 % of the images, so guidance works (theirs never was).
+class as a one-hot vector that attention reads at the bottleneck, one FiLM projection for all blocks. Put right here: the class is
+dropped for 10 % of the images, so guidance works (theirs never was).
 """
 
 from duotone.data.shards import Shards
@@ -21,15 +21,16 @@ from duotone.engine.small import small_label
 recipe = Recipe(
     name="cifar10_attributes",
     data=Shards(size=32, resize="none"),
-    conditioning=(Label(encoding="one_hot", dropout=0.1),),
+    conditioning=(Label(port="tokens", encoding="one_hot", dropout=0.1),),
     objective=DDPM(schedule="cosine", steps=1000, prediction="epsilon"),
     model=UNetConfig(
         channels=(64, 128, 256, 256, 512),
         attention=("none", "none", "self", "self", "none"),
-        middle="self",
+        middle="cross",
         heads=(4, 4, 4, 4, 8),
         blocks=(2, 2, 2, 2, 2),
         depth=(1, 1, 1, 1, 1),
+        context_width=256,
         film=True,
         film_shared=True,
     ),

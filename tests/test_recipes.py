@@ -139,3 +139,62 @@ def clothes(tmp_path_factory):
 def test_the_published_network_runs_on_real_images(name, clothes, started):
     flags = ["--data.shards", str(clothes), "--batch-size", "8", "--images", "16"]
     check(started(ROOT / "recipes" / f"{name}.py", *flags))
+
+
+# ---------------------------------------------------------------------- from files as they are published, by its own commands
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A folder with what the recipes' docstrings name: pieces of two real photographs, laid out as each data set is."""
+    from sklearn.datasets import load_sample_images
+
+    folder = tmp_path_factory.mktemp("published")
+    photographs = load_sample_images().images
+    pieces = [photographs[i % 2][10 * i : 10 * i + 218, 16 * i : 16 * i + 178] for i in range(20)]
+    faces(folder, pieces)
+    for i, piece in enumerate(pieces):
+        inside = folder / "home" / "pictures" / ("china", "flower")[i % 2]
+        inside.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(piece).save(inside / f"{i}.JPG")
+    (folder / "cifar-10-batches-bin").mkdir()
+    for name in [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]:
+        records = [bytes([i % 10]) + piece[:32, :32].transpose(2, 0, 1).tobytes() for i, piece in enumerate(pieces)]
+        (folder / "cifar-10-batches-bin" / f"{name}.bin").write_bytes(b"".join(records))
+    return folder
+
+
+def faces(folder: Path, pieces: list) -> None:
+    """CelebA's and CelebA-HQ's lists, with two of their forty attributes."""
+    for images, name in (("img_align_celeba", "{:06d}.jpg"), ("CelebA-HQ-img", "{}.jpg")):
+        (folder / images).mkdir()
+        names = [name.format(i) for i in range(len(pieces))]
+        for one, piece in zip(names, pieces):
+            Image.fromarray(piece).save(folder / images / one)
+        rows = "".join(f"{one}  {(-1) ** i} {1 - 2 * (i % 3 == 0)}\n" for i, one in enumerate(names))
+        listed = {"img_align_celeba": "list_attr_celeba.txt", "CelebA-HQ-img": "CelebAMask-HQ-attribute-anno.txt"}
+        (folder / listed[images]).write_text(f"{len(names)}\nSmiling Male\n{rows}")
+    parts = "".join(f"{i:06d}.jpg {2 * (i % 4 == 0)}\n" for i in range(len(pieces)))
+    (folder / "list_eval_partition.txt").write_text(parts)
+
+
+# The smallest side that keeps a network's levels.
+SIDES = {"celeba_edm": "16", "celeba_hq_attributes": "32", "image_folder": "32"}
+LARGE = ("celeba_hq_attributes", "cifar10_attributes", "image_folder")
+
+
+@pytest.mark.parametrize(
+    "name", ["celeba_edm", "cifar10_guided", *(pytest.param(n, marks=pytest.mark.long) for n in LARGE)]
+)
+def test_the_published_network_runs_by_the_commands_of_its_docstring(name, published, started, monkeypatch, tmp_path):
+    recipe = ROOT / "recipes" / f"{name}.py"
+    monkeypatch.setenv("HOME", str(published / "home"))
+    monkeypatch.chdir(published)
+    for program, *words in commands_of(recipe):
+        if words[0] == "prepare":
+            words = [str(Path(word).expanduser()) for word in words]
+            cli.main([word if not word.startswith("shards/") else str(tmp_path / word) for word in words])
+        elif program == "deepspeed":
+            side = ["--data.size", SIDES[name]] if name in SIDES else []
+            check(started(recipe, *words[1:], *side, "--batch-size", "2", "--images", "4"))
+            return

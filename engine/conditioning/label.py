@@ -1,6 +1,7 @@
-"""Class labels: a vector added to the time embedding; class K, one past the last, is the null class.
+"""Class labels: a vector added to the time embedding, or a token for cross-attention; class K, one past the last, is the null
+class.
 
-N images, E embedding width, K classes, W width of the sinusoid.
+N images, D token width, E embedding width, K classes, W width of the sinusoid.
 """
 
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ from duotone.engine.model.unet import UNetConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Label:
-    """One class per image, as a vector."""
+    """One class per image."""
 
     kind = "label"
-    port = "vector"
 
+    port: Literal["vector", "tokens"] = "vector"
+    """vector: added to the time embedding; tokens: one, which cross-attention reads."""
     encoding: Literal["embedding", "one_hot", "sinusoid"] = "embedding"
     """A learned row per class; the class as a one-hot vector, or its number as a sinusoid (diffusers' class_embed_type
     "timestep"), through two layers."""
@@ -32,13 +34,14 @@ class Label:
 
     def build(self, network: UNetConfig, facts: Facts) -> "LabelConditioner":
         classes = classes_of(facts)
+        width = network.context_width if self.port == "tokens" else network.embedding_width
         if self.encoding == "embedding":
-            encoder = nn.Embedding(len(classes) + 1, network.embedding_width)
+            encoder = nn.Embedding(len(classes) + 1, width)
         elif self.encoding == "one_hot":
-            encoder = OneHot(len(classes), network.embedding_width)
+            encoder = OneHot(len(classes), width)
         else:
-            encoder = Sinusoid(network)
-        return LabelConditioner(classes, encoder, self.dropout)
+            encoder = Sinusoid(network, width)
+        return LabelConditioner(classes, encoder, self.dropout, self.port)
 
 
 def classes_of(facts: Facts) -> tuple[str, ...]:
@@ -64,8 +67,8 @@ class OneHot(Embedding):
 class Sinusoid(Embedding):
     """Two layers over the class number's sinusoid, the same sinusoid as the time's."""
 
-    def __init__(self, network: UNetConfig):
-        super().__init__(network.channels[0], network.embedding_width)
+    def __init__(self, network: UNetConfig, width: int):
+        super().__init__(network.channels[0], width)
         self.settings = {"width": network.channels[0], "flip": network.time_flip, "shift": network.time_shift}
 
     def forward(self, rows_N: Tensor) -> Tensor:
@@ -78,13 +81,13 @@ def one_hot(rows_N: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
 
 
 class LabelConditioner(Conditioner):
-    """A vector for each class."""
+    """A row for each class, as vector_NE or as the only one of tokens_NMD."""
 
     kind, asked = "label", "labels"
 
-    def __init__(self, classes: tuple[str, ...], encoder: nn.Module, dropout: float):
+    def __init__(self, classes: tuple[str, ...], encoder: nn.Module, dropout: float, port: str = "vector"):
         super().__init__()
-        self.classes, self.dropout = classes, dropout
+        self.classes, self.dropout, self.port = classes, dropout, port
         self.embedding = encoder
 
     def of_batch(self, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
@@ -95,12 +98,12 @@ class LabelConditioner(Conditioner):
 
     @torch.no_grad()
     def rows(self) -> Tensor:
-        """The vector of every class and, last, the null class's: any encoding as the table that an embedding is."""
+        """The row of every class and, last, the null class's: any encoding as the table that an embedding is."""
         return self.embedding(torch.arange(len(self.classes) + 1, device=next(self.parameters()).device))
 
     def forward(self, tensors: dict[str, Tensor], keep_N: Tensor) -> Conditioning:
-        rows_N = torch.where(keep_N, tensors["labels_N"], len(self.classes))
-        return Conditioning(vector_NE=self.embedding(rows_N))
+        row_ND = self.embedding(torch.where(keep_N, tensors["labels_N"], len(self.classes)))
+        return Conditioning(vector_NE=row_ND) if self.port == "vector" else Conditioning(tokens_NMD=row_ND[:, None])
 
 
 def class_index(value: int | str, classes: tuple[str, ...]) -> int:

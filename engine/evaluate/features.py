@@ -7,7 +7,6 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -37,8 +36,8 @@ class FeaturesConfig:
     network: Literal["auto", "classifier", "inception", "dinov2"] = "auto"
     """auto: the classifier where the data has labels or attributes, otherwise Inception."""
     weights: Path | None = None
-    """inception: torchvision's inception_v3 weights (.pth), by default where torch.hub keeps them; dinov2: a folder that
-    transformers loads."""
+    """inception: its weights (.pth) as torch-fidelity has them, which are those of published distances, or torchvision's; by
+    default where torch.hub keeps them. dinov2: a folder that transformers loads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,32 +91,55 @@ def from_classifier(config: FeaturesConfig, judge: Judge | None, device: torch.d
 
 
 def inception(config: FeaturesConfig, judge: Judge | None, device: torch.device) -> FeatureNetwork:
-    """torchvision's Inception v3: the 2048 averages before its last layer. Not the TensorFlow weights of published FIDs."""
+    """Inception v3's 2048 averages before its last layer, by whichever of two networks the weights are of: TensorFlow's of 2015,
+    which published Frechet distances are measured in, or torchvision's."""
     path = config.weights or newest_inception()
-    if find_spec("torchvision") is None:
-        raise Refused("Inception features need torchvision, which is not installed: pip install torchvision")
     if path is None or not path.is_file():
         raise Refused(
-            f"Inception's weights are not at {path or hub_folder()}: fetch torchvision's inception_v3_google-*.pth, and "
-            "give --features.weights FILE"
+            f"Inception's weights are not at {path or hub_folder()}: fetch torch-fidelity's {FID_WEIGHTS} (as in published "
+            "distances) or torchvision's inception_v3_google-*.pth, and give --features.weights FILE"
         )
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        classes = len(weights["fc.weight"])
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to say
+        raise Refused(f"{path} holds no Inception v3 ({first_line(error)[:200]}): fetch it again") from None
+    name, build = OF_CLASSES.get(classes, OF_CLASSES[1000])
+    try:
+        embed = build(path, weights, device)
+    except ImportError as error:
+        raise Refused(f"{path} needs a library which is not installed ({first_line(error)}): pip install {name}") from None
+    except RuntimeError as error:
+        raise Refused(f"{path} is not {name}'s Inception v3 ({first_line(error)[:200]}): fetch it again") from None
+    return FeatureNetwork(
+        name=f"Inception v3 of {name} (2048)", key=f"inception-{digest(path)[:16]}", width=2048, embed=embed
+    )
+
+
+def of_published_distances(path: Path, weights: dict[str, Tensor], device: torch.device) -> Callable:
+    """TensorFlow's network with its own way of resizing, as torch-fidelity has them."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    # It unpickles the file without restrictions, which holds nothing but tensors: it was read with them before.
+    network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path)).to(device)
+
+    def colours(images_NHWC: np.ndarray) -> Tensor:
+        return torch.from_numpy(images_NHWC).to(device).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
+
+    return in_parts(lambda images_NHWC: network(colours(images_NHWC))[0])
+
+
+def of_torchvision(path: Path, weights: dict[str, Tensor], device: torch.device) -> Callable:
     from torchvision.models import inception_v3
 
     network = inception_v3(weights=None, init_weights=False, transform_input=True)
-    try:
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # a damaged pickle raises whatever its bytes happen to say
-        raise Refused(
-            f"{path} does not hold torchvision's inception_v3 ({first_line(error)[:200]}): fetch it again"
-        ) from None
+    network.load_state_dict(weights)
     network.fc = torch.nn.Identity()
-    network = network.to(device).eval().requires_grad_(False)
-    return FeatureNetwork(
-        name="Inception v3 of torchvision (2048)",
-        key=f"inception-{digest(path)[:16]}",
-        width=2048,
-        embed=resized(network, 299, device),
-    )
+    return resized(network.to(device).eval().requires_grad_(False), 299, device)
+
+
+OF_CLASSES = {1008: ("torch-fidelity", of_published_distances), 1000: ("torchvision", of_torchvision)}
+FID_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 
 
 def hub_folder() -> Path:
@@ -125,8 +147,12 @@ def hub_folder() -> Path:
 
 
 def newest_inception() -> Path | None:
-    found = sorted(hub_folder().glob("inception_v3_google-*.pth"))
-    return found[-1] if found else None
+    """Where torch.hub keeps the weights: those of published distances, which go by two names, before torchvision's."""
+    for name in ("*inception-2015-12-05-*.pth", "inception_v3_google-*.pth"):
+        found = sorted(hub_folder().glob(name))
+        if found:
+            return found[-1]
+    return None
 
 
 def dinov2(config: FeaturesConfig, judge: Judge | None, device: torch.device) -> FeatureNetwork:
@@ -171,10 +197,16 @@ def resized(network: Callable, side: int, device: torch.device) -> Callable[[np.
         x_NCHW = F.interpolate(x_NCHW, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
         return (x_NCHW.clamp(0, 1) - mean_C11) / std_C11
 
+    return in_parts(lambda images_NHWC: network(prepared(images_NHWC)))
+
+
+def in_parts(network: Callable[[np.ndarray], Tensor]) -> Callable[[np.ndarray], np.ndarray]:
+    """CHUNK images at a time."""
+
     @torch.inference_mode()
     def embed(images_NHWC: np.ndarray) -> np.ndarray:
         parts = [images_NHWC[i : i + CHUNK] for i in range(0, len(images_NHWC), CHUNK)]
-        return torch.cat([network(prepared(part)).float().cpu() for part in parts]).numpy()
+        return torch.cat([network(part).float().cpu() for part in parts]).numpy()
 
     return embed
 

@@ -196,6 +196,18 @@ def test_label_encodings_differ_by_class_and_have_a_null(encoding):
     assert torch.pdist(rows[:4]).min() > 1e-3
 
 
+@pytest.mark.parametrize("encoding", ["embedding", "one_hot", "sinusoid"])
+def test_a_label_as_a_token_is_read_by_attention_alone(encoding):
+    model = model_of(Label(port="tokens", encoding=encoding))
+    found = model.network.condition(
+        {"label": {"labels_N": torch.tensor([0, 1])}}, {"label": torch.tensor([True, False])}
+    )
+    assert found.vector_NE is None and found.tokens_NMD.shape == (2, 1, CROSS.context_width)
+    drawn = sample(model, labels=["cat", "dog"], steps=2, guidance=2.0, seed=[0, 0])
+    assert (drawn[0] != drawn[1]).any()
+    assert "a label as a token" in diffusers_folder.why_not(model.recipe)
+
+
 @pytest.mark.parametrize("encoding", ["one_hot", "sinusoid"])
 def test_every_label_encoding_exports_to_diffusers_as_its_table(encoding, tmp_path):
     model = model_of(

@@ -37,6 +37,7 @@ IMAGE, MASK = np.zeros((8, 8, 3), np.uint8), np.ones((8, 8), bool)
 KINDS = {
     "text": (ByteText(width=16, layers=1, heads=2, length=24), ["a cat", "a dog"]),
     "label": (Label(), ["dog", "cat"]),
+    "label as a token": (Label(port="tokens", encoding="one_hot"), ["dog", "cat"]),
     "attributes": (Attributes(), [{"Bald": 1, "Male": 1}, {"Bald": 0, "Male": 0}]),
     "attributes as a vector": (Attributes(port="vector"), [{"Bald": 1}, {"Male": 0}]),
     "class map": (ClassMap(), [0, 1]),

@@ -637,7 +637,7 @@ def refused(capsys, *arguments: str) -> str:
         (["--loss-levels", "0"], "loss_levels"),
         (["--classifier.epochs", "0"], "classifier.epochs"),
         (["--features.network", "dinov2"], "--features.weights"),
-        (["--features.network", "inception"], "torchvision|inception_v3"),
+        (["--features.network", "inception"], "torch-fidelity's .* or torchvision's"),
         (["--sampler", "rk45"], "rk45.*heun"),
         (["--per-caption", "3"], "--per-caption has no effect on a measurement beside data"),
         (
@@ -655,6 +655,38 @@ def test_what_does_not_fit_is_one_line(flags, says, run, cache, tmp_path, capsys
     said = refused(capsys, str(run), "--cache", str(cache), "--out", str(tmp_path / "out"), *QUICK, *flags)
     assert re.search(says, said) and said.count("\n") == 1 and said.startswith("duotone: refused")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("classes", "library"), [(1008, "torch-fidelity"), (1000, "torchvision")])
+def test_inceptions_weights_tell_whose_they_are(classes, library, tmp_path):
+    """By the classes they know; where they are not whole, or their library is not here, one line names it."""
+    torch.save({"fc.weight": torch.zeros(classes, 1)}, tmp_path / "inception.pth")
+    config = FeaturesConfig(network="inception", weights=tmp_path / "inception.pth")
+    with pytest.raises(Refused, match=f"pip install {library}$|is not {library}'s Inception v3"):
+        choose(config, None, torch.device("cpu"))
+    torch.save({"no": "network"}, tmp_path / "inception.pth")
+    with pytest.raises(Refused, match="holds no Inception v3"):
+        choose(config, None, torch.device("cpu"))
+
+
+def test_published_distances_are_measured_in_tensorflows_inception(tmp_path, monkeypatch):
+    """torch-fidelity's own network, with weights at random: what it makes of the same pictures, grey ones as well."""
+    theirs = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    monkeypatch.setattr(theirs, "load_state_dict_from_url", lambda *_, **__: {})
+    monkeypatch.setattr(theirs.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+    torch.manual_seed(0)
+    network = theirs.FeatureExtractorInceptionV3("inception", ["2048"])
+    monkeypatch.undo()
+    torch.save(network.state_dict(), tmp_path / "inception.pth")
+    config = FeaturesConfig(network="inception", weights=tmp_path / "inception.pth")
+    chosen = choose(config, None, torch.device("cpu"))
+    assert chosen.name == "Inception v3 of torch-fidelity (2048)" and chosen.width == 2048
+    for channels in (1, 3):
+        images_NHWC = np.random.default_rng(channels).integers(0, 256, (3, 32, 32, channels), dtype=np.uint8)
+        with torch.inference_mode():
+            colours = np.broadcast_to(images_NHWC, (3, 32, 32, 3)).transpose(0, 3, 1, 2)
+            (expected,) = network(torch.from_numpy(colours.copy()))
+        np.testing.assert_allclose(chosen(images_NHWC), expected.double().numpy(), rtol=1e-6)
 
 
 def test_data_without_labels_is_refused(run, clothes, tmp_path, capsys):
