@@ -70,6 +70,7 @@ class Shards:
         indexes = _parted(indexes, self, part)
         dataset = Dataset(self, torch.device(device), paths, indexes, manifest)
         _check(dataset, require_captions)
+        dataset.notes += _enlarged(dataset)
         if not dataset.all_stored:
             dataset.decode_with(*_decoder(self, dataset.device))
         return dataset
@@ -163,7 +164,22 @@ def _check_sides(dataset: Dataset) -> None:
     sample = _first(dataset, wrong_N) if dataset.shards.resize == "none" else None
     if sample is not None:
         found = f"the image is {widths_N[sample]} x {heights_N[sample]}, not {side} x {side}"
-        raise Refused(f"{dataset.where(sample)}: {found}; use --data.resize crop, or another --data.size")
+        remedy = _remedy(dataset.shards, heights_N[sample], widths_N[sample])
+        raise Refused(f"{dataset.where(sample)}: {found}; use {remedy}")
+
+
+def _remedy(shards: Shards, height: int, width: int) -> str:
+    """An image of data.size has no room for the border that a pad would set inside it."""
+    return "--data.pad 0" if height == width == shards.size else "--data.resize crop, or another --data.size"
+
+
+def _enlarged(dataset: Dataset) -> list[str]:
+    """A line where images are smaller than the square they become; the shorter side decides, upright or turned."""
+    shards = dataset.shards
+    shorter_N = np.minimum(dataset.columns["height"], dataset.columns["width"])
+    count = int(((shorter_N < shards.side) & dataset.good_N).sum())
+    wanted = f"data.size = {shards.size}" + (f" less data.pad = {shards.pad} on either side" if shards.pad else "")
+    return [f"images smaller than {wanted}, which are enlarged: {count:,} of {dataset.count:,}"] if count else []
 
 
 def _decoder(shards: Shards, device: torch.device):

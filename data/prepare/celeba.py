@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from duotone.data.prepare.picture_files import Picture, PictureOptions, check_folder, key_of, read_text_file
+from duotone.data.prepare.picture_files import (
+    Picture,
+    PictureOptions,
+    check_any_there,
+    check_folder,
+    key_of,
+    read_text_file,
+)
 from duotone.data.refusal import Refused
 
 SPLITS = {"train": 0, "valid": 1, "test": 2}
@@ -29,13 +36,17 @@ class PrepareCeleba(PictureOptions):
         super().__post_init__()
         if self.split != "all" and self.partition is None:
             raise Refused(f"split is {self.split}: it needs --partition list_eval_partition.txt")
+        if self.split == "all" and self.partition is not None:
+            remedy = "add --split train (or valid, or test), or leave --partition out"
+            raise Refused(f"partition is {self.partition} but split is all, which takes the test set too: {remedy}")
 
     def run(self) -> dict:
         """Writes the shards and returns a summary; raises Refused naming the file or the line."""
         check_folder(self.images, "images")
         names, rows = read_attributes(self.attributes)
-        wanted = self._wanted()
-        pictures = [self._picture(name, values) for name, values in rows.items() if wanted is None or name in wanted]
+        wanted = rows if self.partition is None else self._of_split(list(rows))
+        pictures = [self._picture(name, values) for name, values in rows.items() if name in wanted]
+        check_any_there(pictures[: self.limit], self.images, self.attributes)
         about = {"made_by": "prepare celeba", "size": self.size, "split": self.split}
         return self.write(pictures, len(pictures), attributes=names, about=about)
 
@@ -44,31 +55,67 @@ class PrepareCeleba(PictureOptions):
             raise Refused(f"{self.attributes}: the file name {name!r} leaves the image folder; correct it")
         return Picture(path=self.images / name, key=key_of(name.encode()), attributes=values, source=name)
 
-    def _wanted(self) -> set[str] | None:
-        if self.split == "all":
-            return None
-        lines = [line.replace(",", " ").split() for line in read_text_file(self.partition, "partition").splitlines()]
-        return {line[0] for line in lines if len(line) == 2 and line[1] == str(SPLITS[self.split])}
+    def _of_split(self, names: list[str]) -> set[str]:
+        splits = read_partition(self.partition)
+        without = [name for name in names if name not in splits]
+        if without:
+            found = f"it has no line for {len(without):,} pictures of {self.attributes}, the first {without[0]!r}"
+            raise Refused(f"{self.partition}: {found}; download it again, or give the one that belongs to them")
+        wanted = {name for name in names if splits[name] == SPLITS[self.split]}
+        if not wanted:
+            found = f"no picture of {self.attributes} is of {self.split}"
+            raise Refused(f"{self.partition}: {found}; choose another --split")
+        return wanted
 
 
 def read_attributes(path: Path) -> tuple[list[str], dict[str, list[int]]]:
     """Attribute names, and for each file 1 present or 0 absent; raises Refused naming the line."""
-    text = read_text_file(path, "attributes")
-    try:
-        lines = list(csv.reader(text.splitlines())) if path.suffix == ".csv" else [*map(str.split, text.splitlines())]
-    except csv.Error as error:
-        raise Refused(f"{path}: it is not a CSV file ({error}); check the path") from None
-    first = 2
+    lines, first, promised = _lines(path), 2, None
     if lines and len(lines[0]) == 1 and lines[0][0].isdecimal():  # the text form begins with the number of images
-        lines, first = lines[1:], 3
+        lines, first, promised = lines[1:], 3, lines[0][0]
     if len(lines) < 2:
         raise Refused(f"{path}: it is not an attribute list (names, then a line for each image); check the path")
-    names = lines[0][1:] if path.suffix == ".csv" else lines[0]  # the CSV form names its first column too
+    names = lines[0][1:] if _is_csv(path) else lines[0]  # the CSV form names its first column too
+    rows = _rows(path, lines[1:], first, names)
+    if promised not in (None, str(len(rows))):
+        raise Refused(f"{path}: it says {promised[:20]} images and lists {len(rows)}; download it again")
+    return names, rows
+
+
+def _is_csv(path: Path) -> bool:
+    return path.suffix.lower() == ".csv"
+
+
+def _lines(path: Path) -> list[list[str]]:
+    """The fields of every line."""
+    lines = read_text_file(path, "attributes").splitlines()
+    try:
+        return [*csv.reader(lines, skipinitialspace=True)] if _is_csv(path) else [line.split() for line in lines]
+    except csv.Error as error:
+        raise Refused(f"{path}: it is not a CSV file ({error}); check the path") from None
+
+
+def _rows(path: Path, lines: list[list[str]], first: int, names: list[str]) -> dict[str, list[int]]:
     rows = {}
-    for number, line in enumerate(lines[1:], start=first):
+    for number, line in enumerate(lines, start=first):
         if not line:
             continue
         if len(line) != 1 + len(names) or any(value not in VALUES for value in line[1:]):
             raise Refused(f"{path}: line {number} is not a file name and {len(names)} values of 1 and -1; correct it")
+        if line[0] in rows:
+            raise Refused(f"{path}: line {number} names {line[0]!r} a second time; remove one of the two")
         rows[line[0]] = [VALUES[value] for value in line[1:]]
-    return names, rows
+    return rows
+
+
+def read_partition(path: Path) -> dict[str, int]:
+    """The split of each file, as numbered in SPLITS; raises Refused naming the line."""
+    splits = {}
+    for number, line in enumerate(read_text_file(path, "partition").splitlines(), start=1):
+        fields = line.replace(",", " ").split()
+        if not fields or (number == 1 and fields[1:] == ["partition"]):  # the heads of the CSV form's columns
+            continue
+        if len(fields) != 2 or fields[1] not in ("0", "1", "2"):
+            raise Refused(f"{path}: line {number} is not a file name and 0, 1 or 2; give list_eval_partition")
+        splits[fields[0]] = int(fields[1])
+    return splits

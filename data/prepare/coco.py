@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from duotone.data.prepare.picture_files import Picture, PictureOptions, check_folder, read_text_file
+from duotone.data.prepare.picture_files import Picture, PictureOptions, check_any_there, check_folder, read_text_file
 from duotone.data.refusal import Refused
 
 
@@ -21,6 +21,7 @@ class PrepareCoco(PictureOptions):
         """Writes the shards and returns a summary; raises Refused naming the file or the image id."""
         check_folder(self.images, "images")
         pictures, bare = self._pictures(_read(self.annotations))
+        check_any_there(pictures[: self.limit], self.images, self.annotations)
         summary = self.write(pictures, len(pictures), about={"made_by": "prepare coco", "size": self.size})
         return summary | {"skipped": [f"{picture.path}: it has no caption" for picture in bare] + summary["skipped"]}
 
@@ -28,6 +29,7 @@ class PrepareCoco(PictureOptions):
         """Those with captions, and those without."""
         captions = _captions_by_image(self.annotations, content["annotations"])
         pictures = [self._picture(entry, captions) for entry in content["images"]]
+        _refuse_twice(self.annotations, pictures)
         bare = [picture for picture in pictures if not picture.captions]
         if bare and self.on_bad == "refuse":
             remedy = "add one, or pass --on-bad skip to leave such images out"
@@ -56,6 +58,18 @@ def _read(path: Path) -> dict:
     raise Refused(
         f"{path}: it is not a COCO captions file (JSON with lists `images` and `annotations`); check the path"
     )
+
+
+def _refuse_twice(path: Path, pictures: list[Picture]) -> None:
+    """Raises Refused for an image that is listed twice, by its id or by its file."""
+    ids: dict[str, str] = {}
+    files: dict[str, str] = {}
+    for key, name in ((picture.key, picture.source) for picture in pictures):
+        if key in ids:
+            raise Refused(f"{path}: `images` lists id {int(key)} twice ({ids[key]!r}, {name!r}); remove one of the two")
+        if name in files:
+            raise Refused(f"{path}: `images` lists {name!r} twice (ids {int(files[name])}, {int(key)}); remove one")
+        ids[key], files[name] = name, key
 
 
 def _captions_by_image(path: Path, annotations: list) -> dict[int, list[str]]:

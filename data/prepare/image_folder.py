@@ -3,6 +3,7 @@
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,11 @@ from duotone.data.prepare.picture_files import (
 )
 from duotone.data.refusal import Refused
 
+# Pictures of formats that are not read. Passed over like a stray text file, whole classes would be missing.
+FOREIGN = {".gif", ".apng", ".bmp", ".dib", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k"}
+FOREIGN |= {".tga", ".ico", ".svg", ".psd", ".ppm", ".pgm", ".pbm", ".pnm"}
+FOREIGN |= {".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareFolder(PictureOptions):
@@ -36,16 +42,29 @@ class PrepareFolder(PictureOptions):
         """Writes the shards and returns a summary; raises Refused naming the file."""
         check_folder(self.images, "images")
         unread = None if self.on_bad == "refuse" else []
-        paths, others = _pictures_below(self.images, unread)
+        paths, others = _files_below(self.images, unread)
         if not paths:
-            raise Refused(f"{self.images}: it holds no .jpg, .jpeg, .png or .webp files; check the path")
+            found = f", but {_listed(_by_extension(others))}" if others else ""
+            remedy = "check the path, or convert pictures of other formats" if others else "check the path"
+            raise Refused(f"{self.images}: it holds no {', '.join(sorted(SUFFIXES))} files{found}; {remedy}")
+        foreign = [path for path in others if path.suffix.lower() in FOREIGN]
+        self._refuse_foreign(foreign)
         folders = sorted({path.parent for path in paths}, key=_natural) if self.classes == "folders" else []
         names = self._class_names(paths, folders)
         labels = {name: label for label, name in enumerate(names or [])}
         pictures = [self._picture(path, labels) for path in paths]
         self._check_captions(pictures)
-        summary = self.write(pictures, len(pictures), classes=names, about={"made_by": "prepare folder"})
-        return summary | {"other_files": others, "skipped": [*(unread or []), *summary["skipped"]]}
+        counted = _by_extension(path for path in others if path.suffix.lower() not in FOREIGN)
+        about = {"made_by": "prepare folder", "other_files": counted}
+        summary = self.write(pictures, len(pictures), classes=names, about=about)
+        skipped = [*(unread or []), *(f"{path}: {path.suffix} is not read" for path in foreign), *summary["skipped"]]
+        return summary | {"other_files": counted, "skipped": skipped}
+
+    def _refuse_foreign(self, foreign: list[Path]) -> None:
+        if foreign and self.on_bad == "refuse":
+            found = f"{foreign[0].suffix} is not read (in all: {_listed(_by_extension(foreign))})"
+            remedy = "convert to .png or .jpg, or pass --on-bad skip to leave such pictures out"
+            raise Refused(f"{foreign[0]}: {found}; {remedy}")
 
     def _class_names(self, paths: list[Path], folders: list[Path]) -> list[str] | None:
         if not folders or folders == [self.images]:
@@ -83,8 +102,8 @@ class PrepareFolder(PictureOptions):
             raise Refused(f"{bare.path}: it has no .txt beside it but other pictures do; add one, or remove the others")
 
 
-def _pictures_below(folder: Path, unread: list[str] | None) -> tuple[list[Path], int]:
-    """Picture files in natural order, and how many other files there are, hidden ones and .txt not counted.
+def _files_below(folder: Path, unread: list[str] | None) -> tuple[list[Path], list[Path]]:
+    """Files that are read and all others, both in natural order, hidden ones and .txt left out.
 
     Folders that cannot be read are told in `unread`, or refused where it is None.
     """
@@ -95,7 +114,7 @@ def _pictures_below(folder: Path, unread: list[str] | None) -> tuple[list[Path],
             raise Refused(f"{reason}; check its permissions, or pass --on-bad skip to leave such folders out")
         unread.append(reason)
 
-    paths, others, walked = [], 0, {}
+    paths, others, walked = [], [], {}
     for root, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         _refuse_twice(Path(root), walked)
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -103,8 +122,18 @@ def _pictures_below(folder: Path, unread: list[str] | None) -> tuple[list[Path],
             if path.suffix.lower() in SUFFIXES:
                 paths.append(path)
             elif path.suffix != ".txt":
-                others += 1
-    return sorted(paths, key=_natural), others
+                others.append(path)
+    return sorted(paths, key=_natural), sorted(others, key=_natural)
+
+
+def _by_extension(paths: Iterable[Path]) -> dict[str, int]:
+    """How many files there are of each extension."""
+    extensions = (_printable(Path(path.suffix)) if path.suffix else "without extension" for path in paths)
+    return dict(sorted(Counter(extensions).items()))
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {extension}" for extension, count in counts.items())
 
 
 def _refuse_twice(folder: Path, walked: dict[Path, Path]) -> None:

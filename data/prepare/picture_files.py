@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +22,8 @@ from duotone.data.refusal import Refused
 from duotone.data.write_shards import ImageFormat, Sample, write_shards
 
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"}
+UNPACK = {".tar.gz": "tar xzf", ".tgz": "tar xzf", ".tar": "tar xf", ".zip": "unzip", ".7z": "7z x"}
 REMEDY = "mend or remove it, or pass --on-bad skip to leave such pictures out"
 
 
@@ -177,9 +179,36 @@ def class_caption(template: str, name: str) -> str:
 
 
 def check_folder(folder: Path, flag: str) -> None:
-    """Raises Refused where a folder that was named is not there."""
-    if not folder.is_dir():
+    """Raises Refused where a folder that was named is not there, or is still packed."""
+    if folder.is_dir():
+        return
+    if not folder.is_file():
         raise Refused(f"{flag} {folder}: there is no such folder; check the path")
+    command = next((command for ending, command in UNPACK.items() if folder.name.lower().endswith(ending)), None)
+    remedy = f"unpack it (`{command} {folder}`) and give the folder" if command else "give the folder"
+    raise Refused(f"{flag} {folder}: it is a file; {remedy}")
+
+
+def check_any_there(pictures: list[Picture], folder: Path, listed_in: Path) -> None:
+    """Raises Refused where not one listed picture lies in the folder: then it is another list's, or the wrong level."""
+    if not pictures or any(os.path.lexists(picture.path) for picture in pictures):
+        return
+    first = pictures[0].path.relative_to(folder)
+    inside = _names_in(folder)
+    below = next((folder / name for name in inside if os.path.lexists(folder / name / first)), None)
+    if below is not None:
+        found = f"the pictures that {listed_in} names lie one folder below"
+        raise Refused(f"images {folder}: {found}; pass --images {below}")
+    holds = f"{inside[0]!r} and {len(inside) - 1:,} more" if inside else "nothing"
+    found = f"it holds {holds}, and not one picture that {listed_in} names, the first {str(first)!r}"
+    raise Refused(f"images {folder}: {found}; give the folder of these very pictures, their files named as listed")
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError as error:
+        raise Refused(f"images {folder}: it cannot be read ({error.strerror}); check its permissions") from None
 
 
 def read_text_file(path: Path, flag: str) -> str:

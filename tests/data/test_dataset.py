@@ -153,6 +153,34 @@ def test_colour_and_gray_are_what_is_asked(tmp_path, cpu, plan_for, photos):
 def test_size_none_must_match(tmp_path, cpu, shard_folder):
     message = refusal(shard_folder, cpu, resize="none", size=64)
     assert "64 x 48, not 64 x 64" in message and "'00000'" in message
+    assert message.endswith("use --data.resize crop, or another --data.size")
+
+
+def test_a_border_has_no_room_in_images_of_the_full_size(tmp_path, cpu):
+    write_shards([Sample(image=np.zeros((32, 32, 3), np.uint8))], tmp_path / "s")
+    message = refusal(tmp_path / "s", cpu, resize="none", size=32, pad=2)
+    assert message.endswith("the image is 32 x 32, not 28 x 28; use --data.pad 0")
+    assert opened(tmp_path / "s", cpu, resize="none", size=32).count == 1
+
+
+@pytest.mark.parametrize("resize", ["crop", "squash"])
+def test_enlarged_images_are_noted(tmp_path, cpu, write_tar, encode, resize):
+    """The third is turned by its EXIF, and its shorter side lies there the other way; the fourth cannot be read."""
+    sides, turned = [(40, 60), (32, 32), (60, 31), (20, 20)], Image.Exif()
+    turned[0x0112] = 6
+    raws = [encode(np.zeros((*side, 3), np.uint8), exif=turned if i == 2 else b"") for i, side in enumerate(sides)]
+    raws[3] = raws[3][:-2]
+    write_tar(tmp_path / "s" / "0.tar", [(f"{number}.jpg", raw) for number, raw in enumerate(raws)])
+
+    def noted(**options):
+        notes = opened(tmp_path / "s", cpu, resize=resize, on_bad="replace", **options).notes
+        return [note for note in notes if note.startswith("images smaller")]
+
+    assert noted(size=31) == noted(size=33, pad=1) == []
+    assert noted(size=32) == ["images smaller than data.size = 32, which are enlarged: 1 of 4"]
+    assert noted(size=192) == ["images smaller than data.size = 192, which are enlarged: 3 of 4"]
+    padded = "images smaller than data.size = 40 less data.pad = 2 on either side, which are enlarged: 2 of 4"
+    assert noted(size=40, pad=2) == [padded]
 
 
 def test_bad_images_are_refused_by_name(tmp_path, cpu, write_tar, members_of):

@@ -163,6 +163,9 @@ def test_a_pickle_with_a_payload_is_refused_unrun(tmp_path, place):
 
 def test_cifar10_files_that_are_not(tmp_path):
     assert "no such folder" in refusal(PrepareCifar10(source=tmp_path / "c", out=tmp_path / "out"))
+    (tmp_path / "c.tar.gz").touch()
+    packed = refusal(PrepareCifar10(source=tmp_path / "c.tar.gz", out=tmp_path / "out"))
+    assert packed.endswith(f"it is a file; unpack it (`tar xzf {tmp_path}/c.tar.gz`) and give the folder")
     folder = cifar(tmp_path / "c", "python")
     config = PrepareCifar10(source=folder, out=tmp_path / "out")
     objects = np.array([[None] * 3072] * 6)

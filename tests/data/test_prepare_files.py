@@ -68,6 +68,18 @@ def test_coco_keeps_every_caption(coco, cpu, plan_for):
     assert dataset._bytes.image(0).tobytes() == (coco["images"] / "000000000000.jpg").read_bytes()
 
 
+@pytest.mark.parametrize(
+    "again, said",
+    [
+        ({"id": 40, "file_name": "else.jpg"}, "lists id 40 twice ('000000000000.jpg', 'else.jpg')"),
+        ({"id": 77, "file_name": "./000000000000.jpg"}, "lists '000000000000.jpg' twice (ids 40, 77)"),
+    ],
+)
+def test_coco_lists_an_image_once(coco, again, said):
+    edit(coco, lambda content: content["images"].append(again))
+    assert refusal(PrepareCoco(**coco, on_bad="skip")).startswith(f"{coco['annotations']}: `images` {said}")
+
+
 @pytest.mark.parametrize("image_format", ["jpg", "png", "npy"])
 def test_coco_shrinks(coco, cpu, plan_for, photos, image_format):
     PrepareCoco(**coco, size=96, image_format=image_format).run()
@@ -112,6 +124,14 @@ def test_broken_pictures_can_be_left_out(coco):
     assert summary["images"] == 1 and "000000000000.jpg" in summary["skipped"][0]
 
 
+@pytest.mark.parametrize("on_bad", ["refuse", "skip"])
+def test_coco_beside_another_folder(coco, on_bad):
+    """Left out one by one, not one would be left."""
+    elsewhere = coco["images"].rename(coco["images"].with_name("train2017"))
+    message = refusal(PrepareCoco(**(coco | {"images": elsewhere.parent}), on_bad=on_bad))
+    assert message.startswith(f"images {elsewhere.parent}: ") and message.endswith(f"pass --images {elsewhere}")
+
+
 @pytest.fixture
 def pictures(tmp_path, photos):
     """save(name, ...): a picture below tmp_path/pictures."""
@@ -131,7 +151,7 @@ def test_folders_are_classes_in_natural_order(tmp_path, pictures, cpu, plan_for)
         pictures(name)
     (tmp_path / "pictures" / "notes.pdf").touch()
     summary = PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out").run()
-    assert summary["classes"] == ["animals/ape", "class 9", "class 10"] and summary["other_files"] == 1
+    assert summary["classes"] == ["animals/ape", "class 9", "class 10"] and summary["other_files"] == {".pdf": 1}
     dataset, batch = images_of(tmp_path / "out", cpu, plan_for, 4)
     assert batch.labels_N.tolist() == [0, 1, 1, 2]
     assert batch.captions == ["a photo of an ape", *["a photo of a class 9"] * 2, "a photo of a class 10"]
@@ -168,6 +188,53 @@ def test_folders_that_cannot_be_used(tmp_path, pictures):
     stray.unlink()
     (tmp_path / "pictures" / "x" / "z.jpg").write_bytes(b"")
     assert "z.jpg: it is truncated" in refusal(config)
+
+
+@pytest.mark.parametrize("classes", ["folders", "none"])
+def test_pictures_of_other_formats_are_refused_or_told(tmp_path, pictures, classes):
+    """Counted as other files, a class of GIFs would be missing without a word."""
+    pictures("cats/a.jpg")
+    pictures("cats/b.bmp")
+    gif = pictures("birds/B.GIF", mode="P")
+    (tmp_path / "pictures" / "cats" / "readme").touch()
+    config = PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out", classes=classes, caption="")
+    assert refusal(config).startswith(f"{gif}: .GIF is not read (in all: 1 .GIF, 1 .bmp); convert ")
+    summary = dataclasses.replace(config, on_bad="skip").run()
+    assert (summary["images"], summary["classes"]) == (1, ["cats"] if classes == "folders" else None)
+    assert summary["skipped"] == [f"{gif}: .GIF is not read", f"{tmp_path}/pictures/cats/b.bmp: .bmp is not read"]
+    assert summary["other_files"] == {"without extension": 1}
+    about = json.loads((tmp_path / "out" / "dataset.json").read_text())["about"]
+    assert about == {"made_by": "prepare folder", "other_files": {"without extension": 1}}
+
+
+@pytest.mark.parametrize("on_bad", ["refuse", "skip"])
+def test_a_folder_of_nothing_that_is_read_names_what_it_holds(tmp_path, pictures, on_bad):
+    pictures("cats/a.gif", mode="P")
+    (tmp_path / "pictures" / "cats" / os.fsdecode(b"b.\xff")).touch()
+    config = PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out", on_bad=on_bad)
+    assert "files, but 1 .gif, 1 .\ufffd; " in refusal(config)
+
+
+def test_a_jfif_is_a_jpeg(tmp_path, pictures, cpu, plan_for):
+    path = pictures("cats/a.JFIF", format="JPEG")
+    assert PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out").run()["images"] == 1
+    dataset, _ = images_of(tmp_path / "out", cpu, plan_for, 1)
+    assert dataset._bytes.image(0).tobytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name, remedy",
+    [
+        ("a.tar.gz", "unpack it (`tar xzf {}`) and give the folder"),
+        ("A.ZIP", "unpack it (`unzip {}`) and give the folder"),
+        ("a.jpg", "give the folder"),
+    ],
+)
+def test_a_file_in_place_of_a_folder(tmp_path, name, remedy):
+    path = tmp_path / name
+    path.touch()
+    said = refusal(PrepareFolder(images=path, out=tmp_path / "out"))
+    assert said == f"images {path}: it is a file; {remedy.format(path)}"
 
 
 @pytest.mark.parametrize("size", [None, 40])
@@ -288,7 +355,9 @@ TEXT_FORM = "3\nSmiling Male\n0.jpg  1 -1\n1.jpg -1 -1\n2.jpg  1  1\n"
 CSV_FORM = "image_id,Smiling,Male\n0.jpg,1,-1\n1.jpg,-1,-1\n2.jpg,1,1\n"
 
 
-@pytest.mark.parametrize("name, text", [("list.txt", TEXT_FORM), ("list.csv", CSV_FORM)])
+@pytest.mark.parametrize(
+    "name, text", [("list.txt", TEXT_FORM), ("list.csv", CSV_FORM), ("LIST.CSV", CSV_FORM.replace(",", ", "))]
+)
 def test_celeba(tmp_path, pictures, cpu, plan_for, name, text):
     for number in range(3):
         pictures(f"{number}.jpg")
@@ -332,3 +401,80 @@ def test_celeba_lists_that_are_not(tmp_path, pictures, text):
         PrepareCeleba(images=tmp_path / "pictures", attributes=tmp_path / "list.txt", out=tmp_path / "out")
     )
     assert "list.txt" in message
+
+
+@pytest.fixture
+def faces(tmp_path, pictures):
+    """Three pictures of CelebA, its list and its partition, as flags."""
+    for number in range(3):
+        pictures(f"{number}.jpg")
+    (tmp_path / "list.txt").write_text(TEXT_FORM)
+    (tmp_path / "split.csv").write_text("image_id,partition\n0.jpg,0\n1.jpg, 2\n2.jpg,0\n")
+    return {"images": tmp_path / "pictures", "attributes": tmp_path / "list.txt", "out": tmp_path / "out"}
+
+
+@pytest.mark.parametrize("text", [TEXT_FORM.rpartition("2.jpg")[0], TEXT_FORM + "3.jpg 1 1\n"])
+def test_a_celeba_list_has_as_many_lines_as_it_says(faces, text):
+    faces["attributes"].write_text(text)
+    message = refusal(PrepareCeleba(**faces))
+    assert message.startswith(f"{faces['attributes']}: it says 3 images and lists {text.count('.jpg')}; ")
+
+
+def test_a_celeba_list_names_a_file_once(faces):
+    faces["attributes"].write_text(TEXT_FORM.replace("2.jpg", "1.jpg"))
+    assert "list.txt: line 5 names '1.jpg' a second time" in refusal(PrepareCeleba(**faces))
+
+
+def test_a_celeba_partition_needs_a_split(faces, tmp_path):
+    """Without one, the test images would be trained on."""
+    with pytest.raises(Refused, match="add --split train"):
+        PrepareCeleba(**faces, partition=tmp_path / "split.csv")
+    train = PrepareCeleba(**faces, partition=tmp_path / "split.csv", split="train")
+    assert train.run()["images"] == 2
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (TEXT_FORM, "line 1 is not a file name and 0, 1 or 2"),
+        (CSV_FORM, "line 1 is not a file name and 0, 1 or 2"),
+        ("image_id,Smiling\n0.jpg,1\n1.jpg,-1\n", "line 1 is not a file name and 0, 1 or 2"),
+        ("0.jpg 0\n1.jpg 3\n2.jpg 0\n", "line 2 is not a file name and 0, 1 or 2"),
+        ("0.jpg 0\n", "no line for 2 pictures of {attributes}, the first '1.jpg'"),
+        ("0.jpg 0\n1.jpg 0\n2.jpg 2\n", "no picture of {attributes} is of valid"),
+    ],
+)
+def test_celeba_partitions_that_are_not(faces, tmp_path, text, said):
+    path = tmp_path / "split.csv"
+    path.write_text(text)
+    message = refusal(PrepareCeleba(**faces, partition=path, split="valid"))
+    assert message.startswith(f"{path}: ") and said.format(**faces) in message
+
+
+@pytest.mark.parametrize("on_bad", ["refuse", "skip"])
+def test_celeba_beside_another_folder_of_faces(faces, tmp_path, on_bad):
+    """By the number alone, 0.jpg of one set would take the attributes of another's 00000.jpg."""
+    for number in range(3):
+        (tmp_path / "pictures" / f"{number}.jpg").rename(tmp_path / "pictures" / f"{number:05d}.jpg")
+    message = refusal(PrepareCeleba(**faces, on_bad=on_bad))
+    assert message.startswith(f"images {faces['images']}: it holds '00000.jpg' and 2 more, and not one picture that ")
+    assert f"{faces['attributes']} names, the first '0.jpg'; give the folder" in message
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "it holds nothing, and not one" in refusal(PrepareCeleba(**(faces | {"images": empty}), on_bad=on_bad))
+
+
+@pytest.mark.parametrize("on_bad", ["refuse", "skip"])
+def test_celeba_in_a_doubled_folder(faces, tmp_path, on_bad):
+    folder = tmp_path / "pictures"
+    folder.rename(tmp_path / "moved")
+    folder.mkdir()
+    inner = (tmp_path / "moved").rename(folder / "pictures")
+    message = refusal(PrepareCeleba(**faces, on_bad=on_bad))
+    assert message.startswith(f"images {folder}: ") and message.endswith(f"pass --images {inner}")
+
+
+def test_some_faces_may_be_missing(faces):
+    (faces["images"] / "0.jpg").unlink()
+    assert "0.jpg: it cannot be read" in refusal(PrepareCeleba(**faces))
+    assert PrepareCeleba(**faces, on_bad="skip").run()["images"] == 2
