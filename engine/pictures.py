@@ -36,6 +36,13 @@ class ByStep:
         """(N, H, W, C) of each step."""
         return [np.concatenate(part) for part in self.parts]
 
+    def strips(self, moments: int) -> np.ndarray:
+        """Each image at so many moments of its way out of noise, image by image: (N x moments, H, W, C)."""
+        steps = np.linspace(0, len(self.parts) - 1, moments).round().astype(int)
+        images = self.images
+        frames_NM = np.stack([images[step] for step in steps], axis=1)
+        return frames_NM.reshape(-1, *frames_NM.shape[2:])
+
 
 def grid(images_NHWC: np.ndarray, columns: int, *, gap: int = 2, zoom: int = 1) -> Image.Image:
     """Images in rows of `columns`, on white."""

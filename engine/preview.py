@@ -1,6 +1,7 @@
 """Sample grids, denoising strips and GIFs during a run, always from the EMA weights, the same seeds and the same conditions."""
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +10,13 @@ import torch
 
 from duotone.data.refusal import Refused, at_least
 from duotone.engine import pictures
+from duotone.engine.conditioning.attributes import attribute_row, states_in
+from duotone.engine.conditioning.base import Facts
 from duotone.engine.objectives.base import Objective
 from duotone.engine.pictures import pixels
 from duotone.engine.sampling.samplers.named import solver_named
+
+NO_FILE_NAME = re.compile(r"[^\w-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +27,14 @@ class Previews:
     """Images between previews; 0 = only at the end."""
     prompts: tuple[str, ...] = ()
     """For text: what to draw; by default captions of the data."""
+    attributes: tuple[str, ...] = ()
+    """For attributes: what to draw, each row's with commas between them, as "Smiling,Male=0"; by default one attribute a row."""
     columns: int = 8
-    """Pictures per prompt or class."""
+    """Pictures per prompt, class or set of attributes."""
     rows: int = 8
-    """Most prompts or classes drawn."""
+    """Most prompts, classes or sets of attributes drawn."""
+    sheets: bool = False
+    """At the end also a sheet of rows x columns pictures for each class."""
     steps: int = 18
     """Sampling steps."""
     guidance: float = 2.0
@@ -33,8 +42,8 @@ class Previews:
     sampler: str = "heun"
     """Solver."""
     strips: bool = True
-    """Also draw how the first pictures of each row come out of noise, conditional and, where that was trained, unconditional,
-    and as a GIF."""
+    """Also draw what the network takes the first picture of each row to be on its way out of noise, conditional and, where that was
+    trained, unconditional, and as a GIF."""
 
     def check(self, objective: Objective) -> None:
         """Refuses what no picture could be drawn with, long before the first is due."""
@@ -48,6 +57,14 @@ class Previews:
             objective.falling_sigmas(self.steps)
         except Refused as refusal:
             raise Refused(f"preview: {refusal}") from None
+
+    def check_names(self, facts: Facts) -> None:
+        """Refuses attributes that the data does not have."""
+        try:
+            for text in self.attributes if facts.attributes else ():
+                attribute_row(states_in(text), facts.attributes)
+        except Refused as refusal:
+            raise Refused(f"preview.attributes: {refusal}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +86,8 @@ def asked_for(config: Previews, model, examples: Examples) -> dict[str, list]:
         if "prompts" not in asked:
             rows["labels"] = rows["labels"][: max(config.rows, 10)]
     if "attributes" in asked:
-        rows["attributes"] = [{name: 1} for name in model.facts.attributes[: config.rows]]
+        sets = [states_in(text) for text in config.attributes] or [{name: 1} for name in model.facts.attributes]
+        rows["attributes"] = sets[: config.rows]
     rows |= {c.asked: c.values_of(examples.images_NHWC[: config.rows]) for c in spatial(model)}
     if not rows:
         return {"count": config.rows}
@@ -112,12 +130,7 @@ def draw(config: Previews, model, examples: Examples, folder: Path, name: str) -
     from duotone.engine.sample import sample  # sample knows artifacts, which know recipes, which hold Previews
 
     folder.mkdir(parents=True, exist_ok=True)
-    rows = asked_for(config, model, examples)
-    settings = {
-        "steps": config.steps,
-        "sampler": config.sampler,
-        "guidance": config.guidance if model.can_be_guided else 1.0,
-    }
+    rows, settings = asked_for(config, model, examples), settings_of(config, model)
     images = sample(model, **repeated(rows, config.columns), **settings, seed=0)
     zoom = max(1, 64 // images.shape[1])
     written = [folder / f"{name}.png"]
@@ -133,6 +146,26 @@ def draw(config: Previews, model, examples: Examples, folder: Path, name: str) -
             pictures.grid(images, config.columns, zoom=zoom).save(written[-1])
         written.append(folder / f"{name}.gif")
         pictures.save_gif(written[-1], frames_of(strips["conditional"], config.columns, zoom), milliseconds=200)
+    return written
+
+
+def settings_of(config: Previews, model) -> dict:
+    """How pictures are drawn: keyword arguments of sample()."""
+    guidance = config.guidance if model.can_be_guided else 1.0
+    return {"steps": config.steps, "sampler": config.sampler, "guidance": guidance}
+
+
+def draw_sheets(config: Previews, model, folder: Path) -> list[Path]:
+    """Writes class-<name>.png, a sheet of each class, where labels are all that the model is asked for."""
+    from duotone.engine.sample import sample
+
+    if [conditioner.asked for conditioner in model.network.conditioners.values()] != ["labels"]:
+        return []
+    written = []
+    for label, name in enumerate(model.facts.classes):
+        images = sample(model, labels=[label] * (config.rows * config.columns), **settings_of(config, model), seed=0)
+        written.append(folder / f"class-{label:03d}-{NO_FILE_NAME.sub('-', name)[:100]}.png")
+        pictures.grid(images, config.columns).save(written[-1])
     return written
 
 
@@ -157,6 +190,4 @@ def strip(model, rows: dict, settings: dict, columns: int) -> np.ndarray:
 
     seen = pictures.ByStep()
     sample(model, **rows, **settings, seed=0, on_step=seen)
-    moments = np.linspace(0, len(seen.images) - 1, columns).round().astype(int)
-    frames = np.stack([seen.images[i] for i in moments], axis=1)
-    return frames.reshape(-1, *frames.shape[2:])
+    return seen.strips(columns)

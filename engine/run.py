@@ -77,6 +77,7 @@ def set_up(recipe: Recipe, held: ExitStack) -> Run:
     faults = kernel_faults(ranks, recipe.speed)  # before a kernel is used, by the trial of a micro-batch as well
     recipe, data, held_out = opened(recipe, stored, ranks, held)
     facts = Facts(classes=as_tuple(data.classes), attributes=as_tuple(data.attributes))
+    recipe.preview.check_names(facts)
     network, found, begun = beginning(recipe, facts, ranks)
     blocks = speed.make_ready(network.unet, recipe.speed, choice)
     recipe = with_accumulation(recipe, stored, network, choice, ranks)
@@ -260,9 +261,18 @@ def announce(run: Run, predicted: Estimate, begun: list[str], faults: list[str])
         f"fused kernels at {fused} of {sites} sites, {run.data.count:,} samples decoded by {run.data.decoder}, {recipe.images:,} images = {recipe.images // recipe.batch_size:,} steps"
     )
     substituted = [why, run.data.decoder_note, *run.data.notes, *speed.substitutions(recipe.speed, choice), *faults]
+    substituted.append(unguided(run))
     run.notes = [line for line in substituted if line]
     for line in [*begun, *run.notes]:
         run.log.say(line)
+
+
+def unguided(run: Run) -> str | None:
+    """Why previews are not drawn with the guidance that was asked for."""
+    model = artifact.Model(run.network, run.recipe.objective, run.facts, run.recipe)
+    if run.recipe.preview.guidance == 1 or not run.recipe.conditioning or model.can_be_guided:
+        return None
+    return f"pictures are drawn unguided, not with preview.guidance = {run.recipe.preview.guidance:g}: no null state is trained"
 
 
 def plans(run: Run) -> Iterator:

@@ -251,6 +251,8 @@ def finish(run: Run) -> None:
         model_card.write(run.recipe.folder / "MODEL_CARD.md", run.recipe, run.facts, run.data, run.images)
         model = averaged(run, ema)
         written = draw(run, model)
+        if run.recipe.preview.sheets:
+            written += preview.draw_sheets(run.recipe.preview, model, written[0].parent)
         measure(run, model)
         run.log.say(f"done: EMA weights in {path}, pictures in {written[0].parent}")
     zero.wait()

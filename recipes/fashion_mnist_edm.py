@@ -26,7 +26,7 @@ recipe = Recipe(
     name="fashion_mnist_edm",
     data=Shards(size=32, pad=2, channels=1, resize="none", held_out=1 / 6),
     conditioning=(Label(dropout=0.2),),
-    objective=EDM(sigma_data=0.66, log_mean=-1.2, log_std=1.2, sigma_min=0.002, sigma_max=80.0),
+    objective=EDM(sigma_data=None, log_mean=-1.2, log_std=1.2, sigma_min=0.002, sigma_max=80.0),
     model=UNetConfig(
         channels=(64, 128, 256),
         attention=("none", "self", "self"),

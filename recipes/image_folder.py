@@ -38,7 +38,7 @@ recipe = Recipe(
     images=2_000_000,
     flip=True,
     checkpoint=Checkpoints(every=32_000, keep=2),
-    preview=Previews(every=32_000, columns=8, rows=8, steps=50, guidance=1.5),
+    preview=Previews(every=32_000, columns=8, rows=8, sheets=True, steps=50, guidance=1.5),
 )
 
 if __name__ == "__main__":

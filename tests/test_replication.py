@@ -78,6 +78,10 @@ class Draws:
     def __init__(self, recipe: Recipe):
         self.recipe, self.data = recipe, recipe.data.open(torch.device("cpu"))
 
+    def all_pixels(self) -> torch.Tensor:
+        everything = draws.plan(0, np.arange(self.data.count), self.data.count)
+        return self.data.read(everything).images_NHWC.double() / 255 * 2 - 1
+
     def __iter__(self):
         seed, batch = self.recipe.seed, self.recipe.batch_size
         for first in range(0, self.recipe.images, batch):
@@ -157,10 +161,11 @@ def zenchiyu(recipe: Recipe, layout: torch.memory_format = torch.contiguous_form
     weights = ours.unet.state_dict() | {"class_embedding.weight": ours.conditioners["label"].embedding.weight.detach()}
     unet.load_state_dict(weights)
     adam = torch.optim.Adam(unet.parameters(), lr=1e-4)
-    sd = recipe.objective.sigma_data
+    drawn = Draws(recipe)
+    sd = drawn.all_pixels().std(correction=0).item()
 
     def losses():
-        for x, labels, noise, u, dropped in Draws(recipe):
+        for x, labels, noise, u, dropped in drawn:
             sigma = (-1.2 + 1.2 * torch.special.ndtri(u)).exp().clamp(0.002, 80).float()
             labels = labels.masked_fill(dropped < 0.2, 10)
             s = sigma[:, None, None, None]

@@ -1,16 +1,24 @@
 """`duotone sample RUN`: draw pictures with a trained model."""
 
+import itertools
 import math
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from duotone.data.refusal import Refused
+from duotone.engine.conditioning.attributes import states_in
 from duotone.engine.speed import SAMPLING, Speed
+
+if TYPE_CHECKING:
+    from duotone.engine.pictures import ByStep
+
+MOMENTS = 8
+"""Of a picture's way out of noise, on a strip."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +30,8 @@ class Sample:
     label: tuple[str, ...] = ()
     """Classes to draw, by name or number."""
     attribute: tuple[str, ...] = ()
-    """Attributes of every picture: NAME (present), NAME=0 (absent), NAME=1:3 or NAME=0:3 (with a guidance scale of its own)."""
+    """Attributes of every picture: NAME (present), NAME=0 (absent), NAME=1:3 or NAME=0:3 (with a guidance scale of its own).
+    With commas each is a set of its own, as in --attribute "Smiling,Male=0" "Young,Male"."""
     image: tuple[Path, ...] = ()
     """Pictures to sharpen, or with --mask to fill, for a model that is conditioned on an image."""
     mask: tuple[Path, ...] = ()
@@ -30,7 +39,7 @@ class Sample:
     negative: str | None = None
     """Caption to steer away from."""
     count: int = 1
-    """Pictures of each prompt or label."""
+    """Pictures of each prompt, label or set of attributes."""
     guidance: tuple[float, ...] = ()
     """Guidance scale: 1 = none. Several draw the same pictures, from the same noise, at each: a row of the sheet per scale.
     By default 2, and 1 without a condition or where conditions were never dropped in training."""
@@ -55,7 +64,9 @@ class Sample:
     columns: int | None = None
     """Pictures per row of the sheet; by default a row for each prompt or label, or eight where each has one picture."""
     gif: Path | None = None
-    """Also write how the pictures come out of noise, as a GIF."""
+    """Also write how the pictures come out of noise, as a GIF: what the network takes them to be at each step."""
+    strip: Path | None = None
+    """The same as a sheet: a row of eight moments for each picture."""
     out: Path = Path("sample.png")
     """Where the sheet goes; refused if it exists."""
     overwrite: bool = False
@@ -70,26 +81,29 @@ class Sample:
         self.check()
         model = load(path, speed=self.speed)
         asked, images = self.asked(model.network.unet.config.out_channels)
-        drawn, frames = self.draw(model, asked, images)
+        drawn, seen = self.draw(model, asked, images)
         several = len(self.guidance) > 1
         columns = self.columns or (images if several else self.count if self.count > 1 else min(images, 8))
         pictures.grid(drawn, columns).save(self.out)
         if self.gif is not None:
-            pictures.save_gif(self.gif, [pictures.grid(frame, columns) for frame in frames])
+            pictures.save_gif(self.gif, [pictures.grid(frame, columns) for frame in seen.images])
+        if self.strip is not None:
+            pictures.grid(seen.strips(MOMENTS), MOMENTS).save(self.strip)
         cost = f"{model.forwards:.1f} forward passes each, {model.forwards / model.evaluations:.2f} an evaluation"
         print(f"{len(drawn)} pictures in {self.out}, {cost}{' at the last scale' * several}")
 
     def check(self) -> None:
         from duotone.engine import pictures
 
-        for path in (self.out, self.gif):
-            if path is not None and path.exists() and not self.overwrite:
-                raise Refused(f"{path} exists: give another --{'out' if path == self.out else 'gif'}, or --overwrite")
-            if path is not None:
-                pictures.refuse_unwritable(path, film=path == self.gif)
-        if self.gif is not None and self.gif.resolve() == self.out.resolve():
-            raise Refused(f"--gif and --out are both {self.out}: give the film and the sheet a file each")
-        self.attributes()
+        flags = {flag: path for flag in ("out", "gif", "strip") if (path := getattr(self, flag)) is not None}
+        for flag, path in flags.items():
+            if path.exists() and not self.overwrite:
+                raise Refused(f"{path} exists: give another --{flag}, or --overwrite")
+            pictures.refuse_unwritable(path, film=flag == "gif")
+        for one, other in itertools.combinations(flags, 2):
+            if flags[one].resolve() == flags[other].resolve():
+                raise Refused(f"--{other} and --{one} are both {flags[one]}: give each a file of its own")
+        self.sets()
         for name in ("count", "columns"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise Refused(f"{name} = {getattr(self, name)}: it must be at least 1")
@@ -105,8 +119,12 @@ class Sample:
             if values:
                 asked[name] = [v for v in values for _ in range(self.count)]
         images = len(next(iter(asked.values()))) if asked else self.count
-        if self.attribute:
-            asked["attributes"] = [self.attributes()[0]] * images
+        sets = self.sets()
+        if len(sets) > 1:
+            asked["attributes"] = [states for states in sets for _ in range(self.count)]
+            images = len(asked["attributes"])
+        elif sets:
+            asked["attributes"] = sets * images
         return (asked or {"count": images}), images
 
     def pictures(self, channels: int) -> list:
@@ -119,10 +137,16 @@ class Sample:
         masks = [read(path, 1)[:, :, 0] > 127 for path in self.mask]
         return list(zip(images, masks * (len(images) // len(masks)), strict=True))
 
+    def sets(self) -> list[dict[str, int]]:
+        """What pictures are asked to have: the same for all, or, where commas say so, each row of them its own."""
+        if any("," in text for text in self.attribute):
+            return [states_in(text) for text in self.attribute]
+        return [self.attributes()[0]] if self.attribute else []
+
     def attributes(self) -> tuple[dict[str, int], dict[str, float]]:
         """What every picture is asked to have, and the scales of those that have one of their own."""
         states, scales = {}, {}
-        for text in self.attribute:
+        for text in self.attribute if not any("," in text for text in self.attribute) else ():
             found = re.fullmatch(r"([^=]+)(?:=([01])(?::(\d+(?:\.\d*)?|\.\d+))?)?", text)
             if not found:
                 raise Refused(f"attribute {text!r}: write NAME, NAME=0, or NAME=1:3 for a guidance scale of 3")
@@ -133,8 +157,8 @@ class Sample:
             scales |= {name: float(scale)} if scale else {}
         return states, scales
 
-    def draw(self, model, asked: dict, images: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The pictures and, for a GIF, every step's idea of them."""
+    def draw(self, model, asked: dict, images: int) -> tuple[np.ndarray, "ByStep"]:
+        """The pictures and, where that is to be shown, every step's idea of them."""
         from duotone.engine.artifact import load
         from duotone.engine.pictures import ByStep
         from duotone.engine.sample import sample
@@ -142,7 +166,7 @@ class Sample:
         from duotone.engine.sampling.guiding.cfg_plus_plus import CfgPlusPlus
 
         guide = load(self.guide, speed=self.speed) if self.guide else None
-        frames = ByStep()
+        seen, shown = ByStep(), self.gif is not None or self.strip is not None
         drawn = [
             sample(
                 model,
@@ -159,12 +183,12 @@ class Sample:
                 clip=self.clip,
                 seed=self.seed,
                 size=self.size,
-                on_step=frames if self.gif is not None else None,
+                on_step=seen if shown else None,
                 progress=sys.stderr.isatty(),
             )
             for scale in self.scales(asked, model)
         ]
-        return np.concatenate(drawn), frames.images
+        return np.concatenate(drawn), seen
 
     def scales(self, asked: dict, model) -> tuple:
         """What sample() is given as guidance, once for each row of the sheet."""

@@ -99,6 +99,19 @@ def attribute_row(value: Mapping | Sequence, names: tuple[str, ...]) -> list[int
     return [state_of(state) for state in value]
 
 
+def states_in(text: str) -> dict[str, int]:
+    """What a text asks for: {"Smiling": 1, "Male": 0} for "Smiling,Male=0"; raises Refused."""
+    states: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, state = part.strip().partition("=")
+        if not name or state not in ("", "0", "1"):
+            raise Refused(f"attribute {part.strip()!r}: write NAME, or NAME=0, several with commas between them")
+        if name in states:
+            raise Refused(f"attribute {name!r} is given twice: give it once")
+        states[name] = int(state or 1)
+    return states
+
+
 def place(name: str, names: tuple[str, ...]) -> int:
     if name not in names:
         raise Refused(f"attribute {name!r} is none of this model's: it knows {', '.join(names)}")

@@ -108,7 +108,9 @@ def inception(config: FeaturesConfig, judge: Judge | None, device: torch.device)
     try:
         embed = build(path, weights, device)
     except ImportError as error:
-        raise Refused(f"{path} needs a library which is not installed ({first_line(error)}): pip install {name}") from None
+        raise Refused(
+            f"{path} needs a library which is not installed ({first_line(error)}): pip install {name}"
+        ) from None
     except RuntimeError as error:
         raise Refused(f"{path} is not {name}'s Inception v3 ({first_line(error)[:200]}): fetch it again") from None
     return FeatureNetwork(

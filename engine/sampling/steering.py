@@ -111,6 +111,9 @@ class Conditions:
             refuse_without_null(model, values, negatives)
         if by_attribute is not None:
             check_composed(model, values, by_attribute, alone=not steers)
+        elif not any(scales) and not steering.changes_anything():
+            # Guidance 0 is the other prediction alone, which needs no first one.
+            values, negatives, scales = negatives, {}, [1.0] * images
         return cls(values, negatives, scales, by_attribute, steering)
 
     def denoiser(

@@ -375,6 +375,29 @@ def test_previews_ask_for_what_the_model_is_conditioned_on(config, tmp_path):
     assert drawn == ["p.png", "p-conditional.png", "p-unconditional.png", "p.gif"]
 
 
+def test_previews_draw_the_sets_of_attributes_that_are_asked_for(tmp_path):
+    settings = preview.Previews(
+        columns=2, rows=2, steps=1, sampler="euler", attributes=("Bald,Male=0", "Smiling", "Male")
+    )
+    rows = preview.asked_for(settings, model_of(Attributes()), preview.Examples())
+    assert rows == {"attributes": [{"Bald": 1, "Male": 0}, {"Smiling": 1}]}
+    settings.check_names(FACTS)
+    with pytest.raises(Refused, match="preview.attributes: attribute 'Old' is none of this model's"):
+        replace(settings, attributes=("Bald,Old",)).check_names(FACTS)
+
+
+def test_every_class_has_a_sheet_of_its_own(tmp_path):
+    """Of rows x columns pictures; a class's name may be no file's."""
+    settings = preview.Previews(columns=3, rows=2, steps=1, sampler="euler")
+    model = model_of(Label())
+    model = replace(model, facts=replace(model.facts, classes=("cat", "a/b: c", "bird")))
+    written = preview.draw_sheets(settings, model, tmp_path)
+    assert [path.name for path in written] == ["class-000-cat.png", "class-001-a-b-c.png", "class-002-bird.png"]
+    with Image.open(written[1]) as sheet:
+        assert sheet.size == (3 * 10 + 2, 2 * 10 + 2)
+    assert preview.draw_sheets(settings, model_of(Attributes()), tmp_path) == []
+
+
 def test_a_picture_is_read_as_it_was_prepared(tmp_path):
     """Upright, and on white where it is transparent."""
     image, exif = np.zeros((4, 8, 4), np.uint8), Image.Exif()

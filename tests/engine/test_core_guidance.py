@@ -141,6 +141,19 @@ def test_cost_in_forwards_per_image():
     assert model.forwards == 6
 
 
+@pytest.mark.parametrize("negative", [None, {"labels": [2, 2]}], ids=["null", "negative"])
+def test_guidance_0_is_the_other_prediction_for_the_price_of_one(negative):
+    """What both branches give at almost 0; one image apart, both run again."""
+    model = model_of(Label(), PLAIN)
+    settings = dict(labels=[0, 1], negative=negative, steps=3, sampler="euler")
+    alone = sample(model, **settings, guidance=0.0).astype(int)
+    assert model.forwards == 3
+    both = sample(model, **settings, guidance=[0.0, 1e-6]).astype(int)
+    assert model.forwards == 6 and np.abs(alone - both).max() <= 1
+    given = {"labels": [2, 2]} if negative else {"count": 2}
+    np.testing.assert_array_equal(alone, sample(model, **given, steps=3, sampler="euler"))
+
+
 # -------------------------------------------------------------------------------------------------------- rules
 
 

@@ -68,7 +68,16 @@ MISTAKES = [
     ("label", "--label wolf", "label 'wolf' is no class of this model: give a number below 2 or one of cat, dog"),
     ("label", "--label cat --guidance 1 --rescale 0.5", "have no effect at guidance 1"),
     ("label", "--label cat --gif same.gif --out same.gif", "--gif and --out are both same.gif"),
+    ("label", "--label cat --strip same.png --out same.png", "--strip and --out are both same.png"),
     ("attributes", "--attribute Male Male=0", "attribute 'Male' is given twice"),
+    ("attributes", "--attribute Male,Male=0", "attribute 'Male' is given twice"),
+    (
+        "attributes",
+        "--attribute Male,Bald Bald=1:3",
+        "attribute 'Bald=1:3': write NAME, or NAME=0, several with commas",
+    ),
+    ("attributes", "--attribute Male,", "attribute '': write NAME"),
+    ("attributes", "--attribute Male,Old", "attribute 'Old' is none of this model's"),
     ("label", "--label \u00b2", "label '\u00b2' is no class of this model"),
     ("label", "--label cat --negative blurry", "negative prompts given, but this model takes no prompts"),
     ("label", "--label cat --steps 2000", "steps = 2000: noise levels must fall at every step"),
@@ -109,6 +118,7 @@ def test_a_caption_that_is_cut_is_told_in_one_line_and_drawn(models, tmp_path, m
         ("label", "--label cat", "4.0 forward passes each, 2.00 an evaluation"),
         ("undropped", "--label cat", "2.0 forward passes each, 1.00 an evaluation"),
         ("label", "--label cat --interval 0 50", "3.0 forward passes each, 1.50 an evaluation"),
+        ("label", "--label cat --guidance 0", "2.0 forward passes each, 1.00 an evaluation"),
         ("alone", "", "2.0 forward passes each, 1.00 an evaluation"),
     ],
 )
@@ -134,6 +144,26 @@ def test_several_scales_are_a_sheet_with_a_row_each(models, tmp_path, monkeypatc
     assert both.shape == (22, 22, 3) and four.shape == (12, 22, 3)
     assert np.abs(both[10:] - four).max() <= 1
     assert np.abs(both[:12] - four).max() > 1
+
+
+def test_several_sets_of_attributes_are_a_row_each(models, tmp_path, monkeypatch, capsys):
+    """Each row is what its set alone draws, from the noise of its place."""
+    monkeypatch.chdir(tmp_path)
+    draw(models / "attributes", "--attribute", "Male,Bald=0", "Bald", "--count", "2", "--out", "both.png")
+    assert capsys.readouterr().out.startswith("4 pictures in both.png")
+    draw(models / "attributes", "--attribute", "Male", "Bald=0", "--count", "2", "--out", "one.png")
+    both, one = (np.asarray(Image.open(name)).astype(int) for name in ("both.png", "one.png"))
+    assert both.shape == (22, 22, 3) and one.shape == (12, 22, 3)
+    assert np.abs(both[:12] - one).max() <= 1
+
+
+def test_a_strip_ends_with_the_picture(models, tmp_path, monkeypatch):
+    """A row of eight moments for each; the last step's idea is what is drawn."""
+    monkeypatch.chdir(tmp_path)
+    draw(models / "label", "--label", "cat", "dog", "--strip", "strip.png", "--steps", "9", "--columns", "1")
+    strip, sheet = (np.asarray(Image.open(name)).astype(int) for name in ("strip.png", "sample.png"))
+    assert strip.shape == (22, 82, 3) and sheet.shape == (22, 12, 3)
+    assert np.abs(strip[:, 70:] - sheet).max() <= 1 and np.abs(strip[:, :12] - sheet).max() > 1
 
 
 @pytest.mark.parametrize("flags", ["--rule apg", "--rule cfg++ --guidance 0.6", "--rescale 0.7", "--spacing leading"])
