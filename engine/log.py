@@ -28,8 +28,10 @@ class Log:
     """Optimizer steps between lines of metrics.jsonl."""
     wandb: bool = False
     """Follow the run in Weights & Biases (WANDB_MODE=offline works); only numbers and the recipe are sent."""
+    wandb_pictures: bool = False
+    """Send its sheets and strips too, which show the data where a model restores images."""
     tensorboard: bool = False
-    """Write TensorBoard events into the run's folder."""
+    """Write TensorBoard events into the run's folder, sheets and strips among them."""
     trace: bool = False
     """Write trace.jsonl: images, sample keys and a hash of the draws per step."""
 
@@ -85,7 +87,7 @@ class Logger:
         if config.tensorboard:
             self.begin(tensorboard, folder)
         if config.wandb:
-            self.begin(wandb, folder, recipe)
+            self.begin(wandb, folder, recipe, config.wandb_pictures)
 
     def begin(self, tracker: Callable, *arguments) -> None:
         """A tracker that does not start is one line; the run goes on without it."""
@@ -142,6 +144,12 @@ class Logger:
         self.say(f"loss on held-out images after {row['images']:,}: {row['loss']:.4f}")
         for listener in list(self.listeners):
             self.tell(listener, {"images": row["images"], "validation_loss": row["loss"]})
+
+    def drawn(self, images: int, pictures: list[Path]) -> None:
+        """Sheets and strips, for whoever follows the run: images-N.png as "samples", images-N-conditional.png as "conditional"."""
+        sheets = {(path.stem.split("-") + ["samples"])[2]: path for path in pictures if path.suffix == ".png"}
+        for listener in list(self.listeners):
+            self.tell(listener, {"images": images, **sheets})
 
     def measured(self, images: int) -> bool:
         """Whether validation.jsonl has a row of this many images."""
@@ -220,18 +228,22 @@ def duration(seconds: float) -> str:
 def tensorboard(folder: Path) -> Callable[[dict], None]:
     from torch.utils.tensorboard import SummaryWriter
 
+    from duotone.engine import pictures
+
     writer = SummaryWriter(folder / "tensorboard")
 
     def listen(row: dict) -> None:
         for name, value in row.items():
-            if isinstance(value, int | float) and name not in ("step", "images"):
+            if isinstance(value, Path):
+                writer.add_image(name, pictures.read(value, channels=3), row["images"], dataformats="HWC")
+            elif isinstance(value, int | float) and name not in ("step", "images"):
                 writer.add_scalar(name, value, row["images"])
         writer.flush()
 
     return listen
 
 
-def wandb(folder: Path, recipe: dict) -> Callable[[dict], None]:
+def wandb(folder: Path, recipe: dict, shows: bool) -> Callable[[dict], None]:
     """The recipe is the only configuration that is sent; a later start of the same run goes on under the same id."""
     import wandb as library
 
@@ -240,4 +252,10 @@ def wandb(folder: Path, recipe: dict) -> Callable[[dict], None]:
         write_whole(remembered, f"{secrets.token_hex(4)}\n")
     known = {"name": folder.resolve().name, "id": remembered.read_text().strip()}
     run = library.init(project="duotone", **known, resume="allow", config=recipe, dir=str(folder), save_code=False)
-    return lambda row: run.log(row, step=row["images"])
+
+    def listen(row: dict) -> None:
+        sheets = {name: library.Image(str(path)) for name, path in row.items() if isinstance(path, Path) and shows}
+        numbers = {name: value for name, value in row.items() if not isinstance(value, Path)}
+        run.log(numbers | sheets, step=row["images"])
+
+    return listen

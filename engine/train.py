@@ -292,6 +292,7 @@ def draw(run: Run, model: artifact.Model) -> list[Path]:
     folder = run.recipe.folder / "previews"
     written = preview.draw(run.recipe.preview, model, run.examples, folder, name_of(run.images))
     preview.film_of_grids(folder)
+    run.log.drawn(run.images, written)
     return written
 
 

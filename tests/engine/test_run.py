@@ -573,7 +573,15 @@ def test_fresh_moves_the_old_run_aside(whole, shards, tmp_path):
 def test_gradient_checkpointing_and_trackers(whole, shards, tmp_path):
     """Recomputed activations change no loss; TensorBoard and offline wandb only listen."""
     out = tmp_path / "listened"
-    run(shards, out, "--speed.gradient-checkpointing", "--log.tensorboard", "--log.wandb")
+    pictures = ("--preview.every", "48", "--preview.strips", "--log.wandb-pictures")
+    run(shards, out, "--speed.gradient-checkpointing", "--log.tensorboard", "--log.wandb", *pictures)
     assert [r["loss"] for r in rows(out)] == pytest.approx([r["loss"] for r in rows(whole)], rel=1e-6)
-    assert list((out / "tensorboard").iterdir()) and list((out / "wandb").iterdir())
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["images"]) == {"samples", "conditional", "unconditional"}
+    assert [event.step for event in events.Images("samples")] == [48, 96] and "loss" in events.Tags()["scalars"]
+    sent = sorted(path.name.split("_")[0] for path in (out / "wandb").glob("offline-run-*/files/media/images/*.png"))
+    assert sent == ["conditional"] * 2 + ["samples"] * 2 + ["unconditional"] * 2
     assert len((out / "wandb_id").read_text()) == 9, "a later start goes on under it, and no other run has it"
