@@ -1,10 +1,12 @@
-"""How much memory a rank will need, from the network itself: nothing is allocated."""
+"""How much memory a rank will need, from the network itself, and what fits into it."""
 
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -99,6 +101,23 @@ def rows_that_fit(unet: nn.Module, size: int) -> int:
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_on_cpu()
     row = saved_by(unet.config, size, dtype, device.type == "cuda", False)
     return max(1, min(MOST_ROWS, int(0.5 * free) // row))
+
+
+def in_chunks(compute: Callable[[slice], np.ndarray], number: int, at_once: int) -> np.ndarray:
+    """All rows, `at_once` at a time; where memory runs out, half as many and on from there."""
+    parts, first = [], 0
+    while first < number:
+        rows = slice(first, min(first + at_once, number))
+        try:
+            parts.append(compute(rows))
+        except torch.cuda.OutOfMemoryError:
+            if at_once == 1:
+                raise
+            torch.cuda.empty_cache()
+            at_once = -(-at_once // 2)
+            continue
+        first = rows.stop
+    return np.concatenate(parts)
 
 
 def free_on_cpu() -> int:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from duotone.data.refusal import Refused
 from duotone.engine import draws
 from duotone.engine.artifact import Model
-from duotone.engine.memory import rows_that_fit
+from duotone.engine.memory import in_chunks, rows_that_fit
 from duotone.engine.pictures import pixels
 from duotone.engine.sampling.guiding.apg import Apg
 from duotone.engine.sampling.guiding.cfg_plus_plus import CfgPlusPlus
@@ -95,7 +95,9 @@ def sample(
         return images_NHWC
 
     at_once = chunk or rows_that_fit(model.network.unet, max(height_width))
-    images_NHWC = in_chunks(draw, number, at_once, Steps(number * steps, on_step, shown=progress))
+    told = Steps(number * steps, on_step, shown=progress)
+    images_NHWC = in_chunks(lambda rows: draw(rows, told.of(rows)), number, at_once)
+    told.close()
     return filled(images_NHWC, asked["holes"]) if "holes" in asked else images_NHWC
 
 
@@ -105,24 +107,6 @@ def clips(model: Model, clip: bool | None, rule: Apg | CfgPlusPlus | None) -> bo
             "clip = True does not go with CFG++, whose steps go through what is no image: leave one of them out"
         )
     return model.objective.clips and not isinstance(rule, CfgPlusPlus) if clip is None else clip
-
-
-def in_chunks(draw: Callable, number: int, at_once: int, steps: "Steps") -> np.ndarray:
-    """All images, `at_once` at a time; where memory runs out, half as many and on from there."""
-    parts, first = [], 0
-    while first < number:
-        rows = slice(first, min(first + at_once, number))
-        try:
-            parts.append(draw(rows, steps.of(rows)))
-        except torch.cuda.OutOfMemoryError:
-            if at_once == 1:
-                raise
-            torch.cuda.empty_cache()
-            at_once = -(-at_once // 2)
-            continue
-        first = rows.stop
-    steps.close()
-    return np.concatenate(parts)
 
 
 def filled(images_NHWC: np.ndarray, holes: Sequence) -> np.ndarray:

@@ -14,6 +14,7 @@ from duotone.engine.artifact import Model
 from duotone.engine.evaluate.images import Images
 from duotone.engine.evaluate.progress import Progress
 from duotone.engine.evaluate.shares import student
+from duotone.engine.memory import in_chunks
 from duotone.kernels.diffuse import diffuse
 
 CHUNK = 64
@@ -52,11 +53,11 @@ def loss_table(model: Model, images: Images, *, levels: int = 8, seed: int = 1) 
 @torch.inference_mode()
 def losses(model: Model, images: Images, sigma: Tensor, first: int, seed: int) -> np.ndarray:
     """The loss of each image at one noise level, (N,)."""
-    parts = [
-        losses_of(model, images, slice(i, min(i + CHUNK, len(images))), sigma, first, seed)
-        for i in range(0, len(images), CHUNK)
-    ]
-    return torch.cat(parts).double().cpu().numpy()
+
+    def some(rows: slice) -> np.ndarray:
+        return losses_of(model, images, rows, sigma, first, seed).double().cpu().numpy()
+
+    return in_chunks(some, len(images), CHUNK)
 
 
 def losses_of(model: Model, images: Images, rows: slice, sigma: Tensor, first: int, seed: int) -> Tensor:

@@ -486,6 +486,16 @@ def test_losses_repeat_and_do_not_depend_on_the_chunk(run, clothes, monkeypatch)
     monkeypatch.setattr("duotone.engine.evaluate.loss_table.CHUNK", 7)
     chunked = loss_table(model, images, levels=2)
     assert [c.loss for c in chunked] == pytest.approx([c.loss for c in first], rel=1e-5)
+    real = loss_table_module.losses_of
+
+    def scarce(model, images, rows, *others):
+        if rows.stop - rows.start > 3:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return real(model, images, rows, *others)
+
+    monkeypatch.setattr(loss_table_module, "losses_of", scarce)
+    halved = loss_table(model, images, levels=2)
+    assert [c.loss for c in halved] == pytest.approx([c.loss for c in first], rel=1e-5)
     whole = first[0]
     assert whole.images == 30 and whole.low < whole.loss < whole.high
     parts = [cell for cell in first if cell.sigma == whole.sigma and cell.name != "all"]

@@ -15,13 +15,14 @@ from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.image import ClassMap
 from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.text import ByteText
+from duotone.engine.memory import in_chunks
 from duotone.engine.model.blocks import Attention
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.pictures import ByStep
 from duotone.engine.recipe import Recipe
-from duotone.engine.sample import Steps, in_chunks, sample
+from duotone.engine.sample import Steps, sample
 from duotone.engine.sampling.guidance import Guidance, GuidedDenoiser
 from duotone.engine.sampling.guiding.cfg_plus_plus import CfgPlusPlus
 from duotone.engine.sampling.samplers.ancestral import ancestral
@@ -323,7 +324,7 @@ def test_a_chunk_that_runs_out_of_memory_tells_no_step_twice():
             on_step(step, x, x)
         return x.numpy()
 
-    assert in_chunks(draw, 5, 5, bars).tolist() == [0, 1, 2, 3, 4]
+    assert in_chunks(lambda rows: draw(rows, bars.of(rows)), 5, 5).tolist() == [0, 1, 2, 3, 4]
     assert told == [(0, [0, 1, 2, 3, 4]), (1, [0, 1, 2]), (1, [3, 4])]
 
 
