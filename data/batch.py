@@ -31,6 +31,8 @@ class Batch:
     attributes_NK: torch.Tensor | None = None  # int8: 1 present, 0 absent, -1 unknown
     skipped: list[str] = field(default_factory=list)  # "key: reason" of samples that could not be read
 
+TAKEN_AT_ONCE = 1 << 16  # bytes that CUDA's driver copies aside before the call returns
+
 
 def unit(images_NHWC: torch.Tensor) -> torch.Tensor:
     """uint8 pixels in [-1, 1], (N, C, H, W)."""
@@ -41,6 +43,9 @@ def sent(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """The tensor on a device, behind what that still computes.
 
     A plain copy waits until the device is done with all of it, which then idles while the next step is made ready. The CPU's
-    memory may be used again at once: the driver has taken it over.
+    memory may be used again at once: the driver has taken it over, or, where it is more than the driver takes without waiting,
+    the copy of it that the device can read by itself.
     """
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu" and tensor.nbytes > TAKEN_AT_ONCE:
+        tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
