@@ -159,7 +159,7 @@ def draw_sheets(config: Previews, model, folder: Path) -> list[Path]:
     """Writes class-<name>.png, a sheet of each class, where labels are all that the model is asked for."""
     from duotone.engine.sample import sample
 
-    if [conditioner.asked for conditioner in model.network.conditioners.values()] != ["labels"]:
+    if {conditioner.asked for conditioner in model.network.conditioners.values()} != {"labels"}:
         return []
     written = []
     for label, name in enumerate(model.facts.classes):

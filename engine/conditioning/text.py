@@ -60,8 +60,12 @@ class EncoderText:
         return TextConditioner(encoder, tokens, self.dropout, network, frozen=True, sees_mask=True)
 
 
+class EncoderAbsent(Refused):
+    """A text encoder that is neither here nor within reach."""
+
+
 def loaded(name: str, tokenizer_class: type, encoder_class: type) -> tuple:
-    """A tokenizer and an encoder from a folder or the hub; raises Refused where they cannot be had."""
+    """A tokenizer and an encoder from a folder or the hub; raises EncoderAbsent where they cannot be had."""
     # What is here already is taken without asking the hub, which a machine without a network waits for.
     with contextlib.suppress(OSError, ValueError):
         return tuple(kind.from_pretrained(name, local_files_only=True) for kind in (tokenizer_class, encoder_class))
@@ -69,7 +73,7 @@ def loaded(name: str, tokenizer_class: type, encoder_class: type) -> tuple:
         return tokenizer_class.from_pretrained(name), encoder_class.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise Refused(
+        raise EncoderAbsent(
             f"text encoder {name!r} cannot be loaded ({reason}): give its encoder (conditioning.0.encoder where it is the "
             "first condition) a folder with a text model and its tokenizer, or a name that can be reached from here"
         ) from None

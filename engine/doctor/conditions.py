@@ -15,16 +15,21 @@ from duotone.engine.conditioning.dropout import conditioned
 from duotone.engine.conditioning.label import Label
 from duotone.engine.doctor.examination import ROWS, Finding, Patient
 
+PART = 16  # rows at a time: tokens of all would fill gigabytes
+
 
 @torch.no_grad()
 def drop_rates(patient: Patient) -> Iterator[Finding]:
     """Rows that reach the network in their null state, counted there, against what is configured."""
-    recipe, (built, absent) = patient.recipe, patient.conditioners
-    for kind, why in absent.items():
-        yield Finding("unknown", f"{kind}.dropout", f"not measured: {why}")
+    recipe, measurable = patient.recipe, patient.measurable
+    for kind, why in patient.conditioners[1].items():
+        if kind in measurable:
+            yield Finding("unknown", f"{kind}.encoder", f"was not looked at, and has a stand-in below: {why}")
+        else:
+            yield Finding("unknown", f"{kind}.dropout", f"not measured: {why}")
     flip_N = torch.zeros(ROWS, dtype=torch.bool)
-    _, keep = conditioned(built, patient.batch, recipe.seed, flip_N, recipe.drop_together)
-    for kind, conditioner in built.items():
+    _, keep = conditioned(measurable, patient.batch, recipe.seed, flip_N, recipe.drop_together)
+    for kind, conditioner in measurable.items():
         if kind == "temperature":
             continue
         # Attributes made unknown one by one have a setting of their own.
@@ -41,6 +46,14 @@ def rate(kind: str, dropout: float, together: float, measured: float) -> Finding
 
 def is_null(conditioner: Conditioner, tensors: dict[str, Tensor], keep_N: Tensor) -> Tensor:
     """Which rows give the network exactly what a dropped row gives it."""
+    parts = {name: tensor.split(PART) for name, tensor in tensors.items()}
+    found = []
+    for i, part_N in enumerate(keep_N.split(PART)):
+        found.append(is_null_in_part(conditioner, {name: part[i] for name, part in parts.items()}, part_N))
+    return torch.cat(found)
+
+
+def is_null_in_part(conditioner: Conditioner, tensors: dict[str, Tensor], keep_N: Tensor) -> Tensor:
     given, null = conditioner(tensors, keep_N), conditioner(tensors, torch.zeros_like(keep_N))
     same_N = torch.ones_like(keep_N)
     for a, b in pairs(given, null):
@@ -58,13 +71,17 @@ def pairs(one: Conditioning, other: Conditioning) -> Iterator[tuple[Tensor, Tens
 @torch.no_grad()
 def says_something(patient: Patient) -> Iterator[Finding]:
     """Two samples that differ in a condition must differ at the network's input."""
-    for kind, conditioner in patient.conditioners[0].items():
+    for kind, conditioner in patient.measurable.items():
         if kind == "temperature" or not differs(patient.batch, kind):
             continue
-        tensors = conditioner.of_batch(patient.batch)
-        given = conditioner(tensors, torch.ones(ROWS, dtype=torch.bool))
-        if all((a[:16] == a[:1]).all() for a, _ in pairs(given, given)):
+        tensors = {name: tensor[:16] for name, tensor in conditioner.of_batch(patient.batch).items()}
+        given = conditioner(tensors, torch.ones(16, dtype=torch.bool))
+        if all((a == a[:1]).all() for a, _ in pairs(given, given)):
             yield Finding("fault", kind, "every sample gives the network the same: the condition says nothing")
+        elif kind in patient.conditioners[1]:
+            yield Finding(
+                "unknown", kind, "samples that differ in it differ at the network's input, by a stand-in's tokens"
+            )
         else:
             yield Finding("fine", kind, "samples that differ in it differ at the network's input")
 
@@ -102,6 +119,12 @@ def guidance(patient: Patient) -> Iterator[Finding]:
         yield Finding("fault", "preview.guidance", says)
     elif never:
         yield Finding("warning", "dropout", f"{', '.join(never)} is never dropped: guidance will not be possible")
+    elif recipe.preview.guidance == 1:
+        says = (
+            "is 1: pictures are drawn unguided, although guidance is trained for, as every condition is dropped at times; "
+            "give a scale above 1, here and to duotone sample"
+        )
+        yield Finding("warning", "preview.guidance", says)
     else:
         yield Finding("fine", "guidance", "every condition has a trained null state")
 

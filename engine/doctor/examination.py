@@ -14,6 +14,8 @@ from duotone.data.dataset import Dataset
 from duotone.data.refusal import Refused
 from duotone.engine import draws
 from duotone.engine.conditioning.base import Conditioner, Facts
+from duotone.engine.conditioning.text import EncoderAbsent
+from duotone.engine.doctor.encoders import encoding_once, stand_in
 from duotone.engine.recipe import Recipe
 
 ROWS = 4096
@@ -82,7 +84,7 @@ class Patient:
         )
 
     @cached_property
-    def conditioners(self) -> tuple[dict[str, Conditioner], dict[str, str]]:
+    def conditioners(self) -> tuple[dict[str, Conditioner], dict[str, Refused]]:
         """Those that can be built here, and why the others cannot."""
         torch.manual_seed(0)
         built, absent = {}, {}
@@ -90,8 +92,20 @@ class Patient:
             try:
                 built[condition.kind] = condition.build(self.recipe.model, self.facts).eval()
             except Refused as refusal:
-                absent[condition.kind] = str(refusal)
+                absent[condition.kind] = refusal
         return built, absent
+
+    @cached_property
+    def measurable(self) -> dict[str, Conditioner]:
+        """Those through which the batch can be sent: a text encoder that is not here has a stand-in."""
+        built, absent = self.conditioners
+        found = {}
+        for condition in self.recipe.conditioning:
+            if condition.kind in built:
+                found[condition.kind] = encoding_once(built[condition.kind])
+            elif isinstance(absent[condition.kind], EncoderAbsent):
+                found[condition.kind] = stand_in(condition, self.recipe.model)
+        return found
 
     @cached_property
     def unet(self) -> nn.Module:

@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import fields
 
+from duotone.engine.conditioning.image import ClassMap
 from duotone.engine.doctor.examination import Finding, Patient
+from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.ddpm import DDPM
 
 
@@ -71,6 +73,21 @@ def unread(recipe) -> Iterator[tuple[str, str]]:
         yield from ((f"speed.{n}", "speed.compile is off") for n in changed(recipe.speed) & {"backend", "autotune"})
     if recipe.drop_together and not recipe.conditioning:
         yield "drop_together", "there is no condition"
+    if recipe.preview.prompts and not recipe.wants_captions:
+        yield "preview.prompts", "no condition is a text"
+    kinds = [condition.kind for condition in recipe.conditioning]
+    if recipe.preview.attributes and "attributes" not in kinds:
+        yield "preview.attributes", "no condition is of attributes"
+    if recipe.preview.sheets and not {"label", "class_map"}.issuperset(kinds or ["none"]):
+        yield "preview.sheets", "classes are not all that the network is conditioned on"
+    if recipe.log.wandb_pictures and not recipe.log.wandb:
+        yield "log.wandb_pictures", "log.wandb is off"
+    if "crop" in changed(recipe.data) and recipe.data.resize != "crop":
+        yield "data.crop", f"data.resize is {recipe.data.resize}"
+    for i, condition in enumerate(recipe.conditioning):
+        if isinstance(condition, ClassMap) and condition.encoding == "one_hot" and "width" in changed(condition):
+            yield f"conditioning.{i}.width", f"conditioning.{i}.encoding is one_hot: a channel per class"
+    yield from ((f"model.{n}", "no level and no middle has attention") for n in of_attention(recipe.model))
     if objective.stratified and recipe.batch_size == 1:
         yield "objective.stratified", "a batch holds one image"
     if not recipe.validation.every:
@@ -78,6 +95,17 @@ def unread(recipe) -> Iterator[tuple[str, str]]:
     for name in ("checkpoint", "preview", "validation"):
         if recipe.images < getattr(recipe, name).every != type(getattr(recipe, name))().every:
             yield f"{name}.every", f"the run ends at {recipe.images:,} images"
+
+
+def of_attention(model: UNetConfig) -> Iterator[str]:
+    """Fields that only attention reads, where there is none; of those with an entry per level, 1 throughout asks for nothing."""
+    if {*model.attention, model.middle} & {"self", "cross"}:
+        return
+    for name in ("heads", "depth"):
+        if set(getattr(model, name)) not in ({1}, set(getattr(UNetConfig, name))):
+            yield name
+    if "context_width" in changed(model):
+        yield "context_width"
 
 
 def changed(config) -> set[str]:

@@ -24,7 +24,8 @@ CONDITIONED, PLAIN = "UNet2DConditionModel", "UNet2DModel"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DOWN = {"none": "DownBlock2D", "self": "AttnDownBlock2D", "cross": "CrossAttnDownBlock2D"}
 UP = {"none": "UpBlock2D", "self": "AttnUpBlock2D", "cross": "CrossAttnUpBlock2D"}
-LABEL, POOL = "conditioners.label.embedding.weight", "conditioners.text.pool."
+LABEL, POOL = "conditioners.label.embedding.", "conditioners.text.pool."
+TABLE = f"{LABEL}weight"
 
 
 class Inexpressible(Refused):
@@ -71,6 +72,8 @@ def config_of(recipe: Recipe, classes: int) -> dict:
     if others:
         raise Inexpressible(f"the condition {', '.join(others)}")
     config = to_config(recipe.model, recipe.data.size, classes + 1 if "label" in kinds else None)
+    if getattr(kinds.get("label"), "port", "vector") == "tokens":
+        raise Inexpressible("a label as a token")
     # For diffusers a caption that also reaches the time embedding is a projected class embedding.
     if not getattr(kinds.get("text"), "pooled", False):
         return config
@@ -162,8 +165,8 @@ def plain_part(config: UNetConfig) -> dict:
 def unet_weights(named: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights under their names from a network's: the UNet's own, and the label embedding as class_embedding."""
     weights = {name.removeprefix("unet."): v for name, v in named.items() if name.startswith("unet.")}
-    if LABEL in named:
-        weights["class_embedding.weight"] = named[LABEL]
+    if TABLE in named:
+        weights["class_embedding.weight"] = named[TABLE]
     for name, value in named.items():
         if name.startswith(POOL):
             weights[f"class_embedding.{name.removeprefix(POOL)}"] = value
@@ -291,6 +294,7 @@ NEUTRAL = {
     "cross_attention_norm": (None,),
     "resnet_time_scale_shift": ("default", "scale_shift"),
 }
+PLAIN_ONLY = {"class_embed_type": (*NEUTRAL["class_embed_type"], "timestep")}  # the label's, as its number's sinusoid
 REQUIRED = ("block_out_channels", "down_block_types", "up_block_types")
 READ = (
     *REQUIRED,
@@ -308,7 +312,7 @@ WITHOUT_EFFECT = (
 
 def refuse_unsupported(theirs: dict, kind: str) -> None:
     """A feature that we do not have is named, and so is a field that this file has never heard of."""
-    for name, supported in NEUTRAL.items():
+    for name, supported in (NEUTRAL | (PLAIN_ONLY if kind == PLAIN else {})).items():
         if name in theirs and theirs[name] not in supported:
             raise Refused(
                 f"{kind} with {name} = {theirs[name]!r} is not supported (only {', '.join(map(repr, supported))})"

@@ -12,13 +12,14 @@ from torch import Tensor
 from duotone.data.refusal import Refused
 from duotone.engine import artifact
 from duotone.engine.conditioning.base import Facts
+from duotone.engine.conditioning.label import Label
 from duotone.engine.exchange import diffusers_folder, original_layout
 from duotone.engine.model.network import Network
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.base import Objective
 from duotone.engine.recipe_json import from_json
 
-CLASSES = "class_embedding.weight"
+CLASSES, SINUSOID = "class_embedding.", f"{diffusers_folder.LABEL}linear_1.weight"
 
 
 def begin_from(
@@ -33,18 +34,23 @@ def begin_from(
     file = weights_file(path)
     given, metadata = artifact.read(file)
     recipe = from_json(json.loads(metadata["duotone.recipe"])) if "duotone.recipe" in metadata else None
-    refuse_other_shape(file, told_shape(file) if recipe is None else recipe.model, config)
+    told = told_config(file)
+    shape = told and diffusers_folder.from_config(told) if recipe is None else recipe.model
+    refuse_other_shape(file, shape, config)
     taught = told_objective(file) if recipe is None else meaning(recipe.objective)
-    named = by_our_names(given, config)
     own = dict(network.named_parameters())
+    named = by_our_names(given, config, home_of_classes(given, told, own))
     refuse_misfits(named, own, file)
     fitting = {name for name in named.keys() & own.keys() if named[name].shape == own[name].shape}
-    others = {} if recipe is None or facts is None else of_other_meaning(recipe, metadata, conditioning, facts)
+    theirs, their_facts = label_in(named) if recipe is None else recipe.conditioning, facts_in(metadata)
+    others = of_other_meaning(theirs, their_facts, conditioning, facts)
     fitting -= {name for name in fitting if name.split(".")[1] in others and name.startswith("conditioners.")}
     with torch.no_grad():
         for name in fitting:
             own[name].copy_(named[name])
     lines = notes(fitting, named, own, file) + list(others.values())
+    if recipe is None and SINUSOID in fitting:
+        lines.append(without_a_null(len(network.conditioners["label"].classes)))
     if objective is not None:
         lines += taught_otherwise(taught, objective)
     if original_layout.in_original_layout(given):
@@ -67,12 +73,12 @@ def weights_file(path: Path) -> Path:
     )
 
 
-def told_shape(file: Path) -> UNetConfig | None:
+def told_config(file: Path) -> dict | None:
     """What a diffusers folder says its network is."""
     beside = file.with_name("config.json")
     if file.name != diffusers_folder.WEIGHTS or not beside.exists():
         return None
-    return diffusers_folder.from_config(json_of(beside))
+    return json_of(beside)
 
 
 def refuse_other_shape(file: Path, theirs: UNetConfig | None, config: UNetConfig) -> None:
@@ -137,20 +143,33 @@ def same(theirs: UNetConfig, ours: UNetConfig, name: str) -> bool:
     return getattr(theirs, name) == getattr(ours, name)
 
 
-def of_other_meaning(theirs, metadata: dict[str, str], conditioning: tuple, facts: Facts) -> dict[str, str]:
+def of_other_meaning(
+    theirs: tuple, their_facts: Facts | None, conditioning: tuple, facts: Facts | None
+) -> dict[str, str]:
     """By kind, conditions whose weights fit but mean something else, and why: rows of other names, or heads cut otherwise."""
-    said = from_json(json.loads(metadata["duotone.facts"])) if "duotone.facts" in metadata else facts
-    known, found = {condition.kind: condition for condition in theirs.conditioning}, {}
+    known, found = {condition.kind: condition for condition in theirs}, {}
     for kind, ours in ((condition.kind, condition) for condition in conditioning if condition.kind in known):
-        pairs = {
-            "names": (getattr(said, NAMED[kind]), getattr(facts, NAMED[kind])) if kind in NAMED else (None, None),
-            "heads": (getattr(known[kind], "heads", None), getattr(ours, "heads", None)),
-            "encoder": (getattr(known[kind], "encoder", None), getattr(ours, "encoder", None)),
-        }
+        pairs = {}
+        if kind in NAMED and their_facts and facts:
+            pairs["names"] = (getattr(their_facts, NAMED[kind]), getattr(facts, NAMED[kind]))
+        for name in ("heads", "encoder", "port", "encoding"):
+            pairs[name] = (getattr(known[kind], name, None), getattr(ours, name, None))
         differ = [f"{name} {written(a)} there, {written(b)} here" for name, (a, b) in pairs.items() if a != b]
         if differ:
             found[kind] = f"its condition {kind} means something else: {'; '.join(differ)}"
     return found
+
+
+def facts_in(metadata: dict[str, str]) -> Facts | None:
+    """What the source's data said of itself."""
+    return from_json(json.loads(metadata["duotone.facts"])) if "duotone.facts" in metadata else None
+
+
+def label_in(named: dict[str, Tensor]) -> tuple[Label, ...]:
+    """The condition that a class embedding of diffusers' is, where there is one."""
+    if SINUSOID in named:
+        return (Label(encoding="sinusoid"),)
+    return (Label(),) if diffusers_folder.TABLE in named else ()
 
 
 NAMED = {"label": "classes", "attributes": "attributes", "class_map": "classes"}
@@ -161,21 +180,33 @@ def written(value) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def by_our_names(named: dict[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
-    """Ours hold unet. and conditioners.; diffusers' and original files the UNet's own names and at most a class embedding."""
+def by_our_names(named: dict[str, Tensor], config: UNetConfig, home: str) -> dict[str, Tensor]:
+    """Ours hold unet. and conditioners.; diffusers' and original files the UNet's own names and at most a class embedding.
+
+    That is a condition's and not the UNet's: `home` is how its names begin here.
+    """
     if any(name.startswith("unet.") for name in named):
         return named
     if original_layout.in_original_layout(named):
         named = original_layout.by_diffusers_names(named, config)
-    return {by_our_name(name): value for name, value in named.items()}
+    return {by_our_name(name, home): value for name, value in named.items()}
 
 
-def by_our_name(name: str) -> str:
-    """A class embedding is the label's rows or, where it projects, the pooled caption's: a condition's and not the UNet's."""
-    if name == CLASSES:
+def by_our_name(name: str, home: str) -> str:
+    return home + name.removeprefix(CLASSES) if name.startswith(CLASSES) else f"unet.{name}"
+
+
+def home_of_classes(given: dict[str, Tensor], told: dict | None, own: dict[str, Tensor]) -> str:
+    """A class embedding is the label's, as rows or by its number's sinusoid, or projects a pooled caption.
+
+    Sinusoid and projection have the same names: a folder says which it is, a file is taken for what the network has.
+    """
+    if f"{CLASSES}weight" in given:
         return diffusers_folder.LABEL
-    beginning = "class_embedding."
-    return diffusers_folder.POOL + name.removeprefix(beginning) if name.startswith(beginning) else f"unet.{name}"
+    if told is not None:
+        return diffusers_folder.LABEL if told.get("class_embed_type") == "timestep" else diffusers_folder.POOL
+    pooled = any(name.startswith(diffusers_folder.POOL) for name in own)
+    return diffusers_folder.LABEL if SINUSOID in own and not pooled else diffusers_folder.POOL
 
 
 def refuse_misfits(named: dict[str, Tensor], own: dict[str, Tensor], file: Path) -> None:
@@ -186,6 +217,14 @@ def refuse_misfits(named: dict[str, Tensor], own: dict[str, Tensor], file: Path)
         if (name in named) != (name in own):
             where = "only there" if name in named else "only in the network"
             raise Refused(f"start = {file} does not fit model: {name} is {where}")
+
+
+def without_a_null(classes: int) -> str:
+    """A sinusoid takes any number: diffusers' names neither its classes nor a null among them."""
+    return (
+        "conditioners.label is of a class number's sinusoid: which class has which number is believed to be as here, and its "
+        f"null class is number {classes}, one past the last, which nobody trained as one: guide only after dropout has, here"
+    )
 
 
 def notes(copied: set[str], named: dict[str, Tensor], own: dict[str, Tensor], file: Path) -> list[str]:

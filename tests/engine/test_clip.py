@@ -132,6 +132,33 @@ def test_a_caption_longer_than_clip_takes_names_what_was_cut(clip):
     assert torch.equal(long["ids_NM"], text.of_values([" ".join(words[:75])])["ids_NM"])
 
 
+def test_the_doctor_gives_the_encoder_each_caption_once(clip, monkeypatch):
+    """And names the dropout that was meant to be uniform and is normal; a few of its rows, as all hold the same captions."""
+    from transformers import CLIPTextModel
+
+    from duotone.engine import draws
+    from duotone.engine.doctor import conditions, examination
+
+    uniform, forward, seen = draws.uniform, CLIPTextModel.forward, []
+
+    def normal(seed, positions_N, purpose, count=1):
+        u = uniform(seed, positions_N, purpose, count)
+        return torch.special.ndtri(u) if purpose == draws.Purpose.DROP else u
+
+    def watched(self, input_ids, **others):
+        seen.extend(input_ids.tolist())
+        return forward(self, input_ids=input_ids, **others)
+
+    monkeypatch.setattr(draws, "uniform", normal)
+    monkeypatch.setattr(CLIPTextModel, "forward", watched)
+    for module in (conditions, examination):
+        monkeypatch.setattr(module, "ROWS", 512)
+    patient = examination.Patient(recipe_of(["--conditioning.0.encoder", str(clip)]))
+    dropout, says = *conditions.drop_rates(patient), *conditions.says_something(patient)
+    assert dropout.level == "fault" and "measured at the network's input 5" in dropout.says and says.level == "fine"
+    assert len(seen) == len(set(map(tuple, seen))) == len(set(patient.batch.captions)) == 16
+
+
 def test_a_frozen_encoder_is_no_part_of_what_is_trained_or_kept(clip):
     from duotone.engine.conditioning.base import Facts
     from duotone.engine.conditioning.text import ClipText

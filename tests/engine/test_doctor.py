@@ -12,11 +12,16 @@ from torch import nn
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
 from duotone.data.write_shards import Sample, write_shards
-from duotone.engine import cli, draws
+from duotone.engine import cli, draws, small
 from duotone.engine.conditioning.attributes import Attributes
+from duotone.engine.conditioning.base import Facts
+from duotone.engine.conditioning.image import ClassMap
 from duotone.engine.conditioning.label import Label
-from duotone.engine.conditioning.text import ByteText
+from duotone.engine.conditioning.text import ByteText, ByteTokens
+from duotone.engine.doctor.encoders import Once, reading_once
 from duotone.engine.doctor.examination import Finding, examine
+from duotone.engine.doctor.settings import unread
+from duotone.engine.log import Log
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
@@ -35,7 +40,7 @@ SOUND = Recipe(
         channels=(16, 16),
         attention=("none", "none"),
         middle="single",
-        heads=(2, 2),
+        heads=(1, 1),
         blocks=(1, 1),
         depth=(1, 1),
         groups=8,
@@ -61,6 +66,7 @@ def test_a_sound_recipe_is_found_sound():
     levels = {subject: finding.level for subject, finding in found(SOUND).items()}
     assert not [subject for subject, level in levels.items() if level == "fault"]
     assert levels["label.dropout"] == levels["timesteps"] == levels["network"] == levels["guidance"] == "fine"
+    assert levels["settings"] == "fine" and "preview.guidance" not in levels
 
 
 def planted_normal_dropout(monkeypatch) -> Recipe:
@@ -105,6 +111,10 @@ def planted_guidance_without_a_null(monkeypatch) -> Recipe:
     return replace(SOUND, conditioning=(Label(dropout=0.0),), preview=Previews(guidance=3.0))
 
 
+def planted_guidance_never_applied(monkeypatch) -> Recipe:
+    return replace(SOUND, preview=Previews(guidance=1.0))
+
+
 def planted_blind_condition(monkeypatch) -> Recipe:
     """Every class is the same class: a number of classes that nothing reads."""
     from duotone.engine.conditioning.label import LabelConditioner
@@ -140,6 +150,7 @@ def planted_silent_setting(monkeypatch) -> Recipe:
         (planted_sinusoid, "label.encoding", "warning", "class 3 lay between 2 and 4"),
         (planted_batch_normalisation, "network", "fault", "conv_norm_out normalises over the batch"),
         (planted_guidance_without_a_null, "preview.guidance", "fault", "label is never dropped"),
+        (planted_guidance_never_applied, "preview.guidance", "warning", "unguided, although guidance is trained for"),
         (planted_blind_condition, "label", "fault", "says nothing"),
         (planted_long_warm_up, "optimizer.warmup", "fault", "the run ends at 64,000"),
         (planted_late_average, "ema", "fault", "the random ones of the start"),
@@ -153,6 +164,91 @@ def test_a_planted_bug_is_named(plant, subject, level, says, monkeypatch):
     finding = found(plant(monkeypatch))[subject]
     assert finding.level == level and says in finding.says, finding
     assert time.process_time() - began < 10  # processor seconds: what it promises is not minutes
+
+
+def test_guidance_that_nothing_is_trained_for_is_not_missed():
+    """At 1 a recipe whose condition is never dropped is consistent; and one without a condition has nothing to guide by."""
+    for conditions in ((Label(dropout=0.0),), ()):
+        said = found(replace(SOUND, conditioning=conditions, preview=Previews(guidance=1.0)))
+        assert "preview.guidance" not in said
+
+
+def coco(encoder: Path) -> Recipe:
+    recipe = recipe_at(ROOT / "recipes" / "coco_clip.py", [], "x")
+    return replace(recipe, conditioning=(replace(recipe.conditioning[0], encoder=str(encoder)),))
+
+
+def test_how_often_captions_are_dropped_is_measured_without_their_encoder(monkeypatch, tmp_path):
+    sound = found(coco(tmp_path / "nowhere"))
+    assert sound["text.dropout"].level == "fine" and sound["text"].level == "unknown"
+    assert sound["text.encoder"].level == "unknown" and "nowhere' cannot be loaded" in sound["text.encoder"].says
+    planted_normal_dropout(monkeypatch)
+    named = found(coco(tmp_path / "nowhere"))["text.dropout"]
+    assert named.level == "fault" and "configured 10.0%, measured at the network's input 5" in named.says
+
+
+def test_an_encoder_of_another_width_has_no_stand_in():
+    """It is here, and is refused: what it is refused for is all that is said."""
+    wide = replace(SOUND, conditioning=(ByteText(width=96, heads=4),))
+    assert found(wide)["text.dropout"].says.startswith("not measured: model.context_width = 512")
+
+
+def test_a_caption_is_read_once_and_stands_in_its_rows():
+    captions, tokens, seen = ["a", "b", "a", "c", "b"], ByteTokens(8), []
+    read = reading_once(lambda captions: seen.append(captions) or tokens(captions))
+    assert all(torch.equal(tensor, tokens(captions)[name]) for name, tensor in read(captions).items())
+    assert seen == [["a", "b", "c"]]
+
+
+def test_a_caption_is_encoded_once_in_however_many_rows_it_stands():
+    torch.manual_seed(0)
+    text = ByteText(width=16, layers=1, heads=2, length=8).build(UNetConfig(context_width=16), Facts()).eval()
+    captions, encode, seen = ["a", "b", "a", "c", "b"], text.encode, []
+    once = Once(lambda tensors: seen.append(tensors["ids_NM"]) or encode(tensors))
+    with torch.no_grad():
+        tensors = text.of_values(captions)
+        torch.testing.assert_close(once(tensors), encode(tensors), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(once(text.of_values(["c", "d"])), encode(text.of_values(["c", "d"])))
+    assert torch.equal(torch.cat(seen), text.of_values(["a", "b", "c", "d"])["ids_NM"])
+
+
+ATTENDING = replace(SOUND.model, attention=("none", "self"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "names"),
+    [
+        (replace(SOUND, preview=Previews(prompts=("a cat",))), ["preview.prompts"]),
+        (replace(SOUND, preview=Previews(attributes=("Male",))), ["preview.attributes"]),
+        (replace(SOUND, preview=Previews(sheets=True), conditioning=()), ["preview.sheets"]),
+        (replace(SOUND, log=Log(wandb_pictures=True)), ["log.wandb_pictures"]),
+        (replace(SOUND, preview=Previews(prompts=("a cat",)), conditioning=(ByteText(),)), []),
+        (replace(SOUND, data=Shards(size=16, resize="squash", crop="random")), ["data.crop"]),
+        (replace(SOUND, data=Shards(size=16, resize="none", crop="random")), ["data.crop"]),
+        (replace(SOUND, data=Shards(size=16, resize="crop", crop="random")), []),
+        (replace(SOUND, conditioning=(Label(), ClassMap(encoding="one_hot", width=7))), ["conditioning.1.width"]),
+        (replace(SOUND, conditioning=(ClassMap(encoding="embedding", width=7),)), []),
+        (replace(SOUND, model=replace(SOUND.model, heads=(2, 2))), ["model.heads"]),
+        (replace(SOUND, model=replace(SOUND.model, heads=(1, 4))), ["model.heads"]),
+        (replace(SOUND, model=replace(SOUND.model, heads=(4, 4))), []),
+        (replace(SOUND, model=replace(SOUND.model, depth=(2, 1))), ["model.depth"]),
+        (replace(SOUND, model=replace(SOUND.model, context_width=99)), ["model.context_width"]),
+        (replace(SOUND, model=replace(ATTENDING, heads=(2, 2), depth=(2, 2), context_width=99)), []),
+        (replace(SOUND, model=replace(SOUND.model, middle="self", heads=(2, 2))), []),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_named(recipe, names):
+    assert [name for name, _ in unread(recipe)] == names
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.py")), ids=lambda path: path.stem)
+def test_a_recipe_of_this_repository_sets_nothing_without_effect(path):
+    assert list(unread(recipe_at(path, [], "x"))) == []
+
+
+@pytest.mark.parametrize("name", ["small_text", "small_label", "small_attributes", "small_concat", "small_plain"])
+def test_nor_does_a_small_one(name):
+    assert list(unread(getattr(small, name))) == []
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from duotone.data.refusal import Refused
 from duotone.engine import artifact
+from duotone.engine.conditioning.attributes import Attributes
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.text import ByteText
@@ -75,6 +76,74 @@ def test_other_forms_of_the_same_weights(theirs, form, tmp_path):
     assert network.unet.conv_in.weight.equal(unet.conv_in.weight)
 
 
+SINUSOIDAL = replace(RECIPE, conditioning=(Label(encoding="sinusoid"),))
+
+
+def predicted(network, x_NCHW, time_N, labels_N) -> torch.Tensor:
+    keep = {"label": torch.ones(len(labels_N), dtype=torch.bool)}
+    with torch.no_grad():
+        return network.eval().predict(x_NCHW, time_N, network.condition({"label": {"labels_N": labels_N}}, keep))
+
+
+@pytest.fixture(params=[{}, {"flip_sin_to_cos": False, "freq_shift": 1}], ids=["cosines first", "sines first, shifted"])
+def numbered(request, tmp_path):
+    """A diffusers UNet that takes the class number as it takes the time, and a recipe of its shape."""
+    torch.manual_seed(8)
+    config = diffusers_folder.to_config(MODEL, 16) | {"class_embed_type": "timestep"} | request.param
+    theirs = diffusers_folder.from_config(config)
+    config.pop("_class_name")
+    unet = diffusers.UNet2DModel(**config)
+    unet.save_pretrained(tmp_path / "numbered")
+    return unet.eval(), tmp_path / "numbered", replace(SINUSOIDAL, model=theirs)
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_a_class_by_its_number_is_the_label_as_a_sinusoid(numbered, form, tmp_path):
+    """Begun from there, our network predicts what theirs does, of every class and time; and so does what is exported again."""
+    unet, path, recipe = numbered
+    if form == "file":
+        path = tmp_path / "single.safetensors"
+        save_file({k: v.contiguous() for k, v in unet.state_dict().items()}, path)
+    network = fresh(recipe)
+    said = begin_from(network, path, recipe.model, None, recipe.conditioning, FACTS)
+    time_N, labels_N = torch.tensor([0.0, 5.0, 300.0, 999.0]).repeat(2), torch.tensor([0, 1]).repeat_interleave(4)
+    x_NCHW = torch.randn(8, 3, 16, 16)
+    with torch.no_grad():
+        expected = unet(x_NCHW, time_N, labels_N).sample
+        assert (expected - unet(x_NCHW, time_N, 1 - labels_N).sample).abs().max() > 1e-3
+    torch.testing.assert_close(predicted(network, x_NCHW, time_N, labels_N), expected, rtol=1e-5, atol=1e-5)
+    assert len(said) == 2 and "its null class is number 2, one past the last, which nobody trained as one" in said[1]
+
+    diffusers_folder.export(artifact.Model(network, recipe.objective, FACTS, recipe), tmp_path / "out")
+    again = diffusers.UNet2DModel.from_pretrained(tmp_path / "out", subfolder="unet").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(x_NCHW, time_N, labels_N).sample, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sinusoid_is_no_beginning_of_another_label(numbered):
+    """Sixteen classes as a one-hot vector are as wide as the sinusoid of the first level: the weights fit, and mean nothing."""
+    _, path, recipe = numbered
+    facts = Facts(classes=tuple("abcdefghijklmnop"))
+    for encoding in ("one_hot", "embedding"):
+        recipe = replace(recipe, conditioning=(Label(encoding=encoding),))
+        torch.manual_seed(1)
+        network = artifact.build(recipe, facts)
+        before = {name: p.clone() for name, p in network.conditioners.named_parameters()}
+        said = begin_from(network, path, recipe.model, None, recipe.conditioning, facts)
+        assert all(torch.equal(before[name], p) for name, p in network.conditioners.named_parameters())
+        assert said[1:3] == ["conditioners.label begins at random", "conditioners.label is left behind"]
+        assert said[3:] == [f"its condition label means something else: encoding sinusoid there, {encoding} here"]
+
+
+def test_our_own_sinusoid_had_its_null_class(tmp_path):
+    source = fresh(SINUSOIDAL, seed=5)
+    named = {name: p.detach() for name, p in source.named_parameters()}
+    artifact.save(tmp_path / "ema.safetensors", named, SINUSOIDAL, FACTS, 0)
+    network = fresh(SINUSOIDAL)
+    assert len(begin_from(network, tmp_path, MODEL, None, SINUSOIDAL.conditioning, FACTS)) == 1
+    assert all(torch.equal(p, named[name]) for name, p in network.named_parameters())
+
+
 def test_our_own_file_and_a_condition_that_it_does_not_know(tmp_path):
     source = fresh(replace(RECIPE, conditioning=()), seed=5)
     named = {name: p.detach() for name, p in source.named_parameters()}
@@ -101,6 +170,21 @@ def test_a_row_of_another_name_is_no_beginning(tmp_path, names):
         assert found.equal(source.conditioners["label"].embedding.weight) and len(said) == 1
     else:
         assert found.equal(own) and said[-1].startswith("its condition label means something else: names cat dog there")
+
+
+def test_rows_of_another_port_are_no_beginning(tmp_path):
+    """As wide, but added to the time there, and read by attention here."""
+    model = replace(MODEL, attention=("none", "cross"), middle="cross", context_width=64)
+    facts = Facts(attributes=("Smiling", "Male"))
+    text = ByteText(width=64, layers=1, heads=2, length=8)
+    source, ours = (replace(RECIPE, model=model, conditioning=(text, Attributes(port=p))) for p in ("vector", "tokens"))
+    there, here = artifact.build(source, facts), artifact.build(ours, facts)
+    named = {name: p.detach() for name, p in there.named_parameters()}
+    artifact.save(tmp_path / "ema.safetensors", named, source, facts, 0)
+    own = here.conditioners["attributes"].embedding.weight.clone()
+    said = begin_from(here, tmp_path, model, None, ours.conditioning, facts)
+    assert here.conditioners["attributes"].embedding.weight.equal(own)
+    assert said[-1] == "its condition attributes means something else: port vector there, tokens here"
 
 
 def test_our_own_file_says_what_shapes_do_not(tmp_path):
