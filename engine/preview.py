@@ -132,7 +132,7 @@ def draw(config: Previews, model, examples: Examples, folder: Path, name: str) -
     folder.mkdir(parents=True, exist_ok=True)
     rows, settings = asked_for(config, model, examples), settings_of(config, model)
     images = sample(model, **repeated(rows, config.columns), **settings, seed=0)
-    zoom = max(1, 64 // images.shape[1])
+    zoom = zoom_of(images)
     written = [folder / f"{name}.png"]
     shown = given(model, rows)
     pictures.grid(beside(shown, images, config.columns), config.columns + len(shown), zoom=zoom).save(written[0])
@@ -165,8 +165,13 @@ def draw_sheets(config: Previews, model, folder: Path) -> list[Path]:
     for label, name in enumerate(model.facts.classes):
         images = sample(model, labels=[label] * (config.rows * config.columns), **settings_of(config, model), seed=0)
         written.append(folder / f"class-{label:03d}-{NO_FILE_NAME.sub('-', name)[:100]}.png")
-        pictures.grid(images, config.columns).save(written[-1])
+        pictures.grid(images, config.columns, zoom=zoom_of(images)).save(written[-1])
     return written
+
+
+def zoom_of(images_NHWC: np.ndarray) -> int:
+    """What makes small images large enough to be looked at."""
+    return max(1, 64 // images_NHWC.shape[1])
 
 
 def frames_of(strip_NHWC: np.ndarray, moments: int, zoom: int) -> list:

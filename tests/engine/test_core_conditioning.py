@@ -394,7 +394,7 @@ def test_every_class_has_a_sheet_of_its_own(tmp_path):
     written = preview.draw_sheets(settings, model, tmp_path)
     assert [path.name for path in written] == ["class-000-cat.png", "class-001-a-b-c.png", "class-002-bird.png"]
     with Image.open(written[1]) as sheet:
-        assert sheet.size == (3 * 10 + 2, 2 * 10 + 2)
+        assert sheet.size == (8 * (3 * 10 + 2), 8 * (2 * 10 + 2)), "small images are enlarged"
     assert preview.draw_sheets(settings, model_of(Attributes()), tmp_path) == []
 
 
