@@ -2,6 +2,7 @@
 
 An instance's residual blocks, transformers, attentions and a few more parts are given classes of their own: nothing is
 wrapped, copied or hooked, so the UNet can be moved, cast, compiled, copied and saved as before, and unfuse(unet) undoes it.
+What is not diffusers' own, by class, hook or forward, is left as it is, or run instead of read.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from duotone.kernels.group_norm_silu import group_norm_silu
 
 SUPPORTED = ("UNet2DModel", "UNet2DConditionModel")
 PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor")
-"""Of diffusers, that compute attention and nothing else; any other is somebody's own, and is kept."""
+"""Of diffusers, that compute attention and nothing else; any other is kept."""
 
 
 @dataclass
@@ -39,29 +40,42 @@ class Fused:
 def fuse(unet: nn.Module, *, quiet: bool = False) -> Fused:
     """Puts fused group norms with their SiLU, attention and channels-last activations into a diffusers UNet, in place.
 
-    Says what was replaced, what was left and why; raises Refused on anything but the two supported classes.
+    Says what was replaced, what was left and why; what was put in since an earlier call is fused as well. A mask keeps a token
+    or discards it, as diffusers has it: values between count as discarded. Gradients are of first order, in reverse
+    mode. Raises Refused on anything but the two supported classes.
     """
-    kind = type(unet).__name__
-    if not any(parent.__name__ in SUPPORTED for parent in type(unet).__mro__):
-        raise Refused(f"fuse() takes {' or '.join(SUPPORTED)} of diffusers, not {kind}")
-    if is_fused(unet):
-        return report(Fused(left={kind: "it is fused already: nothing was done"}), quiet)
-    fused = Fused()
+    refuse_others(unet, "fuse()")
+    before, fused = is_fused(unet), Fused()
     for name, module in unet.named_modules():
         fuse_module(name, module, fused)
-    # The weights keep their layout, so that saving and sharding work as before.
-    unet.conv_in.__class__ = ChannelsLast.of(type(unet.conv_in))
+    fuse_start(unet, fused)
     fuse_end(unet, fused)
+    if before and not fused.replaced:
+        fused.left = {type(unet).__name__: "it is fused already: nothing was done"} | fused.left
     return report(fused, quiet)
 
 
 def unfuse(unet: nn.Module) -> None:
-    """Gives every part its own class and processor back."""
+    """Gives every part its own class and processor back.
+
+    Raises Refused, before anything is done, where something has been put around a fused part: it would still call that.
+    """
+    refuse_others(unet, "unfuse()")
+    parts = {name: module for name, module in unet.named_modules() if isinstance(module, FusedPart)}
+    for name, module in parts.items():
+        if "forward" in vars(module) or "original" not in vars(type(module)):
+            raise Refused(f"unfuse(): {name} has been given another forward or class since fuse(); undo that first")
+    for module in parts.values():
+        module.__class__ = type(module).original
+        vars(module).pop("around", None)
     for module in unet.modules():
-        if isinstance(module, FusedPart):
-            module.__class__ = type(module).original
         if isinstance(getattr(module, "processor", None), FusedAttention):
             module.processor = module.processor.original
+
+
+def refuse_others(unet: nn.Module, caller: str) -> None:
+    if not any(parent.__name__ in SUPPORTED for parent in type(unet).__mro__):
+        raise Refused(f"{caller} takes {' or '.join(SUPPORTED)} of diffusers, not {type(unet).__name__}")
 
 
 def is_fused(unet: nn.Module) -> bool:
@@ -79,10 +93,11 @@ def report(fused: Fused, quiet: bool) -> Fused:
 
 def fuse_module(name: str, module: nn.Module, fused: Fused) -> None:
     """Gives one part its fused class, or notes why not."""
-    if type(module).__name__ not in PARTS:
+    kind = next((parent.__name__ for parent in type(module).__mro__ if is_theirs(parent, PARTS)), None)
+    if kind is None or isinstance(module, FusedPart) or isinstance(getattr(module, "processor", None), FusedAttention):
         return
-    why_not, part, called = PARTS[type(module).__name__]
-    why = why_not(module)
+    why_not, part, called = PARTS[kind]
+    why = own_ways(module) or why_not(module)
     if why:
         fused.left[name] = why
         return
@@ -93,24 +108,49 @@ def fuse_module(name: str, module: nn.Module, fused: Fused) -> None:
         module.__class__ = part.of(type(module))
 
 
+def is_theirs(cls: type, names) -> bool:
+    """Whether a class is diffusers' own of one of these names, and not somebody else's of the same name."""
+    return cls.__name__ in names and cls.__module__.startswith("diffusers.")
+
+
+def own_ways(module: nn.Module) -> str | None:
+    """Why a part is not simply what its class's name says."""
+    if not is_theirs(type(module), PARTS):
+        return f"it is a {type(module).__name__} of {type(module).__module__}"
+    return "it has a forward of its own" if "forward" in vars(module) else None
+
+
+def fuse_start(unet: nn.Module, fused: Fused) -> None:
+    """The first convolution; the weights keep their layout, so that saving and sharding work as before."""
+    if isinstance(unet.conv_in, ChannelsLast):
+        return
+    if type(unet.conv_in) is not nn.Conv2d or "forward" in vars(unet.conv_in):
+        fused.left["conv_in"] = "it is no plain convolution: give images in channels_last"
+        return
+    unet.conv_in.__class__ = ChannelsLast.of(nn.Conv2d)
+
+
 def fuse_end(unet: nn.Module, fused: Fused) -> None:
     """The last group norm takes the SiLU that follows it."""
+    if isinstance(unet.conv_norm_out, FusedGroupNormSiLU) and isinstance(unet.conv_act, Nothing):
+        return
     if unet.conv_norm_out is None or not isinstance(unet.conv_act, nn.SiLU):
         fused.left["conv_norm_out"] = "no group norm and SiLU before the last convolution"
         return
     if not is_plain(unet.conv_norm_out, nn.GroupNorm) or not is_plain(unet.conv_act, nn.SiLU):
         fused.left["conv_norm_out"] = "it, or its SiLU, has a hook or a forward of its own"
         return
-    unet.conv_norm_out.__class__ = FusedGroupNormSiLU.of(type(unet.conv_norm_out))
-    unet.conv_act.__class__ = Nothing.of(type(unet.conv_act))
+    unet.conv_norm_out.__class__ = FusedGroupNormSiLU.of(nn.GroupNorm)
+    unet.conv_act.__class__ = Nothing.of(nn.SiLU)
+    unet.conv_act.around = (unet,)  # in a tuple, so that it is no part of the act's state
     fused.count("group norms with SiLU")
 
 
 def why_not_residual(block: nn.Module) -> str | None:
     if not isinstance(block.norm1, nn.GroupNorm) or not isinstance(block.norm2, nn.GroupNorm):
         return f"its norms are {type(block.norm1).__name__} and {type(block.norm2).__name__}"
-    if not isinstance(block.nonlinearity, nn.SiLU):
-        return f"its nonlinearity is {type(block.nonlinearity).__name__}"
+    if not is_plain(block.nonlinearity, nn.SiLU):
+        return f"its nonlinearity is {type(block.nonlinearity).__name__}, or has a hook or a forward of its own"
     if block.upsample is not None or block.downsample is not None:
         return "it also changes the resolution"
     if block.time_embedding_norm not in ("default", "scale_shift"):
@@ -128,9 +168,11 @@ def why_not_attention(block: nn.Module) -> str | None:
     ]
     if extras:
         return f"it has {', '.join(extras)}"
-    processor = type(getattr(block, "processor", None)).__name__
-    if processor not in PLAIN_PROCESSORS:
-        return f"its processor is {processor}"
+    processor = type(getattr(block, "processor", None))
+    if processor.__name__ not in PLAIN_PROCESSORS:
+        return f"its processor is {processor.__name__}"
+    if not is_theirs(processor, PLAIN_PROCESSORS):
+        return f"its processor is the {processor.__name__} of {processor.__module__}"
     if getattr(block, "only_cross_attention", False) or getattr(block, "added_kv_proj_dim", None):
         return "its keys are projected in another way"
     return None
@@ -164,7 +206,8 @@ class FusedPart:
         key = (cls, original)
         if key not in cls.made:
             facts = {"__module__": __name__, "part": cls, "original": original}
-            cls.made[key] = type(cls.__name__, (cls, original), facts)
+            # By their name, since tools look for blocks by it.
+            cls.made[key] = type(original.__name__, (cls, original), facts)
         return cls.made[key]
 
     def __reduce__(self):
@@ -186,29 +229,32 @@ class ChannelsLast(FusedPart):
 
 
 class FusedGroupNormSiLU(FusedPart):
+    """The last norm and, unless it is watched, the SiLU after it."""
+
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        return normed(self, x_NCHW)
+        return normed(self, x_NCHW, act=None if is_watched(self) else SILU)
 
 
 class Nothing(FusedPart):
-    """The SiLU that the norm before it has already done."""
+    """The SiLU that the norm before it has already done, if it still is the one that does."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x
+        norm = self.around[0].conv_norm_out
+        return x if isinstance(norm, FusedGroupNormSiLU) and not is_watched(norm) else F.silu(x)
 
 
 class FusedResnetBlock(FusedPart):
     """Norm, SiLU, convolution; norm of the sum with the time embedding (or FiLM by it), SiLU, convolution; residual."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args, **kwargs) -> Tensor:
-        h, modulation = normed(self.norm1, input_tensor), self.modulation(temb)
+        h, modulation = normed(self.norm1, input_tensor, act=self.nonlinearity), self.modulation(temb)
         if "add_NC" in modulation and is_plain(self.conv1, nn.Conv2d) and self.conv1.bias is not None:
             # The norm adds a vector anyway: with the bias in it, the convolution's own pass for that falls away.
             h = self.conv1._conv_forward(h, self.conv1.weight, None)
             modulation["add_NC"] = modulation["add_NC"] + self.conv1.bias
         else:
             h = self.conv1(h)
-        h = normed(self.norm2, h, **modulation)
+        h = normed(self.norm2, h, act=self.nonlinearity, **modulation)
         h = self.conv2(self.dropout(h))
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
@@ -225,37 +271,54 @@ class FusedResnetBlock(FusedPart):
         return {"scale_NC": scale_NC, "shift_NC": shift_NC}
 
 
+SILU = nn.SiLU()
+
+
 def is_plain(layer: nn.Module, kind: type) -> bool:
     """A layer that may be read instead of run: no adapter around it, no hook on it, no forward put in its own's place."""
-    return type(layer) is kind and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+    return type(layer) is kind and not is_watched(layer)
 
 
-def normed(norm: nn.GroupNorm, x_NCHW: Tensor, *, silu: bool = True, **modulation: Tensor) -> Tensor:
-    """The norm with what surrounds it in one operation, or, where it may not be read, run between them."""
-    if not is_plain(norm, nn.GroupNorm) and not isinstance(norm, FusedPart):
-        return normed_in_parts(norm, x_NCHW, silu, **modulation)
-    return group_norm_silu(x_NCHW, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu, **modulation)
+def is_watched(layer: nn.Module) -> bool:
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(layer)
 
 
-def normed_in_parts(norm: nn.Module, x_NCHW: Tensor, silu: bool, add_NC=None, scale_NC=None, shift_NC=None) -> Tensor:
+def normed(norm: nn.GroupNorm, x_NCHW: Tensor, *, act: nn.Module | None, **modulation: Tensor) -> Tensor:
+    """The norm with what surrounds it in one operation, or, where a part may not be read, one after the other."""
+    readable = isinstance(norm, FusedPart) or is_plain(norm, nn.GroupNorm) and norm.affine
+    if not readable or not (act is None or is_plain(act, nn.SiLU)):
+        return normed_in_parts(norm, x_NCHW, act, **modulation)
+    affine = (norm.weight, norm.bias, norm.num_groups, norm.eps)
+    return group_norm_silu(x_NCHW, *affine, silu=act is not None, **modulation)
+
+
+def normed_in_parts(norm: nn.Module, x_NCHW: Tensor, act, add_NC=None, scale_NC=None, shift_NC=None) -> Tensor:
     h_NCHW = norm(x_NCHW if add_NC is None else x_NCHW + add_NC[:, :, None, None])
     if scale_NC is not None:
         h_NCHW = h_NCHW * (1 + scale_NC[:, :, None, None]) + shift_NC[:, :, None, None]
-    return F.silu(h_NCHW) if silu else h_NCHW
+    return h_NCHW if act is None else act(h_NCHW)
 
 
 class FusedTransformer(FusedPart):
     """Its beginning and end over tokens: theirs turns every output back to planes, and each later part runs on those."""
 
     def _operate_on_continuous_inputs(self, x_NCHW: Tensor) -> tuple[Tensor, int]:
-        tokens_NLC = tokens_of(normed(self.norm, x_NCHW, silu=False))
-        h_NLC = projected(self.proj_in, tokens_NLC, x_NCHW.shape[2:])
+        tokens_NLC = tokens_of(normed(self.norm, x_NCHW, act=None))
+        h_NLC = self.projected(self.proj_in, tokens_NLC, x_NCHW.shape[2:])
         return h_NLC, h_NLC.shape[-1]
 
     def _get_output_for_continuous_inputs(
         self, hidden_states, residual, batch_size, height, width, inner_dim
     ) -> Tensor:
-        return residual + image_of(projected(self.proj_out, hidden_states, (height, width)), (height, width))
+        return residual + image_of(self.projected(self.proj_out, hidden_states, (height, width)), (height, width))
+
+    def projected(self, layer: nn.Module, tokens_NLC: Tensor, size: tuple[int, int]) -> Tensor:
+        """A linear layer, or a 1 x 1 convolution: over channels-last pixels that is the same matrix product."""
+        if is_plain(layer, nn.Conv2d):
+            return F.linear(tokens_NLC, layer.weight.flatten(1), layer.bias)
+        # A convolution that is watched, or what an adapter put around one, takes images.
+        return layer(tokens_NLC) if self.use_linear_projection else tokens_of(layer(image_of(tokens_NLC, size)))
 
 
 class FusedUpsample(FusedPart):
@@ -271,23 +334,13 @@ class FusedUpsample(FusedPart):
         return self.conv(x_NCHW) if self.name == "conv" else self.Conv2d_0(x_NCHW)
 
 
-def projected(layer: nn.Module, tokens_NLC: Tensor, size: tuple[int, int]) -> Tensor:
-    """A linear layer, or a 1 x 1 convolution: over channels-last pixels that is the same matrix product."""
-    if is_plain(layer, nn.Conv2d):
-        return F.linear(tokens_NLC, layer.weight.flatten(1), layer.bias)
-    # A convolution that is watched, or what an adapter put around one, takes images.
-    return layer(tokens_NLC) if is_linear(layer) else tokens_of(layer(image_of(tokens_NLC, size)))
-
-
-def is_linear(layer: nn.Module) -> bool:
-    return layer.weight.ndim == 2
-
-
 class FusedAttention:
     """diffusers' attention processor with our attention; additive masks of other shapes go to the processor it replaced."""
 
-    def __init__(self, original):
-        self.original = original
+    def __init__(self, original=None):
+        self.original = (
+            original or usual_processor()
+        )  # diffusers makes another of a processor's class where adapters come and go
 
     def __call__(
         self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, *args, **kwargs
@@ -310,7 +363,7 @@ class FusedAttention:
     @staticmethod
     def normed_pixels(attn, x_NCHW: Tensor) -> Tensor:
         """tokens_NLC after the block's own group norm."""
-        return tokens_of(x_NCHW if attn.group_norm is None else normed(attn.group_norm, x_NCHW, silu=False))
+        return tokens_of(x_NCHW if attn.group_norm is None else normed(attn.group_norm, x_NCHW, act=None))
 
     @staticmethod
     def attended(attn, x_NLC: Tensor, context_NMD: Tensor | None, bias_N1M: Tensor | None) -> Tensor:
@@ -325,15 +378,26 @@ class FusedAttention:
         return attention(q, k, v, mask_NM=mask_NM, scale=attn.scale).flatten(2)
 
 
+def usual_processor():
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    return AttnProcessor2_0()
+
+
 def each_projected(heads: int, x_NLC: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
-    """Each (N, L, heads, width), by one matrix product where all are plain linear layers."""
-    if all(is_plain(layer, nn.Linear) for layer in layers):
+    """Each (N, L, heads, width), by one matrix product where all are plain linear layers, with a bias or all without."""
+    if all(is_plain(layer, nn.Linear) for layer in layers) and len({layer.bias is None for layer in layers}) == 1:
         return packed(heads, x_NLC, *layers)
     return tuple(layer(x_NLC).unflatten(-1, (heads, -1)) for layer in layers)
 
 
+def takes_the_time_in_its_norms(block: nn.Module) -> str:
+    return "its norms take the time embedding"
+
+
 PARTS = {
     "ResnetBlock2D": (why_not_residual, FusedResnetBlock, "residual blocks"),
+    "ResnetBlockCondNorm2D": (takes_the_time_in_its_norms, FusedPart, "residual blocks"),
     "Transformer2DModel": (why_not_transformer, FusedTransformer, "transformers"),
     "Attention": (why_not_attention, FusedAttention, "attentions"),
     "Upsample2D": (why_not_upsample, FusedUpsample, "upsamplings"),

@@ -7,7 +7,9 @@ import sys
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from diffusers.models import attention_processor
+from diffusers.models.attention_processor import AttnProcessor2_0, SlicedAttnProcessor
+from diffusers.models.resnet import ResnetBlock2D as TheirBlock
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -90,6 +92,208 @@ def test_outputs_and_gradients_are_the_originals(name):
     assert all(p.is_contiguous() for p in unet.parameters())
     unfuse(unet)
     assert not is_fused(unet) and torch.equal(call(unet), before)
+
+
+class AttnProcessor(AttnProcessor2_0):  # under the name of diffusers' own
+    def __call__(self, *arguments, **options):
+        return super().__call__(*arguments, **options) / 2
+
+
+class OfAModule(torch.nn.Module):
+    """As adapters bring theirs."""
+
+    def forward(self, attn, *arguments, **options):
+        return AttnProcessor2_0()(attn, *arguments, **options) / 2
+
+
+OfAModule.__name__ = "AttnProcessor2_0"
+
+
+class ResnetBlock2D(TheirBlock):
+    def forward(self, *arguments, **options):
+        return super().forward(*arguments, **options) / 2
+
+
+class Act(torch.nn.SiLU):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def every(unet, kind: str) -> list:
+    return [part for part in unet.modules() if type(part).__name__ == kind]
+
+
+def processor_of_a_familiar_name(unet):
+    unet.set_attn_processor(AttnProcessor())
+
+
+def processor_that_is_a_module(unet):
+    unet.set_attn_processor(OfAModule())
+
+
+def blocks_of_a_familiar_name(unet):
+    for block in every(unet, "ResnetBlock2D"):
+        block.__class__ = ResnetBlock2D
+
+
+def acts_of_another_formula(unet):
+    for block in every(unet, "ResnetBlock2D"):
+        block.nonlinearity = Act()
+
+
+def acts_that_are_watched(unet):
+    for block in every(unet, "ResnetBlock2D"):
+        block.nonlinearity.register_forward_hook(lambda *found: found[-1] / 2)
+
+
+def blocks_with_a_forward_of_their_own(unet):
+    for block in every(unet, "ResnetBlock2D"):
+        own = block.forward
+        block.forward = lambda *a, own=own, **k: own(*a, **k) / 2
+
+
+def one_bias_among_keys_and_values(unet):
+    for part in every(unet, "Attention"):
+        part.to_v = torch.nn.Linear(part.to_v.in_features, part.to_v.out_features)
+
+
+def norms_of_another_class(unet):
+    class Norm(torch.nn.GroupNorm):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    for part in list(unet.modules()):
+        for name, norm in part.named_children():
+            if isinstance(norm, torch.nn.GroupNorm):
+                setattr(part, name, Norm(norm.num_groups, norm.num_channels, norm.eps))
+
+
+def norms_without_a_gain(unet):
+    for part in every(unet, "ResnetBlock2D"):
+        part.norm1 = torch.nn.GroupNorm(part.norm1.num_groups, part.norm1.num_channels, 0.5, affine=False)
+
+
+def last_norm_watched(unet):
+    unet.conv_norm_out.register_forward_hook(lambda *found: found[-1] - 1)
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.inner = layer
+
+    def forward(self, x):
+        return self.inner(x) / 2
+
+
+def projections_without_a_weight(unet):
+    for part in every(unet, "Transformer2DModel"):
+        part.proj_in, part.proj_out = Wrapped(part.proj_in), Wrapped(part.proj_out)
+
+
+WAYS = [
+    processor_of_a_familiar_name,
+    processor_that_is_a_module,
+    blocks_of_a_familiar_name,
+    acts_of_another_formula,
+    acts_that_are_watched,
+    blocks_with_a_forward_of_their_own,
+    one_bias_among_keys_and_values,
+    norms_of_another_class,
+    norms_without_a_gain,
+    last_norm_watched,
+    projections_without_a_weight,
+]
+CASES = [(way, "conditioned", when) for way in WAYS for when in ("before", "after")]
+CASES.remove((blocks_of_a_familiar_name, "conditioned", "after"))  # a block that is fused has its class
+CASES.append((projections_without_a_weight, "linear", "before"))
+
+
+@pytest.mark.parametrize("way,name,when", CASES, ids=lambda value: getattr(value, "__name__", value))
+def test_what_is_not_diffusers_own_is_run_as_it_is(way, name, when):
+    """Whether it was there before or came later."""
+    torch.manual_seed(1)
+    theirs, unet = NETWORKS[name](), NETWORKS[name]()
+    if when == "after":
+        fuse(unet, quiet=True)
+    way(theirs)
+    way(unet)
+    unet.load_state_dict(theirs.state_dict())
+    if when == "before":
+        fuse(unet, quiet=True)
+    expected = call(theirs)
+    assert (expected - call(NETWORKS[name]())).abs().max() > 1e-3 * expected.abs().max(), "it makes a difference"
+    assert (call(unet) - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1)
+
+
+def test_gradients_that_are_watched_are_seen():
+    unet, seen = conditioned(), []
+    for name, part in unet.named_modules():
+        if name.rpartition(".")[2] in ("conv1", "norm1", "to_q", "proj_in"):
+            part.register_full_backward_hook(lambda *_, name=name: seen.append(name))
+    gradients(unet)
+    expected = sorted(seen)
+    seen.clear()
+    fuse(unet, quiet=True)
+    gradients(unet)
+    assert sorted(seen) == expected and len(seen) > 10
+
+
+def test_what_comes_later_is_fused_by_another_call():
+    unet = conditioned()
+    fuse(unet, quiet=True)
+    unet.set_attn_processor(AttnProcessor2_0())
+    assert fuse(unet, quiet=True).replaced == {"attentions": 8}
+    assert "fused already" in str(fuse(unet, quiet=True))
+
+
+def test_blocks_keep_their_names_and_processors_can_be_made_anew():
+    """Tools look for blocks by name, and diffusers makes another of a processor's class where an adapter comes or goes."""
+    unet = conditioned()
+    names = [type(part).__name__ for part in unet.modules()]
+    fuse(unet, quiet=True)
+    assert [type(part).__name__ for part in unet.modules()] == names
+    expected = call(unet)
+    unet.set_attn_processor({name: type(own)() for name, own in unet.attn_processors.items()})
+    assert torch.equal(call(unet), expected)
+
+
+def test_what_was_put_around_a_fused_part_is_undone_first():
+    unet = conditioned()
+    fuse(unet, quiet=True)
+    block = every(unet, "ResnetBlock2D")[0]
+    own = block.forward
+    block.forward = lambda *a, **k: own(*a, **k)
+    expected = call(unet)
+    with pytest.raises(Refused, match=r"unfuse\(\): .*resnets.0 has been given another forward"):
+        unfuse(unet)
+    assert torch.equal(call(unet), expected), "nothing was done"
+    del block.forward
+    unfuse(unet)
+    assert not is_fused(unet)
+    fuse(unet, quiet=True)
+    torch.nn.utils.parametrizations.weight_norm(unet.conv_in)
+    with pytest.raises(Refused, match=r"unfuse\(\): conv_in has been given another"):
+        unfuse(unet)
+
+
+def test_blocks_whose_norms_take_the_time_are_named():
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        cross_attention_dim=12,
+        attention_head_dim=16,
+        down_block_types=("KDownBlock2D", "KCrossAttnDownBlock2D"),
+        mid_block_type=None,
+        up_block_types=("KCrossAttnUpBlock2D", "KUpBlock2D"),
+        resnet_time_scale_shift="ada_group",
+        act_fn="gelu",
+    )
+    left = fuse(unet, quiet=True).left
+    blocks = [name for name, part in unet.named_modules() if type(part).__name__ == "ResnetBlockCondNorm2D"]
+    assert blocks and all(left[name] == "its norms take the time embedding" for name in blocks)
 
 
 def test_what_is_left_is_named_with_the_reason():
@@ -281,7 +485,9 @@ def test_a_processor_of_ones_own_is_kept():
         torch.testing.assert_close(gradient, expected_grads[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("processor", [AttnProcessor(), SlicedAttnProcessor(2)], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(
+    "processor", [attention_processor.AttnProcessor(), SlicedAttnProcessor(2)], ids=lambda p: type(p).__name__
+)
 def test_every_plain_processor_is_replaced_and_given_back(processor):
     unet = conditioned()
     unet.set_attn_processor(processor)
@@ -328,3 +534,5 @@ def test_anything_else_is_refused_by_name():
         fuse(torch.nn.Linear(2, 2))
     with pytest.raises(Refused, match="not AutoencoderKL"):
         fuse(AutoencoderKL(block_out_channels=(32,), layers_per_block=1))
+    with pytest.raises(Refused, match=r"unfuse\(\) takes .* not object"):
+        unfuse(object())
