@@ -313,7 +313,7 @@ WITHOUT_EFFECT = (
 def refuse_unsupported(theirs: dict, kind: str) -> None:
     """A feature that we do not have is named, and so is a field that this file has never heard of."""
     for name, supported in (NEUTRAL | (PLAIN_ONLY if kind == PLAIN else {})).items():
-        if name in theirs and theirs[name] not in supported:
+        if name in theirs and not is_one_of(theirs[name], supported):
             raise Refused(
                 f"{kind} with {name} = {theirs[name]!r} is not supported (only {', '.join(map(repr, supported))})"
             )
@@ -334,6 +334,11 @@ def refuse_unsupported(theirs: dict, kind: str) -> None:
         raise Refused(
             f"{kind} with cross_attention_dim = {widths} is not supported: tokens have one width for all levels"
         )
+
+
+def is_one_of(value, supported: tuple) -> bool:
+    """Whether a field, or every level of one that is given by level, is as here."""
+    return all(level in supported for level in value) if isinstance(value, list | tuple) else value in supported
 
 
 def from_config(theirs: dict) -> UNetConfig:

@@ -67,9 +67,16 @@ def weights_file(path: Path) -> Path:
     for inside in ("ema.safetensors", diffusers_folder.WEIGHTS, f"unet/{diffusers_folder.WEIGHTS}"):
         if (path / inside).is_file():
             return path / inside
+    endings = (".safetensors", ".bin", ".ckpt", ".pth", ".index.json")
+    others = sorted(p for folder in (path, path / "unet") for p in folder.glob("*") if p.name.endswith(endings))
+    seen = (
+        f", but {others[0].relative_to(path)}" + (f" and {len(others) - 1} more" if others[1:] else "")
+        if others
+        else ""
+    )
     raise Refused(
-        f"start = {path}: there are no weights; give a run's folder, a safetensors file, or a diffusers folder "
-        f"with {diffusers_folder.WEIGHTS}"
+        f"start = {path}: there are no weights by a name that is looked for{seen}; give a run's folder, a safetensors file, or "
+        f"a diffusers folder with {diffusers_folder.WEIGHTS}, one file, as diffusers saves it without a variant"
     )
 
 

@@ -19,7 +19,7 @@ from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.text import ByteText
 from duotone.engine.exchange import diffusers_folder, original_layout
-from duotone.engine.exchange.starting_weights import begin_from
+from duotone.engine.exchange.starting_weights import begin_from, weights_file
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
@@ -294,6 +294,17 @@ def broken(folder: Path, tmp_path: Path, how: str) -> Path:
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"downsample_type": "resnet"}))
     return tmp_path / "nowhere" if how == "absent" else folder
+
+
+def test_weights_by_another_name_are_told(tmp_path):
+    """As diffusers saves them with a variant, in several files or pickled."""
+    for name in ("unet/diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(
+        Refused, match="no weights by a name .*, but diffusion_pytorch_model.bin and 1 more; .*without a variant"
+    ):
+        weights_file(tmp_path)
 
 
 @pytest.mark.parametrize(

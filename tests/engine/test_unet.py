@@ -315,6 +315,15 @@ def test_a_feature_that_is_not_supported_is_named(feature):
         diffusers_folder.from_config(model)
 
 
+def test_a_feature_that_no_level_has_is_no_feature():
+    model = {"_class_name": "UNet2DConditionModel", "block_out_channels": [32] * 2, "layers_per_block": 1}
+    model |= {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    config = diffusers_folder.from_config(model | {"only_cross_attention": [False, False]})
+    assert config == diffusers_folder.from_config(model)
+    with pytest.raises(Refused, match="only_cross_attention"):
+        diffusers_folder.from_config(model | {"only_cross_attention": [False, True]})
+
+
 BASE = {
     UNet2DConditionModel: dict(
         block_out_channels=(16, 32),
