@@ -31,6 +31,7 @@ class Batch:
     attributes_NK: torch.Tensor | None = None  # int8: 1 present, 0 absent, -1 unknown
     skipped: list[str] = field(default_factory=list)  # "key: reason" of samples that could not be read
 
+
 TAKEN_AT_ONCE = 1 << 16  # bytes that CUDA's driver copies aside before the call returns
 
 

@@ -1,7 +1,9 @@
 """Files that replace what was there in one step: no reader and no crash ever sees half of one."""
 
+import errno
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +21,26 @@ def draft_of(path: Path) -> Iterator[Path]:
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
+
+
+def as_opened(path: Path) -> None:
+    """Gives a file that a library made for its owner alone the rights of one that open() makes."""
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
+
+
+OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+OF_THE_DISK |= {errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EIO, errno.ESTALE}
+
+
+def told_by_the_disk(error: Exception) -> str | None:
+    """What a file system says that does not take or give a file, in one line; None for any other error."""
+    code = getattr(error, "errno", None)
+    inside = re.search(r"Os \{ code: (\d+)", str(error))  # as safetensors has it
+    if code not in OF_THE_DISK and (inside is None or int(inside[1]) not in OF_THE_DISK):
+        return None
+    return f"{' '.join(str(error).split())}: make room, or give a path that can be used"
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -1,7 +1,6 @@
 """What a user keeps: the EMA weights and the recipe in one safetensors file, loaded without unpickling anything."""
 
 import json
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from duotone.data.refusal import Refused
-from duotone.data.whole_file import draft_of
+from duotone.data.whole_file import as_opened, draft_of
 from duotone.engine import speed as switches
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.log import say
@@ -75,7 +74,7 @@ def save(path: Path, named: dict[str, Tensor], recipe: Recipe, facts: Facts, ima
     """Writes the single file, whole or not at all."""
     with draft_of(path) as draft:
         save_file({name: value.contiguous() for name, value in named.items()}, draft, header(recipe, facts, images))
-        os.chmod(draft, 0o666 & ~umask())
+        as_opened(draft)
 
 
 def header(recipe: Recipe, facts: Facts, images: int) -> dict[str, str]:
@@ -94,12 +93,6 @@ def header(recipe: Recipe, facts: Facts, images: int) -> dict[str, str]:
         "modelspec.title": recipe.name,
         "modelspec.resolution": f"{recipe.data.size}x{recipe.data.size}",
     }
-
-
-def umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def load(

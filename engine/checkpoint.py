@@ -8,6 +8,7 @@ Its ema.safetensors is a model that can be loaded, as the run's own will be. It 
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from duotone.data.refusal import Refused, at_least
-from duotone.data.whole_file import sync
+from duotone.data.whole_file import as_opened, sync
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
+NAME = re.compile(r"images-\d{12}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,7 @@ def publish(
         draft.mkdir(parents=True)
         for kind, named in tensors.items():
             save_file(named, draft / f"{kind}.safetensors", header if kind == "ema" else None)
+            as_opened(draft / f"{kind}.safetensors")
         files = {path.name: {"bytes": path.stat().st_size, "sha256": digest(path)} for path in sorted(draft.iterdir())}
         manifest = {"images": images, **facts, "files": files}
         (draft / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -76,25 +79,42 @@ def publish(
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and a line for each newer one that does not."""
+    """The newest checkpoint that verifies, and a line for each newer one that does not.
+
+    Raises Refused where there are checkpoints and none verifies: to begin anew is not for this command to decide.
+    """
     passed_over = []
-    for path in sorted(folder.glob("images-*"), reverse=True):
+    for path in reversed(known(folder)):
         fault = verify(path)
         if fault is None:
             return path, passed_over
         passed_over.append(f"checkpoint {path} passed over: {fault}")
-    return None, passed_over
+    if passed_over:
+        raise Refused(
+            f"{'; '.join(passed_over)}: put one back, or give --fresh, which moves the run aside and begins anew"
+        )
+    return None, []
+
+
+def known(folder: Path) -> list[Path]:
+    """The run's checkpoints, oldest first; what else lies there, a copy by another name say, is somebody's own."""
+    return sorted(p for p in folder.glob("images-*") if NAME.fullmatch(p.name) and p.is_dir() and not p.is_symlink())
 
 
 def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """What is wrong with a checkpoint, or None; raises Refused where the disk does not let it be read, which is no damage."""
     try:
-        files = json.loads((path / "manifest.json").read_text())["files"]
-        for name, facts in files.items():
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name, facts in manifest["files"].items():
             if (path / name).stat().st_size != facts["bytes"] or digest(path / name) != facts["sha256"]:
                 return f"{name} differs from the manifest"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        missing = [kind for kind in KINDS if f"{kind}.safetensors" not in manifest["files"]]
+        if missing or name_of(manifest["images"]) != path.name:
+            return f"manifest.json is not of {path.name}" if not missing else f"manifest.json knows no {missing[0]}"
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"manifest.json cannot be followed ({error})"
+    except OSError as error:
+        raise Refused(f"checkpoint {path} cannot be read ({error}): mend that, and the same command goes on") from None
     return None
 
 
@@ -123,8 +143,8 @@ def retire(folder: Path, keep: int, images: int) -> None:
 
     Later ones were passed over, being damaged: counted, they would push out those that can be read.
     """
-    known = [path for path in sorted(folder.glob("images-*")) if path.name <= name_of(images)]
-    for path in known[:-keep]:
+    earlier = [path for path in known(folder) if path.name <= name_of(images)]
+    for path in earlier[:-keep]:
         shutil.rmtree(path)
     for path in folder.glob(".images-*"):
         shutil.rmtree(path)

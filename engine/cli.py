@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 from duotone.data.refusal import Refused
+from duotone.data.whole_file import told_by_the_disk
 from duotone.engine.log import say_warnings_plainly
 
 PREPARE = {
@@ -55,6 +56,12 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
+    except Exception as error:
+        line = told_by_the_disk(error)
+        if line is None:
+            raise
+        print(f"duotone: refused: {line}", file=sys.stderr)
+        sys.exit(2)
 
 
 def dispatch(arguments: list[str]) -> None:

@@ -9,7 +9,11 @@ import time
 import warnings
 from dataclasses import replace
 
+from safetensors import SafetensorError
+
 from duotone.data.refusal import Refused
+from duotone.data.whole_file import told_by_the_disk
+from duotone.engine import checkpoint
 from duotone.engine.command_line import parse
 from duotone.engine.log import say, say_warnings_plainly
 from duotone.engine.recipe import Recipe
@@ -41,6 +45,12 @@ def main(recipe: Recipe, embedded: Recipe | None = None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         tell_where(recipe)
         sys.exit(getattr(interrupt, "code", 130))
+    except (OSError, SafetensorError) as error:
+        line = told_by_the_disk(error)
+        if line is None:
+            raise
+        tell(Refused(line))
+        sys.exit(2)
     except RuntimeError as error:
         from duotone.engine.zero import lost_a_rank
 
@@ -53,8 +63,9 @@ def main(recipe: Recipe, embedded: Recipe | None = None) -> None:
 def tell_where(recipe: Recipe) -> None:
     """Where an interrupted run goes on from."""
     if int(os.environ.get("RANK", 0)) == 0:
-        known = sorted((recipe.folder / "checkpoints").glob("images-*"))
-        where = f"{recipe.again} goes on from {known[-1]}" if known else "there is no checkpoint to go on from yet"
+        found = checkpoint.known(recipe.folder / "checkpoints")
+        newest = max(found, key=lambda path: path.stat().st_mtime, default=None)  # by its name a damaged one may be
+        where = f"{recipe.again} goes on from {newest}" if newest else "there is no checkpoint to go on from yet"
         with contextlib.suppress(OSError):  # where nobody listens any more
             print(f"\nduotone: interrupted: {where}", file=sys.stderr, flush=True)
 

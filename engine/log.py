@@ -80,8 +80,7 @@ class Logger:
             return
         keep_rows_up_to(folder / "metrics.jsonl", start)
         keep_rows_up_to(folder / "trace.jsonl", start)
-        # What is measured at the end is measured anew when a finished run is started once more.
-        keep_rows_up_to(folder / "validation.jsonl", start if start < total else start - 1)
+        keep_rows_up_to(folder / "validation.jsonl", start)
         self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - closed by close()
         self.bar = Bar(total, start)
         if config.tensorboard:
@@ -138,7 +137,8 @@ class Logger:
             self.say(f"a tracker failed and is dropped, metrics.jsonl goes on: {type(error).__name__}: {error}")
 
     def validated(self, row: dict) -> None:
-        """A row of validation.jsonl, and its mean for whoever follows the run."""
+        """A row of validation.jsonl, and its mean for whoever follows the run; of a run that had ended, in the place of its last."""
+        keep_rows_up_to(self.folder / "validation.jsonl", row["images"] - 1)
         with open(self.folder / "validation.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
         self.say(f"loss on held-out images after {row['images']:,}: {row['loss']:.4f}")

@@ -1,5 +1,6 @@
 """Images as bytes, uint8 (N, H, W, C); their grids, strips and GIFs, written with Pillow."""
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from duotone.data.pillow import opaque
 from duotone.data.refusal import Refused
+from duotone.data.whole_file import draft_of
 
 FILMS = {".gif", ".webp", ".png"}
 
@@ -71,11 +73,17 @@ def refuse_unwritable(path: Path, *, film: bool = False) -> None:
         raise Refused(f"{path.parent} cannot be written to: give another folder")
 
 
+def write(path: Path, picture: Image.Image, **options) -> None:
+    """Writes a picture or film, whole or not at all."""
+    with draft_of(path) as draft:
+        picture.save(draft, format=Image.registered_extensions()[path.suffix.lower()], **options)
+
+
 def opened(paths: Sequence[Path]) -> list[Image.Image]:
-    """Pictures of one size: those of another size than the last are left out."""
+    """Pictures of one size: those of another size than the last, and those that cannot be read, are left out."""
     pictures = []
     for path in paths:
-        with Image.open(path) as picture:
+        with contextlib.suppress(OSError, SyntaxError), Image.open(path) as picture:
             pictures.append(picture.convert("RGB"))
     return [picture for picture in pictures if picture.size == pictures[-1].size]
 
@@ -95,4 +103,4 @@ def read(path: Path, channels: int) -> np.ndarray:
 def save_gif(path: Path, frames: Sequence[Image.Image], *, milliseconds: int = 80) -> None:
     """An endless GIF that rests on its last frame."""
     durations = [milliseconds] * (len(frames) - 1) + [10 * milliseconds]
-    frames[0].save(path, save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)
+    write(path, frames[0], save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)

@@ -135,7 +135,8 @@ def draw(config: Previews, model, examples: Examples, folder: Path, name: str) -
     zoom = zoom_of(images)
     written = [folder / f"{name}.png"]
     shown = given(model, rows)
-    pictures.grid(beside(shown, images, config.columns), config.columns + len(shown), zoom=zoom).save(written[0])
+    sheet = pictures.grid(beside(shown, images, config.columns), config.columns + len(shown), zoom=zoom)
+    pictures.write(written[0], sheet)
     if config.strips:
         strips = {"conditional": strip(model, rows, settings, config.columns)}
         if model.can_be_asked_for_anything:
@@ -143,7 +144,7 @@ def draw(config: Previews, model, examples: Examples, folder: Path, name: str) -
             strips["unconditional"] = strip(model, {"count": height}, settings | {"guidance": 1.0}, config.columns)
         for kind, images in strips.items():
             written.append(folder / f"{name}-{kind}.png")
-            pictures.grid(images, config.columns, zoom=zoom).save(written[-1])
+            pictures.write(written[-1], pictures.grid(images, config.columns, zoom=zoom))
         written.append(folder / f"{name}.gif")
         pictures.save_gif(written[-1], frames_of(strips["conditional"], config.columns, zoom), milliseconds=200)
     return written
@@ -165,7 +166,7 @@ def draw_sheets(config: Previews, model, folder: Path) -> list[Path]:
     for label, name in enumerate(model.facts.classes):
         images = sample(model, labels=[label] * (config.rows * config.columns), **settings_of(config, model), seed=0)
         written.append(folder / f"class-{label:03d}-{NO_FILE_NAME.sub('-', name)[:100]}.png")
-        pictures.grid(images, config.columns, zoom=zoom_of(images)).save(written[-1])
+        pictures.write(written[-1], pictures.grid(images, config.columns, zoom=zoom_of(images)))
     return written
 
 
@@ -182,10 +183,10 @@ def frames_of(strip_NHWC: np.ndarray, moments: int, zoom: int) -> list:
 
 def film_of_grids(folder: Path) -> Path | None:
     """The grids of a run, one after another, as previews/training.gif; None before the second."""
-    grids = sorted(path for path in folder.glob("images-*.png") if path.stem.count("-") == 1)
+    grids = pictures.opened(sorted(path for path in folder.glob("images-*.png") if path.stem.count("-") == 1))
     if len(grids) < 2:
         return None
-    pictures.save_gif(folder / "training.gif", pictures.opened(grids), milliseconds=300)
+    pictures.save_gif(folder / "training.gif", grids, milliseconds=300)
     return folder / "training.gif"
 
 

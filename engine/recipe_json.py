@@ -81,6 +81,7 @@ FREE = (
     "zero.",
     "accumulation",
     "data.decoder",
+    "data.on_bad",
     "data.threads",
 )
 

@@ -52,6 +52,8 @@ class Run:
     """Images of the newest checkpoint."""
     unread_before: tuple[str, ...] = ()
     """Samples that could not be read before the checkpoint, a line each."""
+    parts_before: tuple[dict, ...] = ()
+    """How the images before were trained, a part for each process that took part."""
     notes: list[str] = field(default_factory=list)
     """What was substituted, in a line each."""
 
@@ -63,6 +65,18 @@ class Run:
     def steps_here(self) -> int:
         """Steps that this process took."""
         return (self.images - self.began_at) // self.recipe.batch_size
+
+    @property
+    def parts(self) -> list[dict]:
+        """How its images were trained, this process's the last."""
+        here = {
+            "images": [self.began_at, self.images],
+            "device": self.choice.device,
+            "precision": self.choice.precision,
+            "ranks": self.ranks.count,
+            "decoder": self.data.decoder,
+        }
+        return [*self.parts_before, *([here] if self.steps_here else [])]
 
 
 def set_up(recipe: Recipe, held: ExitStack) -> Run:
@@ -85,7 +99,7 @@ def set_up(recipe: Recipe, held: ExitStack) -> Run:
     predicted = estimate(network, recipe, micro, choice, ranks.count)
     with zero.rank_0_first(ranks):
         if ranks.rank == 0:
-            begin_folder(recipe, stored, data.count, held)
+            begin_folder(recipe, stored, data.count, held, goes_on=found is not None)
     recipe = replace(recipe, objective=objective(recipe, data, found, ranks))
     if blocks:
         say(f"compiling {blocks} blocks on first use")
@@ -93,7 +107,7 @@ def set_up(recipe: Recipe, held: ExitStack) -> Run:
     held.push(sharded.close)
     run = Run(recipe, choice, ranks, data, facts, network, sharded, held_out=held_out)
     if found is not None:
-        begun = [*begun, resume(run, found)]
+        begun = [*begun, resume(run, found), *goes_on_otherwise(run)]
     run.began_at = run.images
     run.log = Logger(
         recipe.log, recipe.folder, recipe.images, run.images, speaks=ranks.rank == 0, recipe=to_json(recipe)
@@ -203,16 +217,15 @@ def refuse_other_run(recipe: Recipe, stored: dict | None) -> None:
         )
 
 
-def begin_folder(recipe: Recipe, stored: dict | None, samples: int, held: ExitStack) -> None:
-    if stored is not None:
-        return
-    if recipe.fresh:
-        run_folder.move_aside(recipe.folder)
-    claim(recipe, stored, held)
-    if recipe.data.held_out:
+def begin_folder(recipe: Recipe, stored: dict | None, samples: int, held: ExitStack, *, goes_on: bool) -> None:
+    if stored is None:
+        if recipe.fresh:
+            run_folder.move_aside(recipe.folder)
+        claim(recipe, stored, held)
+        write_json(recipe.folder / "recipe.json", to_json(replace(recipe, fresh=False)))  # by which a folder is a run's
+    if recipe.data.held_out and not (goes_on and (recipe.folder / "splits.json").exists()):
         split = {"training": samples, "held_out": recipe.data.held_out_keys()}
         write_json(recipe.folder / "splits.json", split)
-    write_json(recipe.folder / "recipe.json", to_json(replace(recipe, fresh=False)))
 
 
 def claim(recipe: Recipe, stored: dict | None, held: ExitStack) -> None:
@@ -229,8 +242,24 @@ def with_embedded_data(recipe: Recipe) -> Recipe:
     folder = recipe.folder.parent / f"captioned_shapes-{recipe.data.size}px"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        captioned_shapes.write(folder, count=4096, size=recipe.data.size, seed=0)
+        try:
+            captioned_shapes.write(folder, count=4096, size=recipe.data.size, seed=0)
+        except Refused:
+            if not folder.is_dir():  # which another run, begun at the same time, has written meanwhile
+                raise
     return replace(recipe, data=replace(recipe.data, shards=folder))
+
+
+def goes_on_otherwise(run: Run) -> list[str]:
+    """What changes the numbers of a run that goes on, and may be changed: its precision and its decoder."""
+    before, here = run.parts_before[-1:], {"precision": run.choice.precision, "decoder": run.data.decoder}
+    changed = [
+        f"{name} {part[name]} until here, {here[name]} from here on"
+        for part in before
+        for name in here
+        if part[name] != here[name]
+    ]
+    return [f"the run goes on otherwise than it was trained: {'; '.join(changed)}"] if changed else []
 
 
 def as_tuple(names: list[str] | None) -> tuple[str, ...] | None:
@@ -298,6 +327,7 @@ def save(run: Run) -> None:
             "data": run.data.fingerprint,
             "attention": chosen,
             "unread": unread,
+            "parts": run.parts,
         }
         header = artifact.header(run.recipe, run.facts, run.images)
         checkpoint.publish(folder, run.images, tensors, facts, header)
@@ -323,6 +353,6 @@ def resume(run: Run, path: Path) -> str:
     chosen = manifest.get("attention", [])
     for theirs in [chosen] if isinstance(chosen, dict) else chosen[run.ranks.rank :][:1] or chosen[:1]:
         attention_backends.keep_choices(**theirs)
-    run.unread_before = tuple(manifest.get("unread", ()))
+    run.unread_before, run.parts_before = tuple(manifest.get("unread", ())), tuple(manifest.get("parts", ()))
     run.images = run.saved = manifest["images"]
     return f"resumed from {path} at {run.images:,} images"

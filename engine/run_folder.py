@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from duotone.data.refusal import Refused
 from duotone.data.whole_file import write_whole
 
 CLAIM = ".claim"
+DRAFT = re.compile(r"\..+\.[0-9a-f]{8}")
 
 
 @contextmanager
@@ -37,7 +39,15 @@ def claimed(folder: Path) -> Iterator[None]:
         claim.truncate(0)
         claim.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         claim.flush()
+        remove_drafts(folder)
         yield
+
+
+def remove_drafts(folder: Path) -> None:
+    """What a process that was killed while it wrote has left beside the files of a run: .NAME.1a2b3c4d."""
+    for path in (*folder.glob(".*"), *(folder / "previews").glob(".*")):
+        if DRAFT.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def keep_rows_up_to(path: Path, images: int) -> None:
@@ -45,13 +55,12 @@ def keep_rows_up_to(path: Path, images: int) -> None:
     if not path.exists():
         return
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            row = json.loads(line)
-        except ValueError:
+            if json.loads(line)["images"] <= images:
+                rows.append(line)
+        except (ValueError, TypeError, KeyError):  # a row that was cut off, or that nobody here wrote
             continue
-        if row["images"] <= images:
-            rows.append(line)
     write_whole(path, "".join(f"{row}\n" for row in rows))
 
 
@@ -72,7 +81,7 @@ def refuse_strangers(folder: Path) -> None:
     """Raises Refused on a folder that holds something and is no run's."""
     if (folder / "recipe.json").exists() or not folder.exists():
         return
-    if not folder.is_dir() or any(path.name != CLAIM for path in folder.iterdir()):
+    if not folder.is_dir() or any(path.name != CLAIM and not DRAFT.fullmatch(path.name) for path in folder.iterdir()):
         raise Refused(f"{folder} exists and is no run's folder (no recipe.json): give another --out")
 
 

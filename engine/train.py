@@ -6,7 +6,7 @@ N images of a micro-batch, C channels, H x W pixels.
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from duotone.data.batch import Batch, sent
+from duotone.data.refusal import Refused
 from duotone.data.whole_file import write_json
 from duotone.engine import artifact, draws, model_card, preview, speed, validation, zero
 from duotone.engine.checkpoint import name_of
@@ -62,12 +63,26 @@ def steps(run: Run, batches: Iterator[Batch], stop: Stop) -> None:
     """To the run's last image, or until it is to stop."""
     recipe = run.recipe
     while run.images < recipe.images:
-        train_step(run, batches)
+        with keeping(run):
+            train_step(run, batches)
         if due(run, recipe.checkpoint.every):
             save(run)  # before pictures, which may fail
         look(run, drawn=due(run, recipe.preview.every), measured=due(run, recipe.validation.every))
         if stop.due():
             return
+
+
+@contextmanager
+def keeping(run: Run) -> Iterator[None]:
+    """A sample that is refused loses no step before it: a single rank saves them, of several the others wait for this one."""
+    before = run.images
+    try:
+        yield
+    except Refused:
+        run.images = before
+        if run.ranks.count == 1 and before > run.began_at:
+            save(run)
+        raise
 
 
 def whole_step(run: Run) -> WholeStep | None:
@@ -247,7 +262,10 @@ def finish(run: Run) -> None:
     if run.ranks.rank == 0:
         path = run.recipe.folder / "ema.safetensors"
         artifact.save(path, ema, run.recipe, run.facts, run.images)
-        write_json(run.recipe.folder / "record.json", record(run) | {"unread_samples": unread})
+        if (
+            run.steps_here or not (run.recipe.folder / "record.json").exists()
+        ):  # which tells of its training, not of this look
+            write_json(run.recipe.folder / "record.json", record(run) | {"unread_samples": unread})
         model_card.write(run.recipe.folder / "MODEL_CARD.md", run.recipe, run.facts, run.data, run.images)
         model = averaged(run, ema)
         written = draw(run, model)
@@ -268,6 +286,7 @@ def record(run: Run) -> dict:
         "decoder": run.data.decoder,
         "fallbacks": fallbacks(),
         "attention_choices": attention_backends.choices(),
+        "parts": run.parts,
         "notes": run.notes,
         "graph_breaks": speed.graph_breaks(),
         "recompiles_after_step_2": speed.compiled_graphs() - run.graphs_before if run.steps_here > 2 else 0,

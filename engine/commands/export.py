@@ -1,5 +1,6 @@
 """`duotone export RUN`: hand a model on."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,7 +21,7 @@ class Export:
         from duotone.engine.exchange import diffusers_folder
         from duotone.engine.run_folder import made
 
-        if self.out.exists():
+        if os.path.lexists(self.out):
             raise Refused(f"{self.out} exists: give another --out, nothing was written")
         made(self.out.parent)
         model = artifact.load(path, "cpu")

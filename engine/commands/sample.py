@@ -84,11 +84,11 @@ class Sample:
         drawn, seen = self.draw(model, asked, images)
         several = len(self.guidance) > 1
         columns = self.columns or (images if several else self.count if self.count > 1 else min(images, 8))
-        pictures.grid(drawn, columns).save(self.out)
+        pictures.write(self.out, pictures.grid(drawn, columns))
         if self.gif is not None:
             pictures.save_gif(self.gif, [pictures.grid(frame, columns) for frame in seen.images])
         if self.strip is not None:
-            pictures.grid(seen.strips(MOMENTS), MOMENTS).save(self.strip)
+            pictures.write(self.strip, pictures.grid(seen.strips(MOMENTS), MOMENTS))
         cost = f"{model.forwards:.1f} forward passes each, {model.forwards / model.evaluations:.2f} an evaluation"
         print(f"{len(drawn)} pictures in {self.out}, {cost}{' at the last scale' * several}")
 

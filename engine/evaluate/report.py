@@ -90,11 +90,11 @@ def draw(result: Evaluation, splits: Splits, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     zoom = max(1, 64 // result.samples_NHWC.shape[1])
     written = [folder / "samples.png"]
-    pictures.grid(by_class(result.samples_NHWC, result.asked_for), COLUMNS, zoom=zoom).save(written[0])
+    pictures.write(written[0], pictures.grid(by_class(result.samples_NHWC, result.asked_for), COLUMNS, zoom=zoom))
     for name, copies in result.copies.items():
         sheet, columns = pairs(result.samples_NHWC, splits.seen.images_NHWC, copies.samples)
         written.append(folder / f"nearest-{name}.png")
-        pictures.grid(sheet, columns, zoom=zoom).save(written[-1])
+        pictures.write(written[-1], pictures.grid(sheet, columns, zoom=zoom))
     return written
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from duotone.data.refusal import Refused
-from duotone.engine.artifact import Model, umask
+from duotone.data.whole_file import as_opened
+from duotone.engine.artifact import Model
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
@@ -203,7 +204,7 @@ def scheduler_config(objective) -> dict:
 
 def export(model: Model, out: Path) -> list[str]:
     """Writes the folder whole or not at all; returns a line for each thing that diffusers will not know of the model."""
-    if out.exists():
+    if os.path.lexists(out):
         raise Refused(f"{out} exists: give another --out, nothing was written")
     from duotone.engine.model_card import card_of_folder  # which asks this file what diffusers can hold
 
@@ -232,7 +233,7 @@ def write_folder(folder: Path, config: dict, weights: dict[str, Tensor], schedul
         (folder / name).mkdir(parents=True)
     (folder / "unet" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(weights, folder / "unet" / WEIGHTS, {"format": "pt"})
-    os.chmod(folder / "unet" / WEIGHTS, 0o666 & ~umask())
+    as_opened(folder / "unet" / WEIGHTS)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
 
 

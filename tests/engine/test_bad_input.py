@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from duotone.data import captioned_shapes
 from duotone.data.prepare.image_folder import PrepareFolder
 from duotone.data.refusal import Refused
-from duotone.engine import artifact, checkpoint
+from duotone.engine import artifact, checkpoint, main, run_folder
+from duotone.engine.cli import main as duotone
 from duotone.engine.command_line import parse
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.text import ByteText, ClipText, EncoderText
@@ -283,7 +284,90 @@ def test_a_checkpoint_that_does_not_verify_is_passed_over_by_name(tmp_path):
     (newer / "manifest.json").write_text("{")
     assert checkpoint.newest(tmp_path)[0] == found
     shutil.rmtree(found)
-    assert checkpoint.newest(tmp_path)[0] is None
+    with pytest.raises(Refused, match="000000000016 passed over: .*put one back, or give --fresh"):
+        checkpoint.newest(tmp_path)  # to begin anew is not its to decide
+    shutil.rmtree(newer)
+    assert checkpoint.newest(tmp_path) == (None, [])
+
+
+def test_what_the_disk_does_not_give_is_no_damage(tmp_path, monkeypatch):
+    """Passed over, an intact checkpoint would be trained anew, and removed."""
+    checkpoint.publish(tmp_path, 8, tensors(), {})
+    newer = checkpoint.publish(tmp_path, 16, tensors(), {})
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoint, "digest", denied)
+    with pytest.raises(Refused, match=f"checkpoint {newer} cannot be read .*Permission denied.*: mend that"):
+        checkpoint.newest(tmp_path)
+
+
+def test_only_checkpoints_by_their_own_names_are_the_runs(tmp_path):
+    """Copies and links that a user keeps beside them are neither gone on from nor removed."""
+    kept = checkpoint.publish(tmp_path, 16, tensors(), {})
+    for name in ("images-best", f"{kept.name}-mine"):
+        shutil.copytree(kept, tmp_path / name)
+    (tmp_path / checkpoint.name_of(8)).symlink_to(tmp_path / "images-best")
+    last = checkpoint.publish(tmp_path, 24, tensors(), {})
+    assert checkpoint.newest(tmp_path) == (last, [])
+    checkpoint.retire(tmp_path, 1, images=24)
+    assert {path.name[7:] for path in tmp_path.iterdir()} == {
+        "best",
+        "000000000016-mine",
+        "000000000008",
+        "000000000024",
+    }
+    shutil.copytree(tmp_path / f"{kept.name}-mine", tmp_path / checkpoint.name_of(32))
+    found, (fault,) = checkpoint.newest(tmp_path)
+    assert found == last and "manifest.json is not of images-000000000032" in fault
+
+
+def test_a_checkpoint_can_be_read_by_whoever_may_read_its_folder(tmp_path):
+    path = checkpoint.publish(tmp_path, 8, tensors(), {})
+    (tmp_path / "opened").write_bytes(b"")
+    assert {file.stat().st_mode for file in path.iterdir()} == {(tmp_path / "opened").stat().st_mode}
+
+
+def test_what_a_killed_process_left_of_its_writing_is_no_strangers_and_goes(tmp_path):
+    """.NAME.1a2b3c4d, before recipe.json was there and after."""
+    for name in (".claim", ".recipe.json.0123abcd", ".ema.safetensors.89abcdef"):
+        (tmp_path / name).write_text("")
+    run_folder.refuse_strangers(tmp_path)
+    (tmp_path / "previews").mkdir()
+    (tmp_path / "previews" / ".images-000000000016.png.01234567").write_text("")
+    (tmp_path / ".hidden").write_text("somebody's")
+    with run_folder.claimed(tmp_path):
+        left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert left == [".claim", ".hidden", "previews"]
+
+
+def test_rows_that_nobody_here_wrote_block_no_run(tmp_path):
+    rows = [b'{"images": 8}', b"12", b"\xff\xfe", b'{"loss": 1}', b'{"images": 16}', b'{"images": 24}', b'{"ima']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(rows))
+    run_folder.keep_rows_up_to(tmp_path / "metrics.jsonl", 16)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"images": 8}\n{"images": 16}\n'
+
+
+def test_what_the_disk_refuses_is_one_line(ema, tmp_path, monkeypatch, capsys):
+    """From the command line as from a recipe; and a link that leads nowhere is not written over."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for flags, says in (
+        (["export", str(ema), "--format", "safetensors", "--out", "x" * 300], "File name too long"),
+        (["export", str(ema), "--format", "diffusers", "--out", "x" * 300], "File name too long"),
+        (["export", str(ema), "--out", "link"], "link exists"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            duotone(flags)
+        told = capsys.readouterr().err
+        assert told.startswith("duotone: refused: ") and says in told and told.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", ["tiny_recipe.py", "--out", "x" * 300])
+    with pytest.raises(SystemExit, match="2"):
+        main(tiny())
+    told = capsys.readouterr().err
+    assert told.startswith("duotone: refused: ") and "File name too long" in told and told.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
 
 
 def test_damaged_checkpoints_push_no_readable_one_out(tmp_path):
@@ -371,12 +455,13 @@ def test_files_that_are_no_models_are_refused(ema, tmp_path):
         artifact.load(tmp_path / "other.safetensors", "cpu")
 
 
-def test_the_header_tells_all_but_where_it_was_made(ema):
+def test_the_header_tells_all_but_where_it_was_made(ema, tmp_path):
     model = artifact.load(ema, "cpu")
     assert model.images == 96 and model.facts.classes[1] == "square" and model.recipe.out is None
     header = ema.read_bytes()[8:20_000].split(b'"__metadata__"')[1][:6000]
     assert str(Path.home()).encode() not in header and os.getcwd().encode() not in header
-    assert oct(ema.stat().st_mode & 0o777) == oct(0o666 & ~artifact.umask())
+    (tmp_path / "opened").write_bytes(b"")
+    assert oct(ema.stat().st_mode & 0o777) == oct((tmp_path / "opened").stat().st_mode & 0o777)
 
 
 def test_the_exported_unet_agrees_in_diffusers(ema, tmp_path):

@@ -13,20 +13,23 @@ import time
 import warnings
 import weakref
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from duotone.data import captioned_shapes
 from duotone.data.refusal import Refused, SampleReplaced
 from duotone.data.shards import Shards
-from duotone.engine import artifact, checkpoint, cli, run_folder, stopping, zero
+from duotone.engine import artifact, checkpoint, cli, draws, pictures, run_folder, stopping, zero
 from duotone.engine.command_line import parse
 from duotone.engine.recipe import Recipe
-from duotone.engine.run import set_up
+from duotone.engine.run import set_up, with_embedded_data
 from duotone.engine.train import train
 from duotone.kernels import attention_backends
 
@@ -381,6 +384,77 @@ def test_samples_that_could_not_be_read_stay_in_the_record(shards, tmp_path):
         assert sum(w.category is SampleReplaced for w in caught) == told
         (line,) = json.loads((out / "record.json").read_text())["unread_samples"]
         assert "checksum" in line and str(tar) in line
+
+
+def test_a_sample_that_cannot_be_read_loses_no_step_before_it(shards, tmp_path):
+    """The run ends with a checkpoint of them, and the remedy that the line names is one."""
+    folder, out = shutil.copytree(shards, tmp_path / "shards"), tmp_path / "run"
+    recipe = runpy.run_path(str(RECIPE))["recipe"]
+    data = Shards(shards=folder, size=16).open(torch.device("cpu"))
+    data.close()
+    (sample,) = draws.plan(recipe.seed, np.array([20]), data.count).samples_N
+    (tar,) = folder.glob("*.tar")
+    stat, raw = tar.stat(), bytearray(tar.read_bytes())
+    raw[int(data.columns["image_offset"][sample]) + 50] ^= 1
+    tar.write_bytes(raw)
+    os.utime(tar, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    flags = ["--checkpoint.every", "0", "--images", "32"]
+    with pytest.raises(Refused, match="--data.on-bad replace"):
+        run_here(folder, out, *flags)
+    assert checkpoint.newest(out / "checkpoints")[0].name == checkpoint.name_of(16)
+    with pytest.warns(SampleReplaced):
+        run_here(folder, out, *flags, "--data.on-bad", "replace")
+    assert [row["images"] for row in rows(out)] == [8, 16, 24, 32]
+
+
+def test_a_run_tells_how_each_part_of_it_was_trained(shards, tmp_path, capsys):
+    out, flags = tmp_path / "run", ["--optimizer.schedule", "constant", "--data.decoder", "pillow"]
+    run_here(shards, out, *flags, "--images", "16")
+    assert "goes on otherwise" not in capsys.readouterr().out
+    run_here(shards, out, *flags, "--images", "24", "--speed.precision", "bf16")
+    assert (
+        "goes on otherwise than it was trained: precision fp32 until here, bf16 from here on" in capsys.readouterr().out
+    )
+    told = (out / "record.json").read_text()
+    parts = json.loads(told)["parts"]
+    assert [(part["images"], part["precision"]) for part in parts] == [([0, 16], "fp32"), ([16, 24], "bf16")]
+    run_here(shards, out, *flags, "--images", "24")
+    assert (out / "record.json").read_text() == told, "a look at a finished run trains nothing"
+
+
+def test_a_picture_that_was_half_written_stops_nothing(whole, shards, tmp_path, monkeypatch):
+    """By a process that was killed, or a disk that lost it; from now on they are written whole or not at all."""
+    out = shutil.copytree(whole, tmp_path / "run")
+    (out / "previews" / "images-000000000016.png").write_bytes(b"\x89PNG\r\n")
+    (out / "previews" / "images-000000000024.png").write_bytes(b"")
+    run_here(shards, out)
+    monkeypatch.setattr(Image.Image, "save", lambda self, file, **_: Path(file).write_bytes(b"half") and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pictures.write(tmp_path / "sheet.png", Image.new("RGB", (2, 2)))
+    assert not list(tmp_path.glob("*sheet*"))
+
+
+def test_splits_are_told_again_until_they_are_trained_on(shards, tmp_path):
+    """Before the first checkpoint the data may still grow."""
+    out = tmp_path / "run"
+    run_here(shards, out, "--data.held-out", "0.3", "--images", "16")
+    told = (out / "splits.json").read_text()
+    shutil.rmtree(out / "checkpoints")
+    (out / "splits.json").write_text("{}")
+    run_here(shards, out, "--data.held-out", "0.3", "--images", "16")
+    assert (out / "splits.json").read_text() == told
+
+
+def test_two_first_runs_at_once_share_the_embedded_data(tmp_path, monkeypatch):
+    write = captioned_shapes.write
+
+    def late(folder, **settings):
+        write(folder, **settings | {"count": 8})  # the other run's
+        raise Refused("writing failed (Directory not empty)")
+
+    monkeypatch.setattr(captioned_shapes, "write", late)
+    recipe = replace(runpy.run_path(str(RECIPE))["recipe"], out=tmp_path / "run")
+    assert with_embedded_data(recipe).data.shards == tmp_path / "captioned_shapes-16px"
 
 
 def test_sigma_data_is_measured_once_in_a_run(shards, tmp_path, monkeypatch):

@@ -54,6 +54,18 @@ def test_a_tracker_that_fails_is_dropped_and_the_metrics_go_on(tmp_path, capsys)
     assert duration(3725) == "1:02:05"
 
 
+def test_a_run_that_had_ended_keeps_its_measurements(tmp_path):
+    """Started once more its last is measured in its place, or not at all."""
+    rows = [{"images": 4, "loss": 2.0}, {"images": 8, "loss": 1.0}]
+    (tmp_path / "validation.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    logger = Logger(Log(), tmp_path, 8, 8, speaks=True, recipe={})
+    assert len((tmp_path / "validation.jsonl").read_text().splitlines()) == 2
+    logger.validated({"images": 8, "loss": 0.5})
+    logger.close()
+    told = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert told == [rows[0], {"images": 8, "loss": 0.5}]
+
+
 def test_a_tracker_that_does_not_start_is_one_line(tmp_path, capsys):
     (tmp_path / "tensorboard").write_text("in the way")
     logger = Logger(Log(every=1, tensorboard=True), tmp_path, 8, 0, speaks=True, recipe={})
