@@ -129,7 +129,8 @@ def stages(out: Path) -> list[Stage]:
         Stage("guidance", **bench("sampling", "guidance", "--run", str(out / "demo"), "--quality"), minutes=5, needs=TRAINING,
               inputs=(out / "demo" / "ema.safetensors",)),
         trained("coco_clip", "reference", 20, "--small", *reference(out), inputs=(decoded,)),
-        tested("whole step", 3, "tests/engine/test_whole_step.py", "tests/engine/test_muon.py", needs=TRAINING),
+        tested("whole step", 3, "tests/engine/test_whole_step.py", "tests/engine/test_muon.py", "tests/data/test_decoders.py",
+               needs=TRAINING),
         trained("coco_clip", "reference whole", 10, "--small", *reference(out), "--speed.whole-step", inputs=(decoded,)),
     ]  # fmt: skip
 

@@ -162,7 +162,9 @@ def newest_checkpoint(recipe: Recipe, ranks: zero.Ranks) -> tuple[Path | None, l
     """What the run goes on from, and a line for each checkpoint passed over: rank 0 chooses for all, who must see the same."""
     if recipe.fresh:
         return None, []
-    found, passed_over = zero.from_rank_0(checkpoint.newest(recipe.folder / "checkpoints") if ranks.rank == 0 else None)
+    with zero.rank_0_first(ranks):
+        chosen = checkpoint.newest(recipe.folder / "checkpoints") if ranks.rank == 0 else None
+    found, passed_over = zero.from_rank_0(chosen)
     fault = None if found is None or ranks.rank == 0 else checkpoint.verify(found)
     if fault is not None:
         raise Refused(f"{found} is not here what rank 0 sees ({fault}): all ranks need one --out that they share")
