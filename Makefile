@@ -6,8 +6,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := runs/captioned_shapes
-# Tests keep to one thread each; a worker takes neighbours, since a file's tests share what is dear to set up.
-WORKERS ?= 2
+# Tests keep to one thread each, and some wait for other processes: three workers keep two cores busy.
+# A worker takes neighbours, since a file's tests share what is dear to set up.
+WORKERS ?= 3
 # A machine with a GPU tests what needs none as any other does.
 NO_GPU := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
@@ -18,12 +19,13 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 env: $(VENV)/.ready
 
 # torch first: deepspeed looks for it while it is being built. A release of torch already on disk is taken as it is.
+# Python compiles what it imports, the first time; most of what is installed never is.
 $(VENV)/.ready: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 13) else "duotone: needs Python 3.11 or 3.12; pass PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt setuptools wheel
-	$(BIN)/pip install -q -c constraints.txt torch numpy
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q --no-compile -c constraints.txt setuptools wheel
+	$(BIN)/pip install -q --no-compile -c constraints.txt torch numpy
+	$(BIN)/pip install -q --no-compile -c constraints.txt -e '.[dev]'
 	touch $@
 
 demo: env
