@@ -56,6 +56,7 @@ def test_nothing_is_filled_and_less_is_moved_than_by_a_compiled_diffusers_block(
         assert moved == sorted(moved, reverse=True) and len(set(moved)) == 3
 
 
+@pytest.mark.long
 def test_a_skip_joined_within_the_block_is_copied_once_and_its_gradient_never(up):
     outside, inside = up["ours, joined outside"], up["ours"]
     assert [launch["name"] for launch in inside["launches"]["forward"] if "cat" in launch["name"]] == ["cat"]
@@ -64,6 +65,7 @@ def test_a_skip_joined_within_the_block_is_copied_once_and_its_gradient_never(up
     assert abs(saved - 2 * x_mebibytes) < 0.02
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("turns", ["", " in turns"])
 def test_norms_that_join_skips_leave_no_pass_for_it(up, turns):
     joins, without = (up[f"ours, norms{turns}{also}"] if turns or also else up["ours"] for also in (" join skips", ""))
