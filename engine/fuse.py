@@ -41,7 +41,7 @@ def fuse(unet: nn.Module, *, quiet: bool = False) -> Fused:
     """Puts fused group norms with their SiLU, attention and channels-last activations into a diffusers UNet, in place.
 
     Says what was replaced, what was left and why; what was put in since an earlier call is fused as well. A mask keeps a token
-    or discards it, as diffusers has it: values between count as discarded. Gradients are of first order, in reverse
+    or discards it, as diffusers has it: values between 0 and 1 are rounded. Gradients are of first order, in reverse
     mode. Raises Refused on anything but the two supported classes.
     """
     refuse_others(unet, "fuse()")
