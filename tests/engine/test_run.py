@@ -140,6 +140,59 @@ def test_a_killed_run_resumes_bit_for_bit(whole, shards, tmp_path, at):
     assert checkpoint_counters(out) == checkpoint_counters(whole)
 
 
+DYING = """
+import builtins, os, runpy
+
+left = [{n}]
+
+def counted(real, counts=lambda *arguments: True):
+    def call(*arguments, **options):
+        left[0] -= bool(counts(*arguments))
+        if left[0] == 0:
+            os._exit(9)
+        return real(*arguments, **options)
+    return call
+
+os.replace, os.fsync = counted(os.replace), counted(os.fsync)
+builtins.open = counted(open, lambda path, mode="r", *_: set(mode) & set("wax+"))
+runpy.run_path({recipe!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.long
+def test_a_run_that_dies_at_any_call_that_writes_goes_on(shards, tmp_path):
+    """Before every seventh opening to write, sync and rename, from the folder's first file to the last picture."""
+    flags = (
+        "--images",
+        "24",
+        "--checkpoint.every",
+        "8",
+        "--checkpoint.keep",
+        "1",
+        "--preview.every",
+        "8",
+        "--preview.strips",
+    )
+    flags += ("--data.held-out", "0.3", "--validation.every", "8", "--validation.images", "4", "--accumulation", "1")
+    run_here(shards, tmp_path / "whole", *flags)
+    names = ("trace.jsonl", "validation.jsonl", "splits.json", "previews/training.gif")
+    expected, died = [(tmp_path / "whole" / name).read_bytes() for name in names], True
+    for n in range(1, 1000, 7):
+        script, out = tmp_path / "dying.py", tmp_path / f"run-{n}"
+        script.write_text(DYING.format(n=n, recipe=str(RECIPE)))
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        died = subprocess.run(
+            command(shards, out, *flags, script=script), capture_output=True, env=environment
+        ).returncode
+        assert died in (0, 9)
+        run_here(shards, out, *flags)
+        assert [(out / name).read_bytes() for name in names] == expected, n
+        assert_equal_states(state(out), state(tmp_path / "whole"))
+        if not died:
+            break
+    assert n > 70, "that many calls write"
+
+
 @pytest.mark.launcher
 def test_two_ranks_stop_at_one_step_when_their_minutes_are_over(shards, tmp_path):
     """A step after the first look at their clocks, where no checkpoint was due; what is written there is what any run goes on from."""
