@@ -137,16 +137,20 @@ class Sample:
         masks = [read(path, 1)[:, :, 0] > 127 for path in self.mask]
         return list(zip(images, masks * (len(images) // len(masks)), strict=True))
 
+    @property
+    def has_sets(self) -> bool:
+        return any("," in text for text in self.attribute)
+
     def sets(self) -> list[dict[str, int]]:
         """What pictures are asked to have: the same for all, or, where commas say so, each row of them its own."""
-        if any("," in text for text in self.attribute):
+        if self.has_sets:
             return [states_in(text) for text in self.attribute]
         return [self.attributes()[0]] if self.attribute else []
 
     def attributes(self) -> tuple[dict[str, int], dict[str, float]]:
         """What every picture is asked to have, and the scales of those that have one of their own."""
         states, scales = {}, {}
-        for text in self.attribute if not any("," in text for text in self.attribute) else ():
+        for text in () if self.has_sets else self.attribute:
             found = re.fullmatch(r"([^=]+)(?:=([01])(?::(\d+(?:\.\d*)?|\.\d+))?)?", text)
             if not found:
                 raise Refused(f"attribute {text!r}: write NAME, NAME=0, or NAME=1:3 for a guidance scale of 3")

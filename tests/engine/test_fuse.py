@@ -34,7 +34,7 @@ def plain(**settings) -> UNet2DModel:
 
 def conditioned(**settings) -> UNet2DConditionModel:
     torch.manual_seed(0)
-    return UNet2DConditionModel(
+    usual = dict(
         sample_size=16,
         in_channels=3,
         out_channels=3,
@@ -45,8 +45,8 @@ def conditioned(**settings) -> UNet2DConditionModel:
         cross_attention_dim=12,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        **settings,
     )
+    return UNet2DConditionModel(**usual | settings)
 
 
 NETWORKS = {
@@ -278,12 +278,8 @@ def test_what_was_put_around_a_fused_part_is_undone_first():
 
 
 def test_blocks_whose_norms_take_the_time_are_named():
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=16,
+    unet = conditioned(
         block_out_channels=(32, 64),
-        layers_per_block=1,
-        cross_attention_dim=12,
         attention_head_dim=16,
         down_block_types=("KDownBlock2D", "KCrossAttnDownBlock2D"),
         mid_block_type=None,

@@ -396,7 +396,7 @@ def test_a_recording_that_fails_leaves_the_device_as_it_was():
     seed = torch.cuda.initial_seed()
     x = torch.ones(4, device="cuda")
     with pytest.raises(RuntimeError):
-        # The second warm-up call and those before draw; the recording asks for a number, which no recording can.
+        # While it warms up it may ask for a number; while it is recorded it cannot.
         Recorded(lambda x: x * torch.rand_like(x).sum().item(), (x,))
     assert torch.cuda.current_stream() == stream and torch.cuda.initial_seed() == seed
     assert torch.rand(4, device="cuda").isfinite().all()
