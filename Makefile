@@ -9,6 +9,8 @@ RUN := runs/captioned_shapes
 # Tests keep to one thread each, and some wait for other processes: three workers keep two cores busy.
 # A worker takes neighbours, since a file's tests share what is dear to set up.
 WORKERS ?= 3
+# What Python compiles of this project's own is kept.
+unexport PYTHONDONTWRITEBYTECODE
 # A machine with a GPU tests what needs none as any other does.
 NO_GPU := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
@@ -19,13 +21,15 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 env: $(VENV)/.ready
 
 # torch first: deepspeed looks for it while it is being built. A release of torch already on disk is taken as it is.
-# Python compiles what it imports, the first time; most of what is installed never is.
+# All is compiled at once, by every core, where pip would use one: with PYTHONDONTWRITEBYTECODE set, as in many
+# containers, Python would compile what it imports at every start. What does not compile is never imported.
 $(VENV)/.ready: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 13) else "duotone: needs Python 3.11 or 3.12; pass PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --no-compile -c constraints.txt setuptools wheel
 	$(BIN)/pip install -q --no-compile -c constraints.txt torch numpy
 	$(BIN)/pip install -q --no-compile -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m compileall -qq -j 0 -x '/(tests?|testing)/' $(VENV)/lib || true
 	touch $@
 
 demo: env

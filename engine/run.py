@@ -88,6 +88,7 @@ def set_up(recipe: Recipe, held: ExitStack) -> Run:
     refuse_other_run(recipe, stored)
     recipe.micro_batch(zero.world_size())
     ranks = zero.join(choice.device)
+    zero.refuse_precision(choice.precision)
     faults = kernel_faults(ranks, recipe.speed)  # before a kernel is used, by the trial of a micro-batch as well
     recipe, data, held_out = opened(recipe, stored, ranks, held)
     facts = Facts(classes=as_tuple(data.classes), attributes=as_tuple(data.attributes))

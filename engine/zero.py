@@ -86,6 +86,18 @@ def without_its_own_operator() -> None:
     __compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def refuse_precision(precision: str) -> None:
+    """Raises Refused for arithmetic that DeepSpeed does not train in on this machine: fp16, on most CPUs."""
+    from deepspeed.accelerator import get_accelerator
+
+    here = {"fp16": get_accelerator().is_fp16_supported, "bf16": get_accelerator().is_bf16_supported}
+    if precision in here and not here[precision]():
+        raise Refused(
+            f"speed.precision = {precision}: DeepSpeed does not train in {precision} on this machine's "
+            f"{get_accelerator().device_name().upper()}: leave it at auto"
+        )
+
+
 SET_HERE: dict[str, str] = {}  # what a process without a launcher was given, to be taken back when its run ends
 
 

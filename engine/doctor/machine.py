@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from duotone.engine import speed
+from duotone.data.refusal import Refused
+from duotone.engine import speed, zero
 from duotone.engine.doctor.examination import Finding, Patient
 from duotone.kernels.attention_backends import xformers
 
@@ -13,6 +14,11 @@ def device(patient: Patient) -> Iterator[Finding]:
     yield Finding("fine", "device", f"{choice.device}, {choice.precision}{', compiled' if choice.compile else ''}")
     for line in lines:
         yield Finding("warning", "device", line)
+    if choice.precision == "fp16":
+        try:
+            zero.refuse_precision(choice.precision)
+        except Refused as refusal:
+            yield Finding("fault", "speed.precision", str(refusal))
 
 
 def attention(patient: Patient) -> Iterator[Finding]:

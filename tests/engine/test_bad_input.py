@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from duotone.engine.exchange.starting_weights import begin_from
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.recipe import Recipe
 from duotone.engine.recipe_json import differences, from_json, to_json
+from duotone.engine.speed import Speed
 
 RECIPE = Path(__file__).with_name("tiny_recipe.py")
 COCO = Path(__file__).parents[2] / "recipes" / "coco_clip.py"
@@ -180,6 +182,18 @@ def test_a_rank_that_refuses_alone_is_heard(rank, says, tmp_path):
     done = subprocess.run([sys.executable, "-c", alone], env=environment, capture_output=True, text=True, cwd=tmp_path)
     lines = [line for line in done.stderr.splitlines() if "refused" in line]
     assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith(says) and "batch_size = 0" in lines[0]
+
+
+def test_arithmetic_that_is_not_to_be_had_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    """fp16 on most CPUs."""
+    from deepspeed.accelerator import get_accelerator
+
+    from duotone.engine.train import train
+
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
+    with pytest.raises(Refused, match="speed.precision = fp16: DeepSpeed does not train in fp16 on this machine's CPU"):
+        train(replace(tiny(), out=tmp_path / "run", speed=Speed(device="cpu", precision="fp16")))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")

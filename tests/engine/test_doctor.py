@@ -29,6 +29,7 @@ from duotone.engine.optimizer import AdamW, Ema
 from duotone.engine.preview import Previews
 from duotone.engine.recipe import Recipe
 from duotone.engine.recipe_file import recipe_at
+from duotone.engine.speed import Speed
 
 ROOT = Path(__file__).parent.parent.parent
 SOUND = Recipe(
@@ -67,6 +68,16 @@ def test_a_sound_recipe_is_found_sound():
     assert not [subject for subject, level in levels.items() if level == "fault"]
     assert levels["label.dropout"] == levels["timesteps"] == levels["network"] == levels["guidance"] == "fine"
     assert levels["settings"] == "fine" and "preview.guidance" not in levels
+
+
+def test_arithmetic_that_is_not_to_be_had_is_a_fault(monkeypatch):
+    from deepspeed.accelerator import get_accelerator
+
+    half = replace(SOUND, speed=Speed(device="cpu", precision="fp16"))
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
+    assert found(half)["speed.precision"].level == "fault"
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+    assert "speed.precision" not in found(half)
 
 
 def planted_normal_dropout(monkeypatch) -> Recipe:
