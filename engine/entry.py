@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -10,6 +11,7 @@ import warnings
 from dataclasses import replace
 
 from safetensors import SafetensorError
+from torch.distributed import DistError
 
 from duotone.data.refusal import Refused
 from duotone.data.whole_file import told_by_the_disk
@@ -57,6 +59,7 @@ def main(recipe: Recipe, embedded: Recipe | None = None) -> None:
         if lost_a_rank(error):
             # The launcher ends this rank for the other's fault, which alone is worth telling.
             time.sleep(2 * ONLY_THIS_RANK)
+            tell_of_the_other(error)
         raise
 
 
@@ -77,6 +80,16 @@ def tell(refusal: Refused) -> None:
         time.sleep(ONLY_THIS_RANK)
     where = f" on rank {rank} ({socket.gethostname()})" if rank else ""
     print(f"duotone: refused{where}: {refusal}", file=sys.stderr, flush=True)
+
+
+def tell_of_the_other(error: RuntimeError) -> None:
+    """On another machine than the rank that has ended; where the library has more to say, it is left to say it."""
+    if not isinstance(error, DistError):
+        rank, host = os.environ.get("RANK", 0), socket.gethostname()
+        said = re.search(r"Connection \w+ by peer( \[[^]]+\])?|Broken pipe", str(error))[0]
+        why = f"another rank has ended, whose own words tell why ({said})"
+        print(f"duotone: rank {rank} ({host}) stops: {why}", file=sys.stderr, flush=True)
+        sys.exit(1)
 
 
 def base_of(recipe: Recipe, embedded: Recipe | None, arguments: list[str]) -> Recipe:

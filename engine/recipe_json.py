@@ -86,13 +86,15 @@ FREE = (
 )
 
 
-def differences(stored: dict, recipe: Recipe) -> list[str]:
-    """The fields by which a stored recipe is another run than this one; what leaves the numbers alone does not count.
+def differences(stored: dict, recipe: Recipe, free: tuple[str, ...] | None = None) -> list[str]:
+    """The fields by which a stored recipe is another run than this one; the `free` ones do not count, by default those that
+    leave the numbers alone.
 
     A field that came with a later version of duotone had its default when the run began.
     """
     then, now = (flat(json.loads(json.dumps(to_json(r)))) for r in (from_json(stored), recipe))
     then = flat(stored) | then  # with fields that this version no longer has
-    free = (*FREE, "images") if recipe.optimizer.schedule == "constant" else FREE
+    if free is None:
+        free = (*FREE, "images") if recipe.optimizer.schedule == "constant" else FREE
     changed = [k for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k) and not k.startswith(free)]
     return [f"{key}: {then.get(key)} there, {now.get(key)} here" for key in changed]

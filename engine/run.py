@@ -11,7 +11,7 @@ from duotone.data import captioned_shapes
 from duotone.data.refusal import Refused
 from duotone.data.shards import Dataset
 from duotone.data.whole_file import write_json
-from duotone.engine import artifact, checkpoint, draws, probe, run_folder, speed, validation, zero
+from duotone.engine import agreement, artifact, checkpoint, draws, probe, run_folder, speed, validation, zero
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.evaluate.images import Images
 from duotone.engine.exchange.starting_weights import begin_from
@@ -88,9 +88,12 @@ def set_up(recipe: Recipe, held: ExitStack) -> Run:
     refuse_other_run(recipe, stored)
     recipe.micro_batch(zero.world_size())
     ranks = zero.join(choice.device)
+    stored = zero.from_rank_0(stored)
     zero.refuse_precision(choice.precision)
+    agreement.check_recipe(recipe, choice, ranks)
     faults = kernel_faults(ranks, recipe.speed)  # before a kernel is used, by the trial of a micro-batch as well
     recipe, data, held_out = opened(recipe, stored, ranks, held)
+    unlike = agreement.check_data(data, ranks)
     facts = Facts(classes=as_tuple(data.classes), attributes=as_tuple(data.attributes))
     recipe.preview.check_names(facts)
     network, found, begun = beginning(recipe, facts, ranks)
@@ -101,12 +104,14 @@ def set_up(recipe: Recipe, held: ExitStack) -> Run:
     with zero.rank_0_first(ranks):
         if ranks.rank == 0:
             begin_folder(recipe, stored, data.count, held, goes_on=found is not None)
+    unlike += agreement.check_folder(recipe.folder, ranks)
     recipe = replace(recipe, objective=objective(recipe, data, found, ranks))
     if blocks:
         say(f"compiling {blocks} blocks on first use")
     sharded = start_sharded(recipe, network, choice, micro)
     held.push(sharded.close)
     run = Run(recipe, choice, ranks, data, facts, network, sharded, held_out=held_out)
+    begun = [*begun, *unlike]
     if found is not None:
         begun = [*begun, resume(run, found), *goes_on_otherwise(run)]
     run.began_at = run.images

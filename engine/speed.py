@@ -129,7 +129,12 @@ def set_up(speed: Speed, choice: Choice) -> None:
 def usual_threads() -> int:
     """What OMP_NUM_THREADS asks for, or this rank's share of the cores."""
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # a list holds those of nested parts too
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+    names = (
+        "LOCAL_WORLD_SIZE",
+        "LOCAL_SIZE",
+        "WORLD_SIZE",
+    )  # torchrun's, deepspeed's, and where nothing tells of machines
+    local_ranks = int(next((os.environ[name] for name in names if name in os.environ), 1))
     cores = len(os.sched_getaffinity(0)) // local_ranks
     return max(1, int(asked) if asked.isdigit() else cores)
 

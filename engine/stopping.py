@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from duotone.engine import zero
+from duotone.engine import meeting, zero
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """Ctrl-C; what queues and launchers send before they take the machine back."""
@@ -58,7 +58,7 @@ class Stop:
             raise KeyboardInterrupt
         first, self.heard = not self.heard, self.heard or number
         if first and int(os.environ.get("RANK", 0)) == 0:
-            again = "; Ctrl-C once more: at once" if zero.SET_HERE else ""
+            again = "; Ctrl-C once more: at once" if meeting.SET_HERE else ""
             tell(f"stopping with a checkpoint after the next step{again}")
 
     def due(self) -> bool:

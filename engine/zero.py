@@ -8,12 +8,10 @@ import gc
 import importlib
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -23,10 +21,7 @@ from torch.optim import Optimizer
 
 from duotone.data.batch import sent
 from duotone.data.refusal import Refused
-
-PATIENCE = timedelta(hours=3)
-"""How long ranks wait for one another: rank 0 alone reads shards that have no index yet, and draws previews. Ranks that
-end are noticed by the launcher."""
+from duotone.engine.meeting import PATIENCE, forget, meet, single_process_defaults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +55,9 @@ def join(device: str) -> Ranks:
     if not on_cuda:
         without_its_own_operator()
     if not dist.is_initialized():
-        try:
-            deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", verbose=False, timeout=PATIENCE)
-        except dist.DistNetworkError as error:
-            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise Refused(
-                f"the ranks cannot meet at {address} ({str(error).splitlines()[0]}): if another run of this machine is "
-                "there, give this one a port of its own, as in deepspeed --master_port 29501 ..."
-            ) from None
+        backend = "nccl" if on_cuda else "gloo"
+        meet(backend)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=PATIENCE)
         if not on_cuda:
             atexit.register(end_group)
     local = int(os.environ["LOCAL_RANK"])
@@ -96,20 +86,6 @@ def refuse_precision(precision: str) -> None:
             f"speed.precision = {precision}: DeepSpeed does not train in {precision} on this machine's "
             f"{get_accelerator().device_name().upper()}: leave it at auto"
         )
-
-
-SET_HERE: dict[str, str] = {}  # what a process without a launcher was given, to be taken back when its run ends
-
-
-def single_process_defaults() -> None:
-    """What the launcher sets, for a plain `python recipes/X.py`."""
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    SET_HERE.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ.update(SET_HERE)
 
 
 def quiet() -> None:
@@ -279,11 +255,7 @@ def leave(kind: type | None = None, error: BaseException | None = None, trace=No
 
     A group of one stays, since a later run in the same process joins it again.
     """
-    if SET_HERE:
-        for name in SET_HERE:
-            os.environ.pop(name, None)
-        SET_HERE.clear()
-    elif error is None:
+    if not forget() and error is None:
         end_group()
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from duotone.data import captioned_shapes
 from duotone.data.refusal import Refused
-from duotone.engine import checkpoint, memory, train, zero
+from duotone.engine import checkpoint, meeting, memory, train, zero
 from duotone.engine.artifact import build
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.label import Label
@@ -39,7 +39,7 @@ SMALL = UNetConfig(
 def group_of_one():
     zero.join("cpu")
     yield
-    if zero.SET_HERE:  # the run at the end has left by itself, and a second time would end the group for later tests
+    if meeting.SET_HERE:  # the run at the end has left by itself, and a second time would end the group for later tests
         zero.leave()
 
 
@@ -201,7 +201,7 @@ def test_two_ranks_step_as_one_does(group_of_one, tmp_path):
     """The launcher, two ranks, a matrix on both: the same batches give the same weights, momentum and EMA."""
     (tmp_path / "two.py").write_text(SCRIPT.format(folder=str(Path(__file__).parent), out=str(tmp_path / "two.json")))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": f"{BIN}:{os.environ['PATH']}"}
-    for name in zero.SET_HERE:
+    for name in meeting.SET_HERE:
         environment.pop(name, None)
     port = str(29000 + os.getpid() % 400)
     command = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", port, str(tmp_path / "two.py")]

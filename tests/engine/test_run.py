@@ -674,6 +674,7 @@ def test_a_signal_within_the_last_save_loses_nothing(shards, tmp_path, monkeypat
 
 def test_a_second_ctrl_c_does_not_wait():
     """As while pictures are drawn; a SIGTERM, which the launcher sends after a Ctrl-C, is no second one."""
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background ignores it
     before = [signal.getsignal(number) for number in stopping.SIGNALS]
     with pytest.raises(KeyboardInterrupt), stopping.Stop(0, 0, torch.device("cpu")) as stop:
         signal.raise_signal(signal.SIGINT)
@@ -681,6 +682,7 @@ def test_a_second_ctrl_c_does_not_wait():
         assert stop.heard == signal.SIGINT
         signal.raise_signal(signal.SIGINT)
     assert [signal.getsignal(number) for number in stopping.SIGNALS] == before
+    signal.signal(signal.SIGINT, ours)
 
 
 def test_a_run_that_has_not_ended_names_its_checkpoint(whole, tmp_path):

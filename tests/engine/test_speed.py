@@ -277,12 +277,24 @@ def plain() -> UNetConfig:
 
 
 @pytest.mark.parametrize(
-    "asked, ranks, threads", [("3", "1", 3), ("2,1", "1", 2), ("", "1", 6), ("", "4", 1), ("", "9", 1)]
+    "given, threads",
+    [
+        ({"OMP_NUM_THREADS": "3"}, 3),
+        ({"OMP_NUM_THREADS": "2,1"}, 2),
+        ({}, 6),
+        ({"WORLD_SIZE": "4"}, 1),
+        ({"LOCAL_WORLD_SIZE": "9"}, 1),
+        ({"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "6"}, 3),
+        ({"LOCAL_SIZE": "2", "WORLD_SIZE": "6"}, 3),  # as deepspeed says it, of three machines
+    ],
+    ids=str,
 )
-def test_threads_are_those_that_openmp_is_given_or_a_share_of_the_cores(asked, ranks, threads, monkeypatch):
+def test_threads_are_those_that_openmp_is_given_or_a_share_of_the_cores(given, threads, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
-    monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
     assert speed.usual_threads() == threads
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from duotone.engine import checkpoint, speed, update, zero
+from duotone.engine import checkpoint, meeting, speed, update, zero
 from duotone.engine.cuda_graph import Recorded
 from duotone.engine.log import Log
 from duotone.engine.muon import Muon
@@ -93,7 +93,7 @@ def group_of_one():
         return
     zero.join("cpu")
     yield
-    if zero.SET_HERE:  # the runs below have left by themselves, and a second time would end the group for later tests
+    if meeting.SET_HERE:  # the runs below have left by themselves, and a second time would end the group for later tests
         zero.leave()
 
 

@@ -1,0 +1,60 @@
+"""Whether all ranks of a run are about the same run: on several machines each is started by a command and reads a disk of its own."""
+
+import socket
+from pathlib import Path
+
+import torch
+
+from duotone.data.dataset import Dataset
+from duotone.data.refusal import Refused
+from duotone.engine import zero
+from duotone.engine.recipe import Recipe
+from duotone.engine.recipe_json import differences, to_json
+from duotone.engine.speed import Choice
+
+OF_A_MACHINE = ("data.shards", "data.threads", "out", "start", "speed.threads")
+"""Fields of a recipe that may differ: where things lie on a machine, and how many cores it has."""
+
+
+def check_recipe(recipe: Recipe, choice: Choice, ranks: zero.Ranks) -> None:
+    """Raises Refused, on every rank alike, where one was started with other flags than rank 0 or on another kind of machine."""
+    theirs, machine = zero.from_rank_0((to_json(recipe), choice))
+    other = differences(theirs, recipe, free=OF_A_MACHINE)
+    if choice != machine:
+        other.append(f"the machine's own choice: {described(machine)} there, {described(choice)} here")
+    refuse_others(
+        other, ranks, "is another run than rank 0's", "start all ranks by the same command, on machines alike"
+    )
+
+
+def check_data(data: Dataset, ranks: zero.Ranks) -> list[str]:
+    """Raises Refused, on every rank alike, where one reads other data than rank 0; a line for each that decodes otherwise."""
+    fingerprint, decoder, version = zero.from_rank_0((data.fingerprint, data.decoder, torch.__version__))
+    other = [f"{data.paths[0].parent} holds other images or captions"] if data.fingerprint != fingerprint else []
+    refuse_others(other, ranks, "reads other data than rank 0", "copy rank 0's shards there")
+    mine = [f"decodes by {data.decoder}, rank 0 by {decoder}"] if data.decoder != decoder else []
+    mine += [f"has torch {torch.__version__}, rank 0 {version}"] if torch.__version__ != version else []
+    return [f"{where}: its numbers differ in their last digits" for where in named(mine, ranks)]
+
+
+def check_folder(folder: Path, ranks: zero.Ranks) -> list[str]:
+    """A line for each rank that does not see the folder of the run, which rank 0 has made: its checkpoints are for all."""
+    mine = [] if (folder / "recipe.json").exists() else [f"does not see {folder}"]
+    return [f"{where}: the run can only be gone on with where all machines share --out" for where in named(mine, ranks)]
+
+
+def refuse_others(faults: list[str], ranks: zero.Ranks, says: str, remedy: str) -> None:
+    found = named(["; ".join(faults)] if faults else [], ranks, says)
+    if found:
+        more = f", and {len(found) - 1} more ranks" if len(found) > 1 else ""
+        raise Refused(f"{found[0]}{more}: {remedy}")
+
+
+def named(mine: list[str], ranks: zero.Ranks, says: str = "") -> list[str]:
+    """What each rank says of itself, with its name and its machine's, on every rank."""
+    name = f"rank {ranks.rank} ({socket.gethostname()})"
+    return zero.gathered([f"{name} {says} ({line})" if says else f"{name} {line}" for line in mine])
+
+
+def described(choice: Choice) -> str:
+    return f"{choice.precision} on {choice.device}{', compiled' if choice.compile else ''}"

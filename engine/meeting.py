@@ -1,0 +1,84 @@
+"""Where the processes of a run meet: at the address of the launcher that started them, or alone."""
+
+import os
+import socket
+import threading
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from duotone.data.refusal import Refused
+
+PATIENCE = timedelta(hours=3)
+"""How long ranks wait for one another: rank 0 alone reads shards that have no index yet, and draws previews. Ranks that
+end are noticed by the launcher, or by the connections that they close."""
+MEETING = timedelta(minutes=15)
+"""How long ranks wait for the others at the start, where one may have been refused before it came."""
+LATE = 30
+"""Seconds after which those who are there say whom they wait for."""
+STARTED_TOGETHER = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+"""How srun and mpirun tell a process that it is one of several; none of them gives it a rank that torch knows."""
+
+SET_HERE: dict[str, str] = {}  # what a process without a launcher was given, to be taken back when its run ends
+
+
+def meet(backend: str) -> None:
+    """Joins the process group of this process's run; Refused where the others do not come."""
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    late = threading.Timer(LATE, tell_whom_one_waits_for, (address,))
+    late.daemon = True
+    late.start()
+    try:
+        store, rank, count = next(dist.rendezvous("env://", timeout=MEETING))
+        store.set_timeout(PATIENCE)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise Refused(f"the ranks cannot meet at {address} ({str(error).splitlines()[0]}): {remedy(error)}") from None
+    except ValueError as error:
+        raise Refused(f"{error}: start a run by deepspeed, torchrun or plain python, which set what it needs") from None
+    finally:
+        late.cancel()
+
+
+def tell_whom_one_waits_for(address: str) -> None:
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        count, here = os.environ["WORLD_SIZE"], socket.gethostname()
+        print(f"duotone: {here} waits for all {count} ranks to come to {address}", flush=True)
+
+
+def remedy(error: Exception) -> str:
+    if "EADDRINUSE" in str(error):
+        return "if another run of this machine is there, give this one a port of its own, as in deepspeed --master_port 29501 ..."
+    return "see what the other machines say, and that each of them runs this command and reaches that address"
+
+
+def single_process_defaults() -> None:
+    """What a launcher sets, for a plain `python recipes/X.py`."""
+    if "RANK" in os.environ:
+        return
+    refuse_many_without_launcher()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    SET_HERE.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(SET_HERE)
+
+
+def refuse_many_without_launcher() -> None:
+    """Each of them would train a run of its own."""
+    for name in STARTED_TOGETHER:
+        count = os.environ.get(name, "")
+        if count.isdigit() and int(count) > 1:
+            raise Refused(
+                f"{name} is {count}, but these processes have no ranks: start the launcher once on each machine "
+                f"(docs/cluster.md), or unset {name} if each is to train a run of its own"
+            )
+
+
+def forget() -> bool:
+    """Takes back what a process without a launcher was given; whether it was one."""
+    alone = bool(SET_HERE)
+    for name in SET_HERE:
+        os.environ.pop(name, None)
+    SET_HERE.clear()
+    return alone
