@@ -9,7 +9,7 @@ from duotone.data.dataset import Dataset
 from duotone.data.refusal import Refused
 from duotone.engine import zero
 from duotone.engine.recipe import Recipe
-from duotone.engine.recipe_json import differences, to_json
+from duotone.engine.recipe_json import changed, flat, to_json
 from duotone.engine.speed import Choice
 
 OF_A_MACHINE = ("data.shards", "data.threads", "out", "start", "speed.threads")
@@ -18,8 +18,9 @@ OF_A_MACHINE = ("data.shards", "data.threads", "out", "start", "speed.threads")
 
 def check_recipe(recipe: Recipe, choice: Choice, ranks: zero.Ranks) -> None:
     """Raises Refused, on every rank alike, where one was started with other flags than rank 0 or on another kind of machine."""
-    theirs, machine = zero.from_rank_0((to_json(recipe), choice))
-    other = differences(theirs, recipe, free=OF_A_MACHINE)
+    mine = flat(to_json(recipe))
+    theirs, machine = zero.from_rank_0((mine, choice))
+    other = changed(theirs, mine, OF_A_MACHINE)
     if choice != machine:
         other.append(f"the machine's own choice: {described(machine)} there, {described(choice)} here")
     refuse_others(

@@ -86,15 +86,17 @@ FREE = (
 )
 
 
-def differences(stored: dict, recipe: Recipe, free: tuple[str, ...] | None = None) -> list[str]:
-    """The fields by which a stored recipe is another run than this one; the `free` ones do not count, by default those that
-    leave the numbers alone.
+def differences(stored: dict, recipe: Recipe) -> list[str]:
+    """The fields by which a stored recipe is another run than this one; what leaves the numbers alone does not count.
 
     A field that came with a later version of duotone had its default when the run began.
     """
     then, now = (flat(json.loads(json.dumps(to_json(r)))) for r in (from_json(stored), recipe))
     then = flat(stored) | then  # with fields that this version no longer has
-    if free is None:
-        free = (*FREE, "images") if recipe.optimizer.schedule == "constant" else FREE
-    changed = [k for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k) and not k.startswith(free)]
-    return [f"{key}: {then.get(key)} there, {now.get(key)} here" for key in changed]
+    return changed(then, now, (*FREE, "images") if recipe.optimizer.schedule == "constant" else FREE)
+
+
+def changed(there: dict, here: dict, free: tuple[str, ...]) -> list[str]:
+    """The fields of two flat recipes that differ, but for those that are free to."""
+    keys = [key for key in sorted(there.keys() | here.keys()) if not key.startswith(free)]
+    return [f"{key}: {there.get(key)} there, {here.get(key)} here" for key in keys if there.get(key) != here.get(key)]
