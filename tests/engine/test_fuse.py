@@ -321,7 +321,7 @@ def test_it_can_be_copied_cast_and_saved(tmp_path):
     assert (call(again) - expected).abs().max() <= 1e-6
 
 
-@pytest.mark.parametrize("name", ["plain", "conditioned"])
+@pytest.mark.parametrize("name", ["plain", pytest.param("conditioned", marks=pytest.mark.long)])
 def test_it_compiles_in_one_graph(name):
     unet = NETWORKS[name]()
     expected = call(unet)

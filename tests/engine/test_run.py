@@ -209,7 +209,7 @@ def checkpoint_counters(out: Path) -> dict:
 
 
 @pytest.mark.launcher
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.long), 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.long) for stage in (1, 2)), 3])
 def test_two_ranks_see_what_one_rank_sees(whole, shards, tmp_path, stage):
     """The launcher starts two ranks; samples, noise and drops are the same at every position, and one rank resumes them."""
     out, memory = tmp_path / "two", set(os.listdir("/dev/shm"))
@@ -372,7 +372,11 @@ runpy.run_path({recipe!r}, run_name="__main__")
 
 
 @pytest.mark.parametrize(
-    "ranks", [pytest.param(0, id="without a launcher"), pytest.param(2, id="two ranks", marks=pytest.mark.launcher)]
+    "ranks",
+    [
+        pytest.param(0, id="without a launcher"),
+        pytest.param(2, id="two ranks", marks=[pytest.mark.launcher, pytest.mark.long]),
+    ],
 )
 def test_no_thread_of_gloo_outlives_the_run_and_no_compiler_was_loaded(shards, tmp_path, ranks):
     """One that lets go of a tensor while Python is being taken down aborts the process: a good run's exit code would be 134."""
@@ -629,7 +633,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(shards, tmp_path):
 
 
 @pytest.mark.launcher
-@pytest.mark.parametrize("to", ["all", "rank 1"])
+@pytest.mark.parametrize("to", ["all", pytest.param("rank 1", marks=pytest.mark.long)])
 def test_a_signal_ends_two_ranks_after_one_step(shards, tmp_path, to):
     """Ctrl-C goes to all that a terminal runs, and the launcher sends SIGTERM after it; a queue may tell one rank alone."""
     process = begun(shards, tmp_path / "run", ranks=2)

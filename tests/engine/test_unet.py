@@ -185,7 +185,10 @@ SEEDS = {
 }
 
 
-@pytest.mark.parametrize("name", SEEDS)
+LARGE = [pytest.param(name, marks=pytest.mark.long) if name == "image_folder" else name for name in SEEDS]
+
+
+@pytest.mark.parametrize("name", LARGE)
 def test_published_network_equals_diffusers(name):
     config, size, parameters = SEEDS[name]
     torch.manual_seed(0)
