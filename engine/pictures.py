@@ -24,14 +24,18 @@ def pixels(x_NCHW: Tensor) -> np.ndarray:
 
 
 class ByStep:
-    """sample()'s on_step: each step's idea of every image, as uint8, from however many chunks they come."""
+    """sample()'s on_step: each step's idea of every image, as uint8, from however many chunks they come.
 
-    def __init__(self):
+    With the `sigmas` of the steps: every image as it stands after each, noise and all, at variance-preserving scale, x / sqrt(1 + sigma^2).
+    """
+
+    def __init__(self, sigmas: Tensor | None = None):
         self.parts: list[list[np.ndarray]] = []
+        self.scales = None if sigmas is None else (1 + sigmas[1:] ** 2).rsqrt().tolist()
 
     def __call__(self, step: int, x_NCHW: Tensor, denoised_NCHW: Tensor) -> None:
         self.parts.extend([] for _ in range(step + 1 - len(self.parts)))
-        self.parts[step].append(pixels(denoised_NCHW))
+        self.parts[step].append(pixels(denoised_NCHW if self.scales is None else x_NCHW * self.scales[step]))
 
     @property
     def images(self) -> list[np.ndarray]:

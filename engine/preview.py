@@ -44,6 +44,8 @@ class Previews:
     strips: bool = True
     """Also draw what the network takes the first picture of each row to be on its way out of noise, conditional and, where that was
     trained, unconditional, and as a GIF."""
+    noisy: bool = False
+    """Strips and GIF show the pictures as they stand, noise and all, instead."""
 
     def check(self, objective: Objective) -> None:
         """Refuses what no picture could be drawn with, long before the first is due."""
@@ -138,10 +140,10 @@ def draw(config: Previews, model, examples: Examples, folder: Path, name: str) -
     sheet = pictures.grid(beside(shown, images, config.columns), config.columns + len(shown), zoom=zoom)
     pictures.write(written[0], sheet)
     if config.strips:
-        strips = {"conditional": strip(model, rows, settings, config.columns)}
+        strips = {"conditional": strip(config, model, rows, settings)}
         if model.can_be_asked_for_anything:
             height = next(v if isinstance(v, int) else len(v) for v in rows.values())
-            strips["unconditional"] = strip(model, {"count": height}, settings | {"guidance": 1.0}, config.columns)
+            strips["unconditional"] = strip(config, model, {"count": height}, settings | {"guidance": 1.0})
         for kind, images in strips.items():
             written.append(folder / f"{name}-{kind}.png")
             pictures.write(written[-1], pictures.grid(images, config.columns, zoom=zoom))
@@ -190,10 +192,10 @@ def film_of_grids(folder: Path) -> Path | None:
     return folder / "training.gif"
 
 
-def strip(model, rows: dict, settings: dict, columns: int) -> np.ndarray:
-    """Each row's image at `columns` moments of its way out of noise, row by row."""
+def strip(config: Previews, model, rows: dict, settings: dict) -> np.ndarray:
+    """Each row's image at so many moments of its way out of noise as there are columns, row by row."""
     from duotone.engine.sample import sample
 
-    seen = pictures.ByStep()
+    seen = pictures.ByStep(model.objective.falling_sigmas(config.steps) if config.noisy else None)
     sample(model, **rows, **settings, seed=0, on_step=seen)
-    return seen.strips(columns)
+    return seen.strips(config.columns)

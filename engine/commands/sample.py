@@ -67,6 +67,8 @@ class Sample:
     """Also write how the pictures come out of noise, as a GIF: what the network takes them to be at each step."""
     strip: Path | None = None
     """The same as a sheet: a row of eight moments for each picture."""
+    noisy: bool = False
+    """In both, the pictures as they stand at each step, noise and all."""
     out: Path = Path("sample.png")
     """Where the sheet goes; refused if it exists."""
     overwrite: bool = False
@@ -103,6 +105,8 @@ class Sample:
         for one, other in itertools.combinations(flags, 2):
             if flags[one].resolve() == flags[other].resolve():
                 raise Refused(f"--{other} and --{one} are both {flags[one]}: give each a file of its own")
+        if self.noisy and not {"gif", "strip"} & flags.keys():
+            raise Refused("--noisy is about --gif and --strip: give one of them")
         self.sets()
         for name in ("count", "columns"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -162,7 +166,7 @@ class Sample:
         return states, scales
 
     def draw(self, model, asked: dict, images: int) -> tuple[np.ndarray, "ByStep"]:
-        """The pictures and, where that is to be shown, every step's idea of them."""
+        """The pictures and, where that is to be shown, their way out of noise."""
         from duotone.engine.artifact import load
         from duotone.engine.pictures import ByStep
         from duotone.engine.sample import sample
@@ -170,7 +174,8 @@ class Sample:
         from duotone.engine.sampling.guiding.cfg_plus_plus import CfgPlusPlus
 
         guide = load(self.guide, speed=self.speed) if self.guide else None
-        seen, shown = ByStep(), self.gif is not None or self.strip is not None
+        shown = self.gif is not None or self.strip is not None
+        seen = ByStep(model.objective.falling_sigmas(self.steps, self.spacing) if self.noisy else None)
         drawn = [
             sample(
                 model,

@@ -80,6 +80,8 @@ def unread(recipe) -> Iterator[tuple[str, str]]:
         yield "preview.attributes", "no condition is of attributes"
     if recipe.preview.sheets and not {"label", "class_map"}.issuperset(kinds or ["none"]):
         yield "preview.sheets", "classes are not all that the network is conditioned on"
+    if recipe.preview.noisy and not recipe.preview.strips:
+        yield "preview.noisy", "preview.strips is off"
     if recipe.log.wandb_pictures and not recipe.log.wandb:
         yield "log.wandb_pictures", "log.wandb is off"
     if "crop" in changed(recipe.data) and recipe.data.resize != "crop":

@@ -410,13 +410,17 @@ def test_a_picture_is_read_as_it_was_prepared(tmp_path):
 def test_a_strip_holds_every_row_however_few_fit_into_memory(monkeypatch):
     model, rows = model_of(Label()), {"labels": [0, 1, 2, 0, 1, 2, 0, 1]}
     settings, found = {"steps": 4, "sampler": "euler"}, []
+    config = preview.Previews(columns=4, **settings)
     for fitting in (8, 4, 3):
         monkeypatch.setattr(
             importlib.import_module("duotone.engine.sample"), "rows_that_fit", lambda *_, fitting=fitting: fitting
         )
-        found.append(preview.strip(model, rows, settings, columns=4).astype(int))
+        found.append(preview.strip(config, model, rows, settings).astype(int))
     assert found[0].shape == (32, 8, 8, 3)
     assert all(np.abs(strip - found[0]).max() <= 1 for strip in found[1:])
+    noisy = preview.strip(replace(config, noisy=True), model, rows, settings).astype(int)
+    last = np.abs(noisy - found[0]).reshape(8, 4, -1).max(axis=2)
+    assert (last[:, -1] <= 1).all() and (last[:, :2] > 50).all()  # the last but one has noise of 0.002
 
 
 def test_no_strip_shows_a_null_state_that_was_never_trained(tmp_path):

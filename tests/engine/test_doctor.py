@@ -232,6 +232,7 @@ ATTENDING = replace(SOUND.model, attention=("none", "self"))
         (replace(SOUND, preview=Previews(prompts=("a cat",))), ["preview.prompts"]),
         (replace(SOUND, preview=Previews(attributes=("Male",))), ["preview.attributes"]),
         (replace(SOUND, preview=Previews(sheets=True), conditioning=()), ["preview.sheets"]),
+        (replace(SOUND, preview=Previews(noisy=True, strips=False)), ["preview.noisy"]),
         (replace(SOUND, log=Log(wandb_pictures=True)), ["log.wandb_pictures"]),
         (replace(SOUND, preview=Previews(prompts=("a cat",)), conditioning=(ByteText(),)), []),
         (replace(SOUND, data=Shards(size=16, resize="squash", crop="random")), ["data.crop"]),

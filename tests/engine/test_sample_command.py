@@ -1,5 +1,6 @@
 """`duotone sample` as a person types it: what it prints, sheets of scales, and one line for each mistake."""
 
+import math
 import warnings
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from duotone.engine.conditioning.text import ByteText
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
+from duotone.engine.pictures import ByStep
 from duotone.engine.recipe import Recipe
 
 FACTS = Facts(classes=("cat", "dog"), attributes=("Bald", "Male"))
@@ -69,6 +71,7 @@ MISTAKES = [
     ("label", "--label cat --guidance 1 --rescale 0.5", "have no effect at guidance 1"),
     ("label", "--label cat --gif same.gif --out same.gif", "--gif and --out are both same.gif"),
     ("label", "--label cat --strip same.png --out same.png", "--strip and --out are both same.png"),
+    ("label", "--label cat --noisy", "--noisy is about --gif and --strip"),
     ("attributes", "--attribute Male Male=0", "attribute 'Male' is given twice"),
     ("attributes", "--attribute Male,Male=0", "attribute 'Male' is given twice"),
     (
@@ -164,6 +167,24 @@ def test_a_strip_ends_with_the_picture(models, tmp_path, monkeypatch):
     strip, sheet = (np.asarray(Image.open(name)).astype(int) for name in ("strip.png", "sample.png"))
     assert strip.shape == (22, 82, 3) and sheet.shape == (22, 12, 3)
     assert np.abs(strip[:, 70:] - sheet).max() <= 1 and np.abs(strip[:, :12] - sheet).max() > 1
+
+
+def test_a_noisy_strip_ends_with_the_picture_too(models, tmp_path, monkeypatch):
+    """What the network takes it to be and how it stands are one at the last step, and not before."""
+    monkeypatch.chdir(tmp_path)
+    for name, flags in (("idea.png", []), ("noisy.png", ["--noisy"])):
+        asked = ["--label", "cat", "dog", "--steps", "8", "--columns", "1", "--overwrite"]
+        draw(models / "label", *asked, "--strip", name, *flags)
+    idea, noisy, sheet = (np.asarray(Image.open(n)).astype(int) for n in ("idea.png", "noisy.png", "sample.png"))
+    assert np.abs(noisy[:, 70:] - sheet).max() <= 1 and np.abs(noisy[:, :70] - idea[:, :70]).max() > 50
+
+
+def test_steps_are_shown_at_the_scale_that_keeps_variance():
+    """x0 = 0.2 under noise of 0.4 at sigma 2 is 1 / sqrt(5); the last is the picture itself."""
+    seen = ByStep(torch.tensor([math.inf, 2.0, 0.0]))
+    for step, x in enumerate((1.0, 0.2)):
+        seen(step, torch.full((1, 1, 1, 1), x), torch.zeros(1, 1, 1, 1))
+    assert [image.item() for image in seen.images] == [185, 153]  # 127.5 * (1 + 0.4472), 127.5 * 1.2
 
 
 @pytest.mark.parametrize("flags", ["--rule apg", "--rule cfg++ --guidance 0.6", "--rescale 0.7", "--spacing leading"])
