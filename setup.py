@@ -26,7 +26,7 @@ setup(
         "webdataset>=1.0",
         "tyro>=1.0",
         "tqdm>=4.66",
-        "wandb>=0.20",
+        "wandb>=0.31",
         "tensorboard>=2.17",
         f"triton>=3.6; {LINUX}",
         f"xformers>=0.0.34; {LINUX}",

@@ -243,7 +243,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--only", nargs="*", help="names of stages")
     parser.add_argument("--out", type=Path, help="where results go (default: bench/results/gpu-DATE)")
-    parser.add_argument("--dry-run", action="store_true", help="run nothing; say what would be run")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="start each command and end it at once; say what would be run"
+    )
     return parser.parse_args()
 
 

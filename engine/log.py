@@ -243,15 +243,28 @@ def tensorboard(folder: Path) -> Callable[[dict], None]:
     return listen
 
 
+NOTHING_ELSE = dict(
+    console="off",
+    disable_git=True,
+    save_code=False,
+    x_disable_machine_info=True,
+    x_disable_meta=True,
+    x_disable_stats=True,
+    x_save_requirements=False,
+)
+"""What wandb would send of itself: all that is printed, the command line, the repository's address, packages, the machine."""
+
+
 def wandb(folder: Path, recipe: dict, shows: bool) -> Callable[[dict], None]:
-    """The recipe is the only configuration that is sent; a later start of the same run goes on under the same id."""
+    """Nothing but numbers and the recipe is sent; a later start of the same run goes on under the same id."""
     import wandb as library
 
     remembered = folder / "wandb_id"
     if not remembered.exists():
         write_whole(remembered, f"{secrets.token_hex(4)}\n")
     known = {"name": folder.resolve().name, "id": remembered.read_text().strip()}
-    run = library.init(project="duotone", **known, resume="allow", config=recipe, dir=str(folder), save_code=False)
+    settings = library.Settings(**NOTHING_ELSE)
+    run = library.init(project="duotone", **known, resume="allow", config=recipe, dir=str(folder), settings=settings)
 
     def listen(row: dict) -> None:
         sheets = {name: library.Image(str(path)) for name, path in row.items() if isinstance(path, Path) and shows}

@@ -22,7 +22,7 @@ class Ema:
     half_life: int = 500_000
     """Images after which a weight counts half."""
     rampup: float = 0.05
-    """The half-life is at most this share of the images seen (Karras et al. 2024, section 3); 0 = no ramp."""
+    """The half-life is at most this share of the images seen, as in StyleGAN2-ADA's and EDM's training; 0 = no ramp."""
     power: float = 0.0
     """If above 0: decay = 1 - (1 + step)^-power instead, at most max_decay."""
     max_decay: float = 0.9999

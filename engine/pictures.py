@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,16 +27,21 @@ def pixels(x_NCHW: Tensor) -> np.ndarray:
 class ByStep:
     """sample()'s on_step: each step's idea of every image, as uint8, from however many chunks they come.
 
-    With the `sigmas` of the steps: every image as it stands after each, noise and all, at variance-preserving scale, x / sqrt(1 + sigma^2).
+    With the `sigmas` of the steps: every image as it stands after each, noise and all, at variance-preserving scale,
+    x / sqrt(1 + sigma^2). Of each row of `columns` images the first is kept.
     """
 
-    def __init__(self, sigmas: Tensor | None = None):
+    def __init__(self, sigmas: Tensor | None = None, columns: int = 1):
         self.parts: list[list[np.ndarray]] = []
+        self.told: Counter[int] = Counter()
         self.scales = None if sigmas is None else (1 + sigmas[1:] ** 2).rsqrt().tolist()
+        self.columns = columns
 
     def __call__(self, step: int, x_NCHW: Tensor, denoised_NCHW: Tensor) -> None:
         self.parts.extend([] for _ in range(step + 1 - len(self.parts)))
-        self.parts[step].append(pixels(denoised_NCHW if self.scales is None else x_NCHW * self.scales[step]))
+        shown_NCHW = denoised_NCHW if self.scales is None else x_NCHW * self.scales[step]
+        self.parts[step].append(pixels(shown_NCHW[-self.told[step] % self.columns :: self.columns]))
+        self.told[step] += len(shown_NCHW)
 
     @property
     def images(self) -> list[np.ndarray]:

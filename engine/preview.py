@@ -32,7 +32,7 @@ class Previews:
     columns: int = 8
     """Pictures per prompt, class or set of attributes."""
     rows: int = 8
-    """Most prompts, classes or sets of attributes drawn."""
+    """Most prompts or sets of attributes drawn; of classes alone at least ten."""
     sheets: bool = False
     """At the end also a sheet of rows x columns pictures for each class."""
     steps: int = 18
@@ -133,17 +133,18 @@ def draw(config: Previews, model, examples: Examples, folder: Path, name: str) -
 
     folder.mkdir(parents=True, exist_ok=True)
     rows, settings = asked_for(config, model, examples), settings_of(config, model)
-    images = sample(model, **repeated(rows, config.columns), **settings, seed=0)
+    seen = by_step(config, model, config.columns)
+    shown_by_step = seen if config.strips else None
+    images = sample(model, **repeated(rows, config.columns), **settings, seed=0, on_step=shown_by_step)
     zoom = zoom_of(images)
     written = [folder / f"{name}.png"]
     shown = given(model, rows)
     sheet = pictures.grid(beside(shown, images, config.columns), config.columns + len(shown), zoom=zoom)
     pictures.write(written[0], sheet)
     if config.strips:
-        strips = {"conditional": strip(config, model, rows, settings)}
+        strips = {"conditional": seen.strips(config.columns)}
         if model.can_be_asked_for_anything:
-            height = next(v if isinstance(v, int) else len(v) for v in rows.values())
-            strips["unconditional"] = strip(config, model, {"count": height}, settings | {"guidance": 1.0})
+            strips["unconditional"] = unasked(config, model, len(images) // config.columns, settings)
         for kind, images in strips.items():
             written.append(folder / f"{name}-{kind}.png")
             pictures.write(written[-1], pictures.grid(images, config.columns, zoom=zoom))
@@ -159,7 +160,7 @@ def settings_of(config: Previews, model) -> dict:
 
 
 def draw_sheets(config: Previews, model, folder: Path) -> list[Path]:
-    """Writes class-<name>.png, a sheet of each class, where labels are all that the model is asked for."""
+    """Writes class-<number>-<name>.png, a sheet of each class, where labels are all that the model is asked for."""
     from duotone.engine.sample import sample
 
     if {conditioner.asked for conditioner in model.network.conditioners.values()} != {"labels"}:
@@ -192,10 +193,15 @@ def film_of_grids(folder: Path) -> Path | None:
     return folder / "training.gif"
 
 
-def strip(config: Previews, model, rows: dict, settings: dict) -> np.ndarray:
-    """Each row's image at so many moments of its way out of noise as there are columns, row by row."""
+def by_step(config: Previews, model, columns: int) -> pictures.ByStep:
+    """The first image of each row on its way out of noise."""
+    return pictures.ByStep(model.objective.falling_sigmas(config.steps) if config.noisy else None, columns)
+
+
+def unasked(config: Previews, model, rows: int, settings: dict) -> np.ndarray:
+    """A strip of what becomes of each row's first noise without a condition."""
     from duotone.engine.sample import sample
 
-    seen = pictures.ByStep(model.objective.falling_sigmas(config.steps) if config.noisy else None)
-    sample(model, **rows, **settings, seed=0, on_step=seen)
+    seen, seeds = by_step(config, model, 1), [(0, row * config.columns) for row in range(rows)]
+    sample(model, count=rows, **settings | {"guidance": 1.0}, seed=seeds, on_step=seen)
     return seen.strips(config.columns)

@@ -49,7 +49,7 @@ def sample(
     sampler: str | Callable = "heun",
     spacing: str | None = None,
     clip: bool | None = None,
-    seed: int | Sequence[int] = 0,
+    seed: int | Sequence[int | tuple[int, int]] = 0,
     size: int | tuple[int, int] | None = None,
     chunk: int | None = None,
     on_step: Callable | None = None,
@@ -70,7 +70,8 @@ def sample(
     `clip` keeps every step's denoised image within [-1, 1], where pixels lie (engine/sampling/samplers/clipping.py): by default for DDPM, but
     not with CFG++, whose steps go through what is no image.
 
-    `seed` is a number or one per image: image i of a single seed uses seed and i, and its noise does not depend on the batch.
+    `seed` is a number or one per image: image i of a single seed uses seed and i, and its noise does not depend on the batch;
+    (seed, i) for an image is what image i of that seed begins from.
     `chunk` images are drawn at once, by default as many as the free memory holds. `on_step(step, x_NCHW, denoised_NCHW)` is
     called after every step with a chunk's images, once for each image and step (engine/pictures.py has ByStep, which collects
     them), and `progress` shows a bar. Raises Refused on what does not fit.

@@ -47,10 +47,10 @@ class PictureOptions:
     """Folder to write; it must not exist."""
     size: int | None = None
     """Shrink until the short side has this many pixels; without it the files are stored as they are."""
-    image_format: ImageFormat = "jpg"
-    """Of shrunk pictures: jpg, png, or npy (decoded: larger, and read many times faster)."""
-    quality: int = 95
-    """JPEG quality of shrunk pictures, 1 to 100."""
+    image_format: ImageFormat | None = None
+    """Of shrunk pictures: jpg (the default), png, or npy (decoded: larger, and read many times faster)."""
+    quality: int | None = None
+    """JPEG quality of shrunk pictures, 1 to 100; by default 95."""
     per_shard: int = 4096
     """Samples in a shard."""
     limit: int | None = None
@@ -65,8 +65,12 @@ class PictureOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise Refused(f"{name} is {value}: use 1 or more")
-        if not 1 <= self.quality <= 100:
+        if self.quality is not None and not 1 <= self.quality <= 100:
             raise Refused(f"quality is {self.quality}: use 1 to 100")
+        for name in ("image_format", "quality"):
+            value = getattr(self, name)
+            if value is not None and self.size is None:
+                raise Refused(f"{name} is {value}, but without size the files are stored as they are: give size too")
 
     def write(self, pictures: Iterable[Picture], total: int, **named) -> dict:
         """Writes the pictures as shards and returns a summary: images, skipped, shards, out."""
@@ -78,8 +82,8 @@ class PictureOptions:
             progress,
             self.out,
             per_shard=self.per_shard,
-            image_format=self.image_format,
-            quality=self.quality,
+            image_format=self.image_format or "jpg",
+            quality=self.quality or 95,
             **named,
         )
         summary = {"out": str(self.out), "images": content["count"], "shards": len(content["shards"])}

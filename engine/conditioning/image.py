@@ -42,7 +42,7 @@ class ClassMap:
 
 @dataclass(frozen=True, kw_only=True)
 class LowResolution:
-    """The image itself, shrunk and enlarged again: the network learns to sharpen it. Saharia et al. 2021, section 2.3."""
+    """The image itself, shrunk and enlarged again: the network learns to sharpen it. Saharia et al. 2021, section 2.4 (here bilinear)."""
 
     kind = "low_resolution"
     port = "channels"

@@ -78,15 +78,15 @@ def refuse_steering(steered: bool) -> None:
         )
 
 
-def seeds_of(seed: int | Sequence[int], images: int) -> list[tuple[int, int]]:
-    """(seed, number) of each image: number 0 for an image with a seed of its own."""
+def seeds_of(seed: int | Sequence[int | tuple[int, int]], images: int) -> list[tuple[int, int]]:
+    """(seed, number) of each image: number 0 for an image with a seed of its own, unless it is given as a pair."""
     if isinstance(seed, Integral):
         return [(int(seed), i) for i in range(images)]
     if not isinstance(seed, Sequence | np.ndarray):
         raise Refused(f"seed = {seed!r}: give a whole number, or one per image")
     if len(seed) != images:
         raise Refused(f"seed has {len(seed)} entries for {images} images: give one number, or one per image")
-    return [(int(s), 0) for s in seed]
+    return [(int(s[0]), int(s[1])) if isinstance(s, tuple) else (int(s), 0) for s in seed]
 
 
 def negative_values(model: Model, negative: dict[str, Sequence] | None, images: int) -> dict[str, list]:

@@ -339,7 +339,18 @@ def test_limit(tmp_path, pictures):
     assert PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out", limit=3).run()["images"] == 3
 
 
-@pytest.mark.parametrize("options", [{"size": 0}, {"quality": 0}, {"limit": -1}, {"threads": 0}, {"per_shard": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"size": 0},
+        {"quality": 0},
+        {"quality": 90},
+        {"image_format": "npy"},
+        {"limit": -1},
+        {"threads": 0},
+        {"per_shard": 0},
+    ],
+)
 def test_nonsense_options_are_refused(tmp_path, options):
     with pytest.raises(Refused, match=next(iter(options))):
         PrepareFolder(images=tmp_path, out=tmp_path / "out", **options)

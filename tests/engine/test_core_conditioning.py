@@ -407,20 +407,34 @@ def test_a_picture_is_read_as_it_was_prepared(tmp_path):
     assert read.shape == (8, 4, 3) and (read[:4] == 0).all() and (read[4:] == 255).all()
 
 
-def test_a_strip_holds_every_row_however_few_fit_into_memory(monkeypatch):
-    model, rows = model_of(Label()), {"labels": [0, 1, 2, 0, 1, 2, 0, 1]}
-    settings, found = {"steps": 4, "sampler": "euler"}, []
-    config = preview.Previews(columns=4, **settings)
-    for fitting in (8, 4, 3):
+def cells(path: Path, columns: int) -> np.ndarray:
+    """The images of a sheet of 8 x 8 pixels, eight times enlarged, row by row."""
+    sheet = np.asarray(Image.open(path))[::8, ::8].astype(int)
+    rows = [np.split(row[2:, :-2], columns, axis=1) for row in np.split(sheet[:-2], len(sheet) // 10)]
+    return np.array([[cell[:, 2:] for cell in row] for row in rows])
+
+
+def test_strips_show_how_the_first_picture_of_each_row_came_about(monkeypatch, tmp_path):
+    """However few fit into memory; and what becomes of the same noise when nothing is asked for."""
+    config, found = preview.Previews(columns=4, steps=4, sampler="euler"), []
+    for fitting in (12, 5, 3):
         monkeypatch.setattr(
             importlib.import_module("duotone.engine.sample"), "rows_that_fit", lambda *_, fitting=fitting: fitting
         )
-        found.append(preview.strip(config, model, rows, settings).astype(int))
-    assert found[0].shape == (32, 8, 8, 3)
-    assert all(np.abs(strip - found[0]).max() <= 1 for strip in found[1:])
-    noisy = preview.strip(replace(config, noisy=True), model, rows, settings).astype(int)
-    last = np.abs(noisy - found[0]).reshape(8, 4, -1).max(axis=2)
-    assert (last[:, -1] <= 1).all() and (last[:, :2] > 50).all()  # the last but one has noise of 0.002
+        preview.draw(config, model_of(Label()), preview.Examples(), tmp_path, f"p{fitting}")
+        names = [f"p{fitting}{kind}.png" for kind in ("", "-conditional", "-unconditional")]
+        found.append([cells(tmp_path / name, 4) for name in names])
+    sheet, strip, unasked = found[0]
+    assert sheet.shape == strip.shape == unasked.shape == (3, 4, 8, 8, 3)
+    assert np.abs(strip[:, -1] - sheet[:, 0]).max() <= 1 and np.abs(sheet[:, 1:] - sheet[:, :1]).max() > 50
+    model, begins = model_of(Label()), [(0, 0), (0, 4), (0, 8)]
+    alone = sample(model, count=3, steps=4, sampler="euler", seed=begins).astype(int)
+    assert np.abs(unasked[:, -1] - alone).max() <= 1
+    for others in found[1:]:
+        assert all(np.abs(one - other).max() <= 1 for one, other in zip(found[0], others))
+    preview.draw(replace(config, noisy=True), model, preview.Examples(), tmp_path, "noisy")
+    far = np.abs(cells(tmp_path / "noisy-conditional.png", 4) - strip).reshape(3, 4, -1).max(axis=2)
+    assert (far[:, -1] <= 1).all() and (far[:, :2] > 50).all()  # the last but one has noise of 0.002
 
 
 def test_no_strip_shows_a_null_state_that_was_never_trained(tmp_path):

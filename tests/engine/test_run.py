@@ -717,4 +717,9 @@ def test_gradient_checkpointing_and_trackers(whole, shards, tmp_path):
     assert [event.step for event in events.Images("samples")] == [48, 96] and "loss" in events.Tags()["scalars"]
     sent = sorted(path.name.split("_")[0] for path in (out / "wandb").glob("offline-run-*/files/media/images/*.png"))
     assert sent == ["conditional"] * 2 + ["samples"] * 2 + ["unconditional"] * 2
+    (followed,) = (out / "wandb").glob("offline-run-*/run-*.wandb")
+    told = followed.read_bytes()
+    assert b"grad_norm" in told and b"batch_size" in told
+    for unasked in (b"fused kernels at", b"--log.wandb", RECIPE.name.encode(), b"safetensors=="):
+        assert unasked not in told, "only numbers and the recipe are sent"
     assert len((out / "wandb_id").read_text()) == 9, "a later start goes on under it, and no other run has it"
