@@ -1,13 +1,16 @@
 """Whether all ranks of a run are about the same run: on several machines each is started by a command and reads a disk of its own."""
 
+import hashlib
 import socket
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from duotone.data.dataset import Dataset
 from duotone.data.refusal import Refused
 from duotone.engine import zero
+from duotone.engine.model.network import Network
 from duotone.engine.recipe import Recipe
 from duotone.engine.recipe_json import changed, flat, to_json
 from duotone.engine.speed import Choice
@@ -36,6 +39,21 @@ def check_data(data: Dataset, ranks: zero.Ranks) -> list[str]:
     mine = [f"decodes by {data.decoder}, rank 0 by {decoder}"] if data.decoder != decoder else []
     mine += [f"has torch {torch.__version__}, rank 0 {version}"] if torch.__version__ != version else []
     return [f"{where}: its numbers differ in their last digits" for where in named(mine, ranks)]
+
+
+def check_untrained(network: Network, ranks: zero.Ranks) -> None:
+    """Raises Refused, on every rank alike, where one has other weights of what is not trained: of that each keeps its own."""
+    mine = digest(network.untrained) if ranks.count > 1 else ""
+    other = ["its text encoder has other weights"] if mine != zero.from_rank_0(mine) else []
+    refuse_others(other, ranks, "is told something else than rank 0", "copy rank 0's text encoder there")
+
+
+def digest(modules: list[nn.Module]) -> str:
+    whole = hashlib.sha256()
+    for module in modules:
+        for tensor in module.state_dict().values():
+            whole.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return whole.hexdigest()
 
 
 def check_folder(folder: Path, ranks: zero.Ranks) -> list[str]:

@@ -30,6 +30,7 @@ def meet(backend: str) -> None:
     late.start()
     try:
         store, rank, count = next(dist.rendezvous("env://", timeout=MEETING))
+        refuse_others(store, rank, count, backend)
         store.set_timeout(PATIENCE)
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
@@ -38,6 +39,18 @@ def meet(backend: str) -> None:
         raise Refused(f"{error}: start a run by deepspeed, torchrun or plain python, which set what it needs") from None
     finally:
         late.cancel()
+
+
+def refuse_others(store: dist.Store, rank: int, count: int, backend: str) -> None:
+    """A rank without a GPU would wait for the others in another group than theirs."""
+    store.set(f"backend of {rank}", backend)
+    theirs = [store.get(f"backend of {other}").decode() for other in range(count)]
+    cpu = [number for number, name in enumerate(theirs) if name == "gloo"]
+    if 0 < len(cpu) < count:
+        raise Refused(
+            f"rank{'s' * (len(cpu) > 1)} {', '.join(map(str, cpu))} of {count} would compute on a CPU, the others on GPUs: see why torch "
+            "finds no CUDA device there, or give --speed.device cpu to all"
+        )
 
 
 def tell_whom_one_waits_for(address: str) -> None:

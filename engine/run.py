@@ -97,6 +97,7 @@ def set_up(recipe: Recipe, held: ExitStack) -> Run:
     facts = Facts(classes=as_tuple(data.classes), attributes=as_tuple(data.attributes))
     recipe.preview.check_names(facts)
     network, found, begun = beginning(recipe, facts, ranks)
+    agreement.check_untrained(network, ranks)
     blocks = speed.make_ready(network.unet, recipe.speed, choice)
     recipe = with_accumulation(recipe, stored, network, choice, ranks)
     micro = recipe.micro_batch(ranks.count)
@@ -202,6 +203,8 @@ def tried(network: Network, recipe: Recipe, times: int, choice: speed.Choice, ra
 
 
 def start_sharded(recipe: Recipe, network: Network, choice: speed.Choice, micro: int) -> Sharded:
+    for module in network.untrained:
+        module.to(choice.dtype)  # DeepSpeed casts what is trained, and that alone
     return Sharded(
         network,
         recipe.optimizer.build(network),
@@ -312,11 +315,12 @@ def unguided(run: Run) -> str | None:
     return f"pictures are drawn unguided, not with preview.guidance = {run.recipe.preview.guidance:g}: no null state is trained"
 
 
-def plans(run: Run) -> Iterator:
-    """What this rank reads, micro-batch by micro-batch, from where the run stands to its end."""
+def plans(run: Run, begin: int) -> Iterator:
+    """What this rank reads, micro-batch by micro-batch, from so many images to the run's last: on a thread that the run does not
+    wait for, so that where it stands is no matter here."""
     recipe = run.recipe
     micro = recipe.micro_batch(run.ranks.count)
-    for first in range(run.images, recipe.images, recipe.batch_size):
+    for first in range(begin, recipe.images, recipe.batch_size):
         for positions_N in draws.micro_batches(first, recipe.batch_size, micro, run.ranks.rank, run.ranks.count):
             yield draws.plan(recipe.seed, positions_N, run.data.count)
 

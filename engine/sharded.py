@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from duotone.engine import zero
@@ -23,7 +24,9 @@ class Sharded:
         self.stage = config["zero_optimization"]["stage"]
         self.names = {id(p): name for name, p in trained(network)}
         rounds = config["bf16"]["enabled"] or config["fp16"]["enabled"]
+        zero.share(p for _, p in trained(network))
         exact = {name: p.detach().to("cpu", copy=True) for name, p in trained(network)} if rounds else {}
+        self.linear_before = F.linear
         self.engine = zero.start(network, optimizer, config)
         self.device = self.engine.device
         self.update = None
@@ -49,6 +52,7 @@ class Sharded:
 
         That waits for the device, but not with an error on a GPU: it may stand in a collective that a lost rank never joins.
         """
+        F.linear = self.linear_before  # which stage 3 replaces for the whole process by one that rounds otherwise
         if error is None or self.device.type == "cpu":
             self.engine.destroy()
 

@@ -43,9 +43,9 @@ def train(recipe: Recipe) -> Path:
         run = set_up(recipe, held)
         run.whole_step = whole_step(run)
         run.examples = examples(run)  # before the reading thread: one decoder serves one reader
-        batches = run.data.batches(plans(run))
+        batches = run.data.batches(plans(run, run.images))
         if run.saved is not None and run.images < recipe.images:
-            look(run, **zero.from_rank_0(missed(run)))
+            look(run, **zero.from_rank_0(missed(run) if run.ranks.rank == 0 else None))
         stop = signals.enter_context(Stop(recipe.checkpoint.stop_after, began, run.sharded.device))
         steps(run, batches, stop)
         if run.images < recipe.images:
@@ -338,9 +338,14 @@ def examples(run: Run) -> preview.Examples:
 
 
 def some_captions(run: Run) -> tuple[str, ...]:
+    """A sample that cannot be read is passed over where others are trained on in its place."""
     found: dict[str, None] = {}
-    for i in range(min(run.data.count, 20 * run.recipe.preview.rows)):
-        found.setdefault(run.data.captions_at(i)[0])
+    for i in np.flatnonzero(run.data.good_N)[: 20 * run.recipe.preview.rows]:
+        try:
+            found.setdefault(run.data.captions_at(i)[0])
+        except Refused:
+            if run.recipe.data.on_bad == "refuse":
+                raise
         if len(found) == run.recipe.preview.rows:
             break
     return tuple(found)

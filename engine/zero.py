@@ -9,7 +9,7 @@ import importlib
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -203,6 +203,13 @@ def from_rank_0(value=None):
     found = [value]
     dist.broadcast_object_list(found, src=0)
     return found[0]
+
+
+def share(tensors: Iterable[Tensor]) -> None:
+    """Rank 0's values, on every rank: those of another machine may have been drawn, or read, otherwise."""
+    if dist.get_world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor.data, src=0)
 
 
 def mean(value: Tensor) -> Tensor:

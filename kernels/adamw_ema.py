@@ -126,9 +126,9 @@ def _update(
 ):
     grad_P = _read(grad, at_P, parameters, FULL) * scale
     average_P = _read(exp_avg, at_P, parameters, FULL)
-    average_P += share1 * (grad_P - average_P)
+    average_P = average_P - share1 * average_P + share1 * grad_P
     square_P = _read(exp_avg_sq, at_P, parameters, FULL)
-    square_P += share2 * (grad_P * grad_P - square_P)
+    square_P = square_P - share2 * square_P + share2 * grad_P * grad_P
     _write(exp_avg, average_P, at_P, parameters, FULL)
     _write(exp_avg_sq, square_P, at_P, parameters, FULL)
 

@@ -14,6 +14,7 @@ from duotone.kernels.dispatch import (
     INTERPRETED,
     count_fallback,
     launch,
+    reaches_far,
     require,
     require_same_device,
     runs_kernel,
@@ -291,6 +292,8 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dout_NLHD):
+    if reaches_far(dout_NLHD):
+        dout_NLHD = dout_NLHD.contiguous()
     return *_backward(dout_NLHD, *ctx.saved_tensors, ctx.scale), None, None
 
 
@@ -308,7 +311,7 @@ def attention(q_NLHD, k_NMHD, v_NMHD, *, mask_NM=None, scale=None):
     _validate(q_NLHD, k_NMHD, v_NMHD, mask_NM)
     keys, width = k_NMHD.shape[1], q_NLHD.shape[3]
     if keys <= MOST_KEYS and runs_kernel(NAME, q_NLHD):
-        reason = _unsupported(q_NLHD, keys)
+        reason = _unsupported(q_NLHD, k_NMHD, v_NMHD)
         if reason is None:
             return _forward(q_NLHD, k_NMHD, v_NMHD, mask_NM, width**-0.5 if scale is None else float(scale))
         count_fallback(NAME, reason, *q_NLHD.shape, keys)
@@ -332,9 +335,10 @@ def _shared_bytes(device_index):
     return torch.cuda.get_device_properties(device_index).shared_memory_per_block_optin
 
 
-def _unsupported(q_NLHD, keys):
+def _unsupported(q_NLHD, k_NMHD, v_NMHD):
     """Why a call with few keys goes to PyTorch's kernels, or None."""
     images, _, heads, width = q_NLHD.shape
+    keys = k_NMHD.shape[1]
     # Exact fp32 products leave the tensor cores, and then a tile of keys does not fit in registers.
     if q_NLHD.dtype not in (torch.bfloat16, torch.float16, *([torch.float32] if INTERPRETED else [])):
         return f"{q_NLHD.dtype} queries"
@@ -344,6 +348,8 @@ def _unsupported(q_NLHD, keys):
         return f"more than {MOST_WIDTH} channels per head"
     if q_NLHD.is_cuda and not fits(keys, width, _shared_bytes(q_NLHD.device.index)):
         return "keys and channels that do not fit in this chip's shared memory"
+    if any(reaches_far(tensor) for tensor in (q_NLHD, k_NMHD, v_NMHD)):
+        return "tokens of an image that lie farther apart than a program addresses"
     return "more images or heads than a grid addresses" if max(images, heads) > 65535 else None
 
 

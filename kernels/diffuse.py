@@ -12,6 +12,7 @@ from torch import Tensor
 from duotone.kernels.dispatch import (
     count_fallback,
     launch_exactly,
+    reaches_far,
     require,
     require_same_device,
     runs_kernel,
@@ -30,7 +31,7 @@ def diffuse_reference(images_NHWC, flip_N, coefficients_N4, seed, positions_N, p
     # By a tensor: where the divisor is a number, a GPU multiplies by its rounded reciprocal.
     x0_NHWC = images_NHWC.to(torch.float32) / torch.full((), 127.5, device=images_NHWC.device) - 1
     x0_NHWC = torch.where(flip_N[:, None, None, None], x0_NHWC.flip(2), x0_NHWC)
-    count = images_NHWC[0].numel()
+    count = images_NHWC.shape[1:].numel()
     noise_NHWC = normal_reference(seed, positions_N, purpose, count).view(images_NHWC.shape)
     a, b, p, q = coefficients_N4.to(torch.float32)[:, :, None, None, None].unbind(dim=1)
     input_NHWC = (a * x0_NHWC + b * noise_NHWC).to(dtype)
@@ -143,7 +144,7 @@ def diffuse(images_NHWC, flip_N, coefficients_N4, seed, positions_N, purpose, *,
     """
     _validate(images_NHWC, flip_N, coefficients_N4, positions_N, dtype)
     if runs_kernel(NAME, images_NHWC):
-        reason = _unsupported(images_NHWC, dtype)
+        reason = _unsupported(images_NHWC, coefficients_N4, dtype)
         if reason is None:
             signed = (seed + 2**63) % 2**64 - 2**63
             run = _opaque if torch.compiler.is_compiling() else _forward
@@ -152,12 +153,16 @@ def diffuse(images_NHWC, flip_N, coefficients_N4, seed, positions_N, purpose, *,
     return diffuse_reference(images_NHWC, flip_N, coefficients_N4, seed, positions_N, purpose, dtype=dtype)
 
 
-def _unsupported(images_NHWC, dtype):
+def _unsupported(images_NHWC, coefficients_N4, dtype):
     """Why a call cannot run as a kernel, or None."""
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"input in {dtype}"
     if images_NHWC.numel() == 0:
         return "an empty batch"
+    if coefficients_N4.requires_grad and torch.is_grad_enabled():
+        return "a gradient is asked for"
+    if reaches_far(images_NHWC):
+        return "an image whose pixels lie farther apart than a program addresses"
     too_many = images_NHWC.shape[0] > 65535 or images_NHWC[0].numel() >= 2**31
     return "more images or values than a grid addresses" if too_many else None
 

@@ -99,6 +99,11 @@ def runs_kernel(kernel: str, tensor: torch.Tensor) -> bool:
     return INTERPRETED if tensor.device.type == "cpu" else HAS_TRITON and tensor.device.type == "cuda"
 
 
+def reaches_far(tensor: torch.Tensor) -> bool:
+    """Whether entries of one image lie farther apart than a kernel's 32 bits address: a view of a larger tensor may."""
+    return sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:])) >= 2**31
+
+
 def count_fallback(kernel: str, reason: str, *shape: int) -> None:
     """Note that `kernel` went to its reference for this reason, once per shape (in a compiled graph, once)."""
     if _imagining:

@@ -14,6 +14,7 @@ from torch import Tensor
 from duotone.kernels.dispatch import (
     count_fallback,
     launch,
+    reaches_far,
     require,
     require_same_device,
     runs_kernel,
@@ -46,10 +47,18 @@ def group_norm_silu_reference(
     add_NC = _off_centre(h_NCHW, groups, add_NC)
     if add_NC is not None:
         h_NCHW = h_NCHW + _per_channel(add_NC, wide)
-    h_NCHW = F.group_norm(h_NCHW, groups, weight_C.to(wide), bias_C.to(wide), eps)
+    h_NCHW = _group_norm(h_NCHW, groups, weight_C.to(wide), bias_C.to(wide), eps)
     h_NCHW = _film(h_NCHW, scale_NC, shift_NC, wide)
     y_NCHW = (F.silu(h_NCHW) if silu else h_NCHW).to(x_NCHW.dtype)
     return y_NCHW.contiguous(memory_format=memory_format_of(x_NCHW))
+
+
+def _group_norm(h_NCHW, groups, weight_C, bias_C, eps):
+    """On a CPU PyTorch's backward pass (2.13) crashes the process where a channels-last image needs no gradient, but its weights do."""
+    weights_alone = not h_NCHW.requires_grad and (weight_C.requires_grad or bias_C.requires_grad)
+    if h_NCHW.is_cuda or not weights_alone:
+        return F.group_norm(h_NCHW, groups, weight_C, bias_C, eps)
+    return F.group_norm(h_NCHW, groups, eps=eps) * weight_C[:, None, None] + bias_C[:, None, None]
 
 
 def _off_centre(h_NCHW, groups, add_NC):
@@ -367,10 +376,12 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, gradients):
     saved, options = ctx.saved_tensors, (ctx.border, ctx.groups, ctx.silu, ctx.in_turns)
     dy_NCHW, _, _, *djoined = gradients
+    if reaches_far(dy_NCHW):
+        dy_NCHW = dy_NCHW.contiguous(memory_format=torch.channels_last)
     djoined_NCHW = djoined[0].contiguous(memory_format=torch.channels_last) if djoined else None
     dx_NCHW, dweight_bias_2C, *rest = _backward(dy_NCHW, djoined_NCHW, *saved, *options)
     dskip_NCHW = rest.pop() if ctx.border else None
-    dweight_C, dbias_C = dweight_bias_2C.to(saved[1].dtype)
+    dweight_C, dbias_C = (gradient.to(value.dtype) for gradient, value in zip(dweight_bias_2C, saved[1:3]))
     dadd, dscale, dshift = (None if value is None else gradient for gradient, value in zip(rest, saved[3:6]))
     return dx_NCHW, dskip_NCHW, dweight_C, dbias_C, dadd, dscale, dshift, *4 * (None,)
 
@@ -393,6 +404,8 @@ def group_norm_silu(
     modulation = {"shift_NC": shift_NC, "scale_NC": scale_NC, "add_NC": add_NC}
     _validate(x_NCHW.shape, x_NCHW, weight_C, bias_C, groups, modulation)
     reason = _unsupported(x_NCHW.shape, x_NCHW.dtype, groups) if runs_kernel(NAME, x_NCHW) else ""
+    if reason is None and reaches_far(x_NCHW):
+        reason = "an image whose pixels lie farther apart than a program addresses"
     if reason:
         count_fallback(NAME, reason, *x_NCHW.shape)
     elif reason is None:

@@ -44,7 +44,7 @@ def guided_step_reference(prediction_2NCHW, x_NCHW, c_skip_N, c_out_N, scale_N, 
 
 
 def _deviation(image_NCHW):
-    return image_NCHW.std(dim=(1, 2, 3), keepdim=True, correction=0)
+    return (image_NCHW - image_NCHW[:, :1, :1, :1]).std(dim=(1, 2, 3), keepdim=True, correction=0)
 
 
 # --------------------------------------------------------------------------------------------------------- cases
@@ -89,9 +89,11 @@ def _denoised(prediction, x, c_skip, c_out, scale, image, images, value_V, real_
 
 @triton.jit
 def _spread_of(value_V, real_V, count):
-    mean = tl.sum(tl.where(real_V, value_V, 0.0)) / count
-    apart_V = tl.where(real_V, value_V - mean, 0.0)
-    return mean, tl.sum(apart_V * apart_V)
+    first = tl.sum(tl.where(tl.arange(0, value_V.shape[0]) == 0, value_V, 0.0))
+    from_first_V = tl.where(real_V, value_V - first, 0.0)  # exactly 0 where the chunk is flat
+    mean = tl.sum(from_first_V) / count
+    apart_V = tl.where(real_V, from_first_V - mean, 0.0)
+    return first + mean, tl.sum(apart_V * apart_V)
 
 
 @triton.jit
@@ -115,8 +117,8 @@ def _deviation_kernel(prediction, x, c_skip, c_out, scale, partial, images, valu
 def _total_square(slot_K, real_K, count_K, values):
     """Centred squares of a whole image from its chunks (Chan, Golub and LeVeque 1979)."""
     mean_K = tl.load(slot_K, mask=real_K, other=0.0)
-    mean = tl.sum(mean_K * count_K) / values
-    apart_K = mean_K - mean
+    from_first_K = tl.where(real_K, mean_K - tl.sum(tl.where(tl.arange(0, mean_K.shape[0]) == 0, mean_K, 0.0)), 0.0)
+    apart_K = from_first_K - tl.sum(from_first_K * count_K) / values
     return tl.sum(tl.load(slot_K + 1, mask=real_K, other=0.0) + apart_K * apart_K * count_K)
 
 

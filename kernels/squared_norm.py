@@ -84,7 +84,8 @@ def _launch(grad_P: Tensor) -> Tensor:
 
 
 def squared_norm(grad_P):
-    """The sum of squares of a flat tensor: 0-dimensional, fp64, on its device; not finite where a gradient is not.
+    """The sum of squares of a flat tensor: 0-dimensional, fp64, on its device; not finite where a gradient is not, or lies beyond
+    1e17 in size, whose squares fp32 cannot add up; below 1e-22 they count as 0.
 
     Raises ValueError on what does not fit.
     """

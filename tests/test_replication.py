@@ -205,7 +205,7 @@ def step_by_step(recipe: Recipe) -> dict[str, float]:
         held.push(zero.leave)  # as train() does: what a process without a launcher was given is taken back
         run = set_up(recipe, held)
         assert run.sharded.shapes() == {name: tuple(p.shape) for name, p in published.named.items()}
-        batches, losses, states = run.data.batches(plans(run)), [], []
+        batches, losses, states = run.data.batches(plans(run, run.images)), [], []
         while run.images < recipe.images:
             for kind in ("weight", "exp_avg", "exp_avg_sq"):
                 run.sharded.scatter(kind, published.state(kind))

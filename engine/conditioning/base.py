@@ -48,6 +48,8 @@ class Conditioner(nn.Module, ABC):
     """Whether it reads the pixels of a batch, which must then be mirrored as the network sees them."""
     extra_channels: int = 0
     """Channels that it adds to the network's input."""
+    untrained: tuple[nn.Module, ...] = ()
+    """What it holds beside what is trained."""
 
     @abstractmethod
     def of_batch(self, batch: Batch, seed: int = 0) -> dict[str, Tensor]:

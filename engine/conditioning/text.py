@@ -203,8 +203,12 @@ class TextConditioner(Conditioner):
         else:
             self.encoder = encoder
 
+    @property
+    def untrained(self) -> tuple[nn.Module, ...]:
+        return getattr(self, "held", ())
+
     def _apply(self, fn, recurse: bool = True):
-        for encoder in getattr(self, "held", ()):
+        for encoder in self.untrained:
             encoder._apply(fn)
         return super()._apply(fn, recurse)
 

@@ -44,6 +44,11 @@ class Network(nn.Module):
     def device(self) -> torch.device:
         return self.unet.conv_in.weight.device
 
+    @property
+    def untrained(self) -> list[nn.Module]:
+        """What conditioners hold beside what is trained: text encoders."""
+        return [module for conditioner in self.conditioners.values() for module in conditioner.untrained]
+
     def condition(self, tensors: dict[str, dict[str, Tensor]], keep: dict[str, Tensor]) -> Conditioning:
         """The ports from each conditioner's tensors and its rows to keep."""
         return combine([c(tensors[kind], keep[kind]) for kind, c in self.conditioners.items()])

@@ -93,6 +93,22 @@ def check(out: Path, steps: int) -> None:
     assert (out / "ema.safetensors").stat().st_size == pytest.approx(4 * 109_466_115, rel=0.01)
 
 
+SMALL = "--model.channels 32 32 --model.attention none cross --model.heads 2 2 --model.blocks 1 1 --model.depth 1 1"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_frozen_encoder_goes_with_the_precision_of_what_is_trained(precision, shards, clip, tmp_path, monkeypatch):
+    """DeepSpeed casts the trained weights alone; the first step would multiply fp32 tokens by bf16 weights."""
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+    half = ["--speed.precision", precision, "--speed.threads", "1", "--preview.every", "2"]
+    train(recipe_of([*flags(shards, clip, tmp_path / "run", 16, 2, 2), *SMALL.split(), *half]))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all(np.isfinite(row["loss"]) for row in rows)
+    assert list((tmp_path / "run" / "previews").glob("*.png"))
+
+
 @pytest.mark.long
 def test_the_full_network_trains_on_captioned_photographs(shards, clip, tmp_path):
     """109.5 M parameters, frozen CLIP, two steps; at 32 px, so that it takes seconds."""

@@ -10,11 +10,13 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 
 from duotone.data import captioned_shapes
 from duotone.data.refusal import Refused
@@ -25,6 +27,7 @@ from duotone.engine.train import train
 
 RECIPE = Path(__file__).with_name("tiny_recipe.py")
 BIN = Path(sys.executable).parent
+WAIT = timedelta(seconds=60)
 
 
 @dataclass(frozen=True)
@@ -138,12 +141,12 @@ def test_a_rank_that_would_train_something_else_is_refused_by_name(shards, tmp_p
     assert not (tmp_path / "run" / "recipe.json").exists()
 
 
-def by_hand(rank: int, port: int, flags: list[str]) -> subprocess.Popen:
+def by_hand(rank: int, port: int, flags: list[str], script: Path = RECIPE) -> subprocess.Popen:
     """A rank without its launcher, which would give both the same flags and end one with the other."""
     environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([sys.executable, str(RECIPE), *flags], **pipes, env=environment, start_new_session=True)
+    return subprocess.Popen([sys.executable, str(script), *flags], **pipes, env=environment, start_new_session=True)
 
 
 @pytest.mark.long
@@ -198,6 +201,72 @@ def test_many_processes_without_ranks_are_no_runs_of_one(name, monkeypatch):
     with pytest.raises(Refused, match=f"{name} is 4, .*docs/cluster.md"):
         meeting.single_process_defaults()
     assert not meeting.SET_HERE
+
+
+def test_ranks_on_unlike_devices_are_refused_before_they_wait_for_each_other():
+    """Gloo and NCCL would each wait for a group that never comes together."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    stores = [
+        torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=first, wait_for_workers=False, timeout=WAIT)
+        for first in (True, False)
+    ]
+    with ThreadPoolExecutor() as pool:
+        asked = [pool.submit(meeting.refuse_others, stores[i], i, 2, name) for i, name in enumerate(("nccl", "gloo"))]
+        for told in asked:
+            with pytest.raises(Refused, match="rank 1 of 2 would compute on a CPU, the others on GPUs"):
+                told.result(timeout=60)
+    for i in range(2):
+        stores[0].set(f"backend of {i}", "gloo")
+    meeting.refuse_others(stores[0], 0, 2, "gloo")
+
+
+STARTS = """
+import sys, torch
+from types import SimpleNamespace
+from duotone.engine import agreement, zero
+from duotone.data.refusal import Refused
+from duotone.engine.optimizer import AdamW
+from duotone.engine.sharded import Sharded
+ranks = zero.join("cpu")
+torch.manual_seed(ranks.rank)
+network = torch.nn.Linear(9, 33)
+mine = network.weight.detach().clone()
+settings = dict(batch=4, micro=2, accumulation=1, precision=sys.argv[1], clip=1.0)
+made = Sharded(network, AdamW().build(network), zero.settings(zero.Zero(stage=1), **settings))
+of_rank_0 = zero.from_rank_0(mine)
+assert ranks.rank == 0 or not torch.equal(of_rank_0, mine)
+for kind in ("weight", "ema"):
+    found = made.gather(kind, to_rank_0=False)
+    assert torch.equal(found["weight"], of_rank_0), kind
+torch.manual_seed(0)
+held = SimpleNamespace(untrained=[torch.nn.Linear(2, 2)])
+agreement.check_untrained(held, ranks)
+if ranks.rank == 1:
+    held.untrained[0].bias.data += 1
+try:
+    agreement.check_untrained(held, ranks)
+except Refused as refusal:
+    print("duotone: refused:", refusal, flush=True)
+made.close()
+zero.leave()
+"""
+
+
+def test_all_ranks_begin_from_rank_0s_weights_and_the_same_encoder(tmp_path):
+    """Each read a file, or drew numbers, of its own; in bf16 each would otherwise train a part of its own."""
+    script = tmp_path / "starts.py"
+    script.write_text(STARTS)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    found = ended(*(by_hand(rank, port, ["bf16"], script) for rank in range(2)))
+    assert [code for code, _ in found] == [0, 0], found
+    for _, said in found:
+        assert re.fullmatch(
+            r"duotone: refused: rank 1 .* \(its text encoder has other weights\): copy rank 0's .*", said
+        )
 
 
 def test_ranks_without_an_address_are_refused(monkeypatch):

@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import io
 import json
 import os
 import runpy
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import warnings
 import weakref
@@ -441,6 +443,50 @@ def test_samples_that_could_not_be_read_stay_in_the_record(shards, tmp_path):
         assert sum(w.category is SampleReplaced for w in caught) == told
         (line,) = json.loads((out / "record.json").read_text())["unread_samples"]
         assert "checksum" in line and str(tar) in line
+
+
+@pytest.mark.parametrize("fault", ["a caption that is no text", "no caption beside no image"])
+def test_previews_ask_for_captions_of_what_can_be_read(fault, tmp_path):
+    """Where samples that cannot be read are replaced, one of the first is none to stop at."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for i in range(16):
+            encoded = io.BytesIO()
+            Image.new("RGB", (16, 16), (15 * i, 100, 255 - 15 * i)).save(encoded, "PNG")
+            members = {"png": encoded.getvalue(), "txt": f"picture {i}".encode()}
+            if i == 1:
+                members = (
+                    {"png": members["png"], "txt": b"pic\0ture"} if "text" in fault else {"png": members["png"][:20]}
+                )
+            for ending, content in members.items():
+                info = tarfile.TarInfo(f"{i:04d}.{ending}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    base = runpy.run_path(str(RECIPE))["recipe"]
+    base = replace(base, conditioning=base.conditioning[:1])
+    flags = ["--data.shards", str(folder), "--out", str(tmp_path / "run"), "--speed.threads", "1"]
+    flags += ["--data.on-bad", "replace", "--images", "16", "--checkpoint.every", "0"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SampleReplaced)
+        train(parse(Recipe, flags, default=base, name="tiny"))
+    assert [row["images"] for row in rows(tmp_path / "run")] == [8, 16]
+
+
+def test_a_run_reads_from_where_it_stood_when_it_was_asked(whole, shards, tmp_path, monkeypatch):
+    """The reading thread may begin after the first step has moved on."""
+    late, batches = tmp_path / "late", type(Shards(shards=shards, size=16).open(torch.device("cpu"))).batches
+
+    def begin_late(self, plans, ahead=2):
+        def waited():
+            time.sleep(0.3)
+            yield from plans
+
+        return batches(self, waited(), ahead)
+
+    monkeypatch.setattr("duotone.data.dataset.Dataset.batches", begin_late)
+    run_here(shards, late, "--images", "16", "--optimizer.schedule", "constant", "--checkpoint.every", "0")
+    assert [r["keys"] for r in rows(late)] == [r["keys"] for r in rows(whole)[:2]]
 
 
 def test_a_sample_that_cannot_be_read_loses_no_step_before_it(shards, tmp_path):

@@ -62,6 +62,28 @@ def test_bias_correction_at_every_age(step, device, agree, launching):
     agree(master - before, exact[0] - before.double(), "update", 3e-6)
 
 
+@pytest.mark.parametrize(
+    "betas,average,square,gradient",
+    [
+        ((0.9, 0.0), 0.5, 1.0, 1e-4),
+        ((0.0, 0.0), 1e3, 1e6, 1e-3),
+        ((0.0, 0.999), 1e4, 1e-4, 1e-3),
+        ((0.9, 0.999), 0, 0, 2e20),
+    ],
+    ids=str,
+)
+def test_neither_a_small_beta_nor_a_large_gradient_loses_the_other(betas, average, square, gradient, device, launching):
+    """share * (new - old) would round a small new value away at a share of 1, and a large one's square has no room."""
+    flat = [torch.full((1024,), float(value), device=device) for value in (0.0, gradient, average, square)]
+    exact = [t.double() for t in flat]
+    options = OPTIONS | {"step": 1000, "weight_decay": 0.0, "betas": betas}
+    adamw_ema_reference_(*exact, **options)
+    with launching(NAME):
+        adamw_ema_(*flat, **on_device(options, device))
+    for found, expected in zip(flat, exact):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+
+
 def test_eps_is_added_behind_the_bias_correction(device, agree, launching):
     """Gradients about as small as eps, early in a run: where it is added decides the update."""
     (master, grad, *_), _, _ = draw(CASES[1], device)

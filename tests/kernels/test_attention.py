@@ -64,6 +64,19 @@ def compare_with_fp64(got, tokens, mask_NM, dout_NLHD, agree, arithmetic=None, *
     return got
 
 
+def test_tokens_that_lie_too_far_apart_go_to_the_reference(device):
+    """A program's offsets have 32 bits; a gradient that lies so is made dense first."""
+    dtype, near = FINEST, [torch.randn(1, n, 2, 16, device=device) for n in (3, 5, 5)]
+    near = [tokens.to(dtype).requires_grad_() for tokens in near]
+    far_NLHD = torch.empty_strided((1, 3, 2, 16), (1, 2**30, 16, 1), dtype=dtype, device=device)  # never touched
+    wanted = attention(*near)
+    found = attention(far_NLHD.copy_(near[0].detach()), *near[1:])
+    assert "farther apart" in dispatch.fallbacks()[-1]["reason"]
+    torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)
+    gradients = [torch.autograd.grad(attention(*near), near, dout) for dout in (far_NLHD, near[0].detach())]
+    assert all(one.equal(other) for one, other in zip(*gradients))
+
+
 @pytest.mark.parametrize("dtype", ARITHMETIC, ids=str)
 @pytest.mark.parametrize("case", CHECKED, ids=lambda case: case.name)
 def test_agrees_with_fp64(case, dtype, device, agree, launching):

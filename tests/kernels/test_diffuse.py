@@ -54,6 +54,26 @@ def test_images_of_any_stride(device, launching):
     assert packed[0].equal(strided[0]) and packed[1].equal(strided[1])
 
 
+def test_images_whose_pixels_lie_too_far_apart_go_to_the_reference(device):
+    given = draw((1, 3, 2, 3), device)
+    packed, before = diffuse(**given), len(dispatch.fallbacks())
+    far_NHWC = torch.empty_strided((1, 3, 2, 3), (1, 2**30, 8, 1), dtype=torch.uint8, device=device)  # never touched
+    given["images_NHWC"] = far_NHWC.copy_(given["images_NHWC"])
+    found = diffuse(**given)
+    assert packed[0].equal(found[0]) and packed[1].equal(found[1])
+    assert "farther apart" in dispatch.fallbacks()[-1]["reason"] and len(dispatch.fallbacks()) == before + 1
+
+
+def test_coefficients_get_their_gradient_and_an_empty_batch_is_one(device):
+    given = draw((2, 4, 4, 3), device)
+    given["coefficients_N4"].requires_grad_()
+    input_NCHW, target_NCHW = diffuse(**given)
+    (input_NCHW.sum() + target_NCHW.sum()).backward()
+    assert given["coefficients_N4"].grad.abs().min() > 0
+    nobody = {name: value[:0] if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+    assert diffuse(**nobody)[0].shape == (0, 3, 4, 4)
+
+
 def test_per_image_values_of_any_stride(device, launching):
     given = draw((2, 6, 8, 3), device)
     given |= {"flip_N": given["flip_N"][:1].expand(2), "positions_N": torch.arange(4, device=device)[::3]}

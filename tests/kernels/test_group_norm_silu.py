@@ -218,6 +218,42 @@ def test_weights_of_any_stride(device, agree, launching):
     agree(y_NCHW, group_norm_silu_reference(*wide, case.groups, scale_NC=scale_NC.double()), "y")
 
 
+def test_each_weight_gets_its_gradient_in_its_own_type(device, launching):
+    """A bias's sum over an image may have no room in the type of a half-precision gain."""
+    x_NCHW = channels_last(torch.randn(2, 16, 8, 8, device=device))
+    weight_C, bias_C = torch.ones(16, device=device, dtype=torch.float16), torch.zeros(16, device=device)
+    leaves = [weight_C.requires_grad_(), bias_C.requires_grad_()]
+    with launching(NAME):
+        y_NCHW = group_norm_silu(x_NCHW, *leaves, 4, silu=False)
+    dweight_C, dbias_C = torch.autograd.grad(y_NCHW, leaves, torch.full_like(y_NCHW, 3e3))
+    assert dweight_C.dtype == torch.float16 and dbias_C.dtype == torch.float32
+    torch.testing.assert_close(dbias_C, torch.full_like(dbias_C, 3e3 * 128))
+
+
+def test_pixels_that_lie_too_far_apart_go_to_the_reference(device):
+    """Of a view of a larger tensor: a program's offsets have 32 bits."""
+    x_NCHW, row_C = torch.randn(1, 4, 3, 2, device=device).bfloat16(), torch.ones(4, device=device)
+    far_NCHW = torch.empty_strided(x_NCHW.shape, (1, 1, 2**30, 4), dtype=x_NCHW.dtype, device=device)  # never touched
+    found = group_norm_silu(far_NCHW.copy_(x_NCHW), row_C, row_C, 2)
+    assert "farther apart" in dispatch.fallbacks()[-1]["reason"]
+    torch.testing.assert_close(found, group_norm_silu(x_NCHW, row_C, row_C, 2), rtol=1e-2, atol=1e-2)
+    near_NCHW = channels_last(x_NCHW).requires_grad_()
+    group_norm_silu(near_NCHW, row_C, row_C, 2).backward(far_NCHW)
+    (wanted,) = torch.autograd.grad(group_norm_silu(near_NCHW, row_C, row_C, 2), near_NCHW, channels_last(x_NCHW))
+    assert near_NCHW.grad.equal(wanted)
+
+
+@pytest.mark.parametrize("layout", [channels_last, torch.Tensor.contiguous], ids=["channels_last", "contiguous"])
+def test_the_definition_gives_weights_alone_their_gradients(layout):
+    """A frozen layer before the norm: on a CPU PyTorch's own backward pass would end the process."""
+    x_NCHW, rows = layout(torch.randn(2, 8, 5, 7)), [torch.randn(8, requires_grad=True) for _ in range(2)]
+    wide = [row.detach().double().requires_grad_() for row in rows]
+    found = torch.autograd.grad(group_norm_silu_reference(x_NCHW, *rows, 4).sum(), rows)
+    exact = torch.autograd.grad(F.silu(F.group_norm(x_NCHW.double().contiguous(), 4, *wide)).sum(), wide)
+    for mine, theirs in zip(found, exact):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_no_gradient_asked_for_none_computed(device, launching):
     case = BY_NAME["odd_map"]
     inputs = draw(case, device, torch.float32)

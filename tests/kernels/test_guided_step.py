@@ -72,6 +72,25 @@ def test_a_flat_image_has_nothing_to_rescale(device, launching):
     torch.testing.assert_close(guided_NCHW, guided_step_reference(**given, rescale=0.7), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("side", [8, 16, 64, 96])
+def test_a_flat_image_of_any_colour_stays_as_it_is(side, device, launching):
+    """The mean of a constant is rounded, and what it leaves is no deviation to be scaled to another's."""
+    for colour, scale, rescale in ((0.1, 3.3, 0.7), (-0.3, 3.3, 0.7), (0.30859375, 3.3, 0.7), (0.1, 0.0, 1.0)):
+        given = draw((2, 3, side, side), device, torch.float32)
+        ones_N = torch.ones(2, device=device)
+        given |= {"c_skip_N": 0 * ones_N, "c_out_N": ones_N, "scale_N": scale * ones_N}
+        given["prediction_2NCHW"][2] = colour
+        if scale:  # without it what leads the way does not show
+            given["prediction_2NCHW"][0] = colour / 2
+        with launching(NAME, launches=2):
+            guided_NCHW = guided_step(**given, rescale=rescale)
+        exact = {name: value.double() for name, value in given.items()}
+        for found in (guided_NCHW, guided_step_reference(**given, rescale=rescale)):
+            torch.testing.assert_close(
+                found.double(), guided_step_reference(**exact, rescale=rescale), rtol=1e-5, atol=1e-5
+            )
+
+
 @pytest.mark.parametrize("obstacle", ["layout", "gradient", "type"])
 def test_what_no_kernel_covers_goes_to_the_reference_and_is_counted(obstacle, device):
     given = draw((2, 3, 9, 8), device, torch.float32)
