@@ -5,6 +5,7 @@ import socket
 import threading
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from duotone.data.refusal import Refused
@@ -32,13 +33,21 @@ def meet(backend: str) -> None:
         store, rank, count = next(dist.rendezvous("env://", timeout=MEETING))
         refuse_others(store, rank, count, backend)
         store.set_timeout(PATIENCE)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
+        store = dist.PrefixStore("default_pg", store)
+        on = device_of(backend, count)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE, device_id=on)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise Refused(f"the ranks cannot meet at {address} ({str(error).splitlines()[0]}): {remedy(error)}") from None
     except ValueError as error:
         raise Refused(f"{error}: start a run by deepspeed, torchrun or plain python, which set what it needs") from None
     finally:
         late.cancel()
+
+
+def device_of(backend: str, count: int) -> torch.device | None:
+    """What NCCL is bound to where there is anybody to reach, as DeepSpeed does it, which is left to no guess."""
+    bound = backend == "nccl" and count > 1
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if bound else None
 
 
 def refuse_others(store: dist.Store, rank: int, count: int, backend: str) -> None:

@@ -129,11 +129,8 @@ def set_up(speed: Speed, choice: Choice) -> None:
 def usual_threads() -> int:
     """What OMP_NUM_THREADS asks for, or this rank's share of the cores."""
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # a list holds those of nested parts too
-    names = (
-        "LOCAL_WORLD_SIZE",
-        "LOCAL_SIZE",
-        "WORLD_SIZE",
-    )  # torchrun's, deepspeed's, and where nothing tells of machines
+    # As torchrun says it, as deepspeed does, and where nobody tells of machines.
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
     local_ranks = int(next((os.environ[name] for name in names if name in os.environ), 1))
     cores = len(os.sched_getaffinity(0)) // local_ranks
     return max(1, int(asked) if asked.isdigit() else cores)
