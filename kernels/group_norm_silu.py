@@ -381,9 +381,17 @@ def _differentiate(ctx, gradients):
     djoined_NCHW = djoined[0].contiguous(memory_format=torch.channels_last) if djoined else None
     dx_NCHW, dweight_bias_2C, *rest = _backward(dy_NCHW, djoined_NCHW, *saved, *options)
     dskip_NCHW = rest.pop() if ctx.border else None
-    dweight_C, dbias_C = (gradient.to(value.dtype) for gradient, value in zip(dweight_bias_2C, saved[1:3]))
+    dweight_C, dbias_C = _each_as(dweight_bias_2C, *saved[1:3])
     dadd, dscale, dshift = (None if value is None else gradient for gradient, value in zip(rest, saved[3:6]))
     return dx_NCHW, dskip_NCHW, dweight_C, dbias_C, dadd, dscale, dshift, *4 * (None,)
+
+
+def _each_as(dweight_bias_2C, weight_C, bias_C):
+    """In the types of their own, by one cast where these are one."""
+    if weight_C.dtype == bias_C.dtype:
+        return dweight_bias_2C.to(weight_C.dtype).unbind()
+    dweight_C, dbias_C = dweight_bias_2C
+    return dweight_C.to(weight_C.dtype), dbias_C.to(bias_C.dtype)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

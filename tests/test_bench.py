@@ -569,6 +569,7 @@ def test_words_that_no_table_knows_are_refused_and_help_writes_nothing(bench):
     assert {page: page.stat().st_mtime_ns for page in before} == before
 
 
+@pytest.mark.long
 def test_the_loaders_bench_reads_real_shards_by_every_reader(tmp_path):
     started("loader.py", "--rounds", 1, "--seconds", 0.1, "--threads", 1, "--json", tmp_path / "l.json")
     text = (tmp_path / "l.json").read_text()

@@ -195,6 +195,7 @@ def test_a_run_that_dies_at_any_call_that_writes_goes_on(shards, tmp_path):
     assert n > 70, "that many calls write"
 
 
+@pytest.mark.long
 @pytest.mark.launcher
 def test_two_ranks_stop_at_one_step_when_their_minutes_are_over(shards, tmp_path):
     """A step after the first look at their clocks, where no checkpoint was due; what is written there is what any run goes on from."""
