@@ -25,7 +25,7 @@ def check_recipe(recipe: Recipe, choice: Choice, ranks: zero.Ranks) -> None:
     theirs, machine = zero.from_rank_0((mine, choice))
     other = changed(theirs, mine, OF_A_MACHINE)
     if choice != machine:
-        other.append(f"the machine's own choice: {described(machine)} there, {described(choice)} here")
+        other.append(f"the machine's own choice: {machine} there, {choice} here")
     refuse_others(
         other, ranks, "is another run than rank 0's", "start all ranks by the same command, on machines alike"
     )
@@ -73,7 +73,3 @@ def named(mine: list[str], ranks: zero.Ranks, says: str = "") -> list[str]:
     """What each rank says of itself, with its name and its machine's, on every rank."""
     name = f"rank {ranks.rank} ({socket.gethostname()})"
     return zero.gathered([f"{name} {says} ({line})" if says else f"{name} {line}" for line in mine])
-
-
-def described(choice: Choice) -> str:
-    return f"{choice.precision} on {choice.device}{', compiled' if choice.compile else ''}"

@@ -31,7 +31,7 @@ def meet(backend: str) -> None:
     late.start()
     try:
         store, rank, count = next(dist.rendezvous("env://", timeout=MEETING))
-        refuse_others(store, rank, count, backend)
+        refuse_unlike_devices(store, rank, count, backend)
         store.set_timeout(PATIENCE)
         store = dist.PrefixStore("default_pg", store)
         on = device_of(backend, count)
@@ -50,7 +50,7 @@ def device_of(backend: str, count: int) -> torch.device | None:
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if bound else None
 
 
-def refuse_others(store: dist.Store, rank: int, count: int, backend: str) -> None:
+def refuse_unlike_devices(store: dist.Store, rank: int, count: int, backend: str) -> None:
     """A rank without a GPU would wait for the others in another group than theirs."""
     store.set(f"backend of {rank}", backend)
     theirs = [store.get(f"backend of {other}").decode() for other in range(count)]

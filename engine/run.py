@@ -295,8 +295,7 @@ def announce(run: Run, predicted: Estimate, begun: list[str], faults: list[str])
     )
     fused, sites = speed.kernel_sites(run.network, run.ranks.device)
     run.log.say(
-        f"{recipe.name}: {parameters / 1e6:.1f} M parameters, {choice.precision} on {choice.device}"
-        f"{', compiled' if choice.compile else ''}, batch {recipe.batch_size} = {micro} x {recipe.accumulation} "
+        f"{recipe.name}: {parameters / 1e6:.1f} M parameters, {choice}, batch {recipe.batch_size} = {micro} x {recipe.accumulation} "
         f"accumulations x {run.ranks.count} ranks, ZeRO-{stage}, about {predicted.gib:.1f} GiB per rank, "
         f"fused kernels at {fused} of {sites} sites, {run.data.count:,} samples decoded by {run.data.decoder}, {recipe.images:,} images = {recipe.images // recipe.batch_size:,} steps"
     )

@@ -59,6 +59,9 @@ class Choice:
     precision: str
     compile: bool
 
+    def __str__(self) -> str:
+        return f"{self.precision} on {self.device}{', compiled' if self.compile else ''}"
+
     @property
     def dtype(self) -> torch.dtype:
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]

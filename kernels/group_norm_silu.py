@@ -55,8 +55,8 @@ def group_norm_silu_reference(
 
 def _group_norm(h_NCHW, groups, weight_C, bias_C, eps):
     """On a CPU PyTorch's backward pass (2.13) crashes the process where a channels-last image needs no gradient, but its weights do."""
-    weights_alone = not h_NCHW.requires_grad and (weight_C.requires_grad or bias_C.requires_grad)
-    if h_NCHW.is_cuda or not weights_alone:
+    asked = torch.is_grad_enabled() and (weight_C.requires_grad or bias_C.requires_grad)
+    if h_NCHW.is_cuda or h_NCHW.requires_grad or not asked:
         return F.group_norm(h_NCHW, groups, weight_C, bias_C, eps)
     return F.group_norm(h_NCHW, groups, eps=eps) * weight_C[:, None, None] + bias_C[:, None, None]
 

@@ -213,13 +213,15 @@ def test_ranks_on_unlike_devices_are_refused_before_they_wait_for_each_other():
         for first in (True, False)
     ]
     with ThreadPoolExecutor() as pool:
-        asked = [pool.submit(meeting.refuse_others, stores[i], i, 2, name) for i, name in enumerate(("nccl", "gloo"))]
+        asked = [
+            pool.submit(meeting.refuse_unlike_devices, stores[i], i, 2, name) for i, name in enumerate(("nccl", "gloo"))
+        ]
         for told in asked:
             with pytest.raises(Refused, match="rank 1 of 2 would compute on a CPU, the others on GPUs"):
                 told.result(timeout=60)
     for i in range(2):
         stores[0].set(f"backend of {i}", "gloo")
-    meeting.refuse_others(stores[0], 0, 2, "gloo")
+    meeting.refuse_unlike_devices(stores[0], 0, 2, "gloo")
 
 
 STARTS = """

@@ -93,9 +93,8 @@ def group_of_one():
         return
     zero.join("cpu")
     yield
-    if (
-        meeting.SET_HERE
-    ):  # the runs below have left by themselves, and a second time would end the group for later tests
+    # The runs below have left by themselves, and a second time would end the group for later tests.
+    if meeting.SET_HERE:
         zero.leave()
 
 

@@ -254,6 +254,14 @@ def test_the_definition_gives_weights_alone_their_gradients(layout):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_the_definition_draws_the_same_whether_or_not_weights_are_trained():
+    """Where no gradient is kept, nothing is to be got round."""
+    x_NCHW, rows = channels_last(torch.randn(2, 64, 9, 7)), [torch.randn(64, requires_grad=True) for _ in range(2)]
+    with torch.no_grad():
+        drawn = group_norm_silu_reference(x_NCHW, *rows, 8)
+    assert drawn.equal(group_norm_silu_reference(x_NCHW, *(row.detach() for row in rows), 8))
+
+
 def test_no_gradient_asked_for_none_computed(device, launching):
     case = BY_NAME["odd_map"]
     inputs = draw(case, device, torch.float32)
