@@ -29,7 +29,7 @@ NAME = re.compile(r"images-\d{12}")
 class Checkpoints:
     """When checkpoints are written and how many stay."""
 
-    every: int = 250_000
+    every: int = 256_000
     """Images between checkpoints; 0 = only at the end."""
     keep: int = 2
     """Newest checkpoints kept."""

@@ -23,7 +23,7 @@ NO_FILE_NAME = re.compile(r"[^\w-]+")
 class Previews:
     """What pictures a run draws of itself, and how."""
 
-    every: int = 250_000
+    every: int = 256_000
     """Images between previews; 0 = only at the end."""
     prompts: tuple[str, ...] = ()
     """For text: what to draw; by default captions of the data."""

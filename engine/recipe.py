@@ -117,7 +117,10 @@ class Recipe:
         for name in ("checkpoint", "preview", "validation"):
             every = getattr(self, name).every
             if every % self.batch_size:
-                raise Refused(f"{name}.every = {every} is no multiple of batch_size = {self.batch_size}")
+                near = max(1, round(every / self.batch_size)) * self.batch_size
+                raise Refused(
+                    f"{name}.every = {every} is no multiple of batch_size = {self.batch_size}: {near} would be"
+                )
         if self.validation.every and not self.data.held_out:
             raise Refused(
                 f"validation.every = {self.validation.every}, but no image is held out: set data.held_out, as 0.05"
@@ -156,8 +159,14 @@ class Recipe:
         if kinds == ["temperature"]:
             raise Refused("conditioning has a Temperature, but nothing that it could guide: add a condition")
         if "temperature" in kinds:
+            never = [c.kind for c in self.conditioning if c.kind != "temperature" and c.dropout == 0]
+            if never and self.drop_together == 0:
+                raise Refused(
+                    "conditioning has a Temperature, which trains against the unconditional prediction, but "
+                    f"{', '.join(never)} is never dropped, so that is never trained: give it a dropout above 0, or set drop_together"
+                )
             low, guidance = self.conditioning[kinds.index("temperature")].low, self.preview.guidance
-            if guidance < 1 or low * guidance > 1:
+            if guidance < 1 or low * guidance > 1 + 1e-5:
                 most = f"to {1 / low:g}" if low else "or more"
                 raise Refused(f"preview.guidance = {guidance}: a model of this Temperature takes 1 {most}")
         reads_tokens = "cross" in (*self.model.attention, self.model.middle)

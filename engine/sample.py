@@ -67,8 +67,8 @@ def sample(
     with a `guide`, from a weaker model of the same objective (autoguidance). `sampler` is a name or a function like those of
     engine/sampling/samplers, as functools.partial(stochastic_heun, churn=40.0) or epsilon_scaled(heun, 1.005).
 
-    `clip` keeps every step's denoised image within [-1, 1], where pixels lie (engine/sampling/samplers/clipping.py): by default for DDPM, but
-    not with CFG++, whose steps go through what is no image.
+    `clip` keeps every step's denoised image within [-1, 1], where pixels lie (engine/sampling/samplers/clipping.py): by default for DDPM. With
+    CFG++, whose steps go through what is no image, the two that it combines.
 
     `seed` is a number or one per image: image i of a single seed uses seed and i, and its noise does not depend on the batch;
     (seed, i) for an image is what image i of that seed begins from.
@@ -79,11 +79,13 @@ def sample(
     asked = {"prompts": prompts, "labels": labels, "attributes": attributes, "images": images, "holes": holes}
     asked = listed(asked)
     number = number_of_images(asked, count)
-    steering = Steering(interval=interval, rescale=rescale, rule=rule, guide=guide)
+    clips = model.objective.clips if clip is None else clip
+    before_the_rule = clips and isinstance(rule, CfgPlusPlus)
+    steering = Steering(interval=interval, rescale=rescale, rule=rule, guide=guide, clip=before_the_rule)
     conditions = Conditions.of(model, asked, negative, guidance, number, steering)
     seeds, height_width = seeds_of(seed, number), image_shape(model, size)[1:]
     solver = sampler if callable(sampler) else solver_named(sampler)
-    kept_within = clipped(solver) if clips(model, clip, rule) else solver
+    kept_within = clipped(solver) if clips and not before_the_rule else solver
     sigmas = model.objective.falling_sigmas(steps, spacing)
     if chunk is not None and chunk < 1:
         raise Refused(f"chunk = {chunk}: it must be at least 1")
@@ -100,14 +102,6 @@ def sample(
     images_NHWC = in_chunks(lambda rows: draw(rows, told.of(rows)), number, at_once)
     told.close()
     return filled(images_NHWC, asked["holes"]) if "holes" in asked else images_NHWC
-
-
-def clips(model: Model, clip: bool | None, rule: Apg | CfgPlusPlus | None) -> bool:
-    if clip and isinstance(rule, CfgPlusPlus):
-        raise Refused(
-            "clip = True does not go with CFG++, whose steps go through what is no image: leave one of them out"
-        )
-    return model.objective.clips and not isinstance(rule, CfgPlusPlus) if clip is None else clip
 
 
 def filled(images_NHWC: np.ndarray, holes: Sequence) -> np.ndarray:

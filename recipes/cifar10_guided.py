@@ -7,8 +7,8 @@ duotone evaluate runs/cifar10_guided --test shards/cifar10_test --samples 50000 
 
 After Zenchiyu/diffusion's CIFAR-10 runs: objective, noise levels, batch, 200 epochs of 40,000 images, p_uncond, no flips. Its
 guidance scale is ours. Its published Frechet distance, which the last command measures where torch-fidelity's Inception is at hand:
-22.55 against the test set, 20.41 against train; unconditional, which is --guidance 0, 30.66, by a network of 5.0 M parameters (here
-11.2 M). Put right here: group instead of batch normalisation; an EMA is kept.
+22.55 against the test set, 20.41 against train, by a network of 5.0 M parameters (here 11.2 M); unconditional, by another network of
+its own, 30.66 (here --guidance 0 asks the same one). Put right here: group instead of batch normalisation; an EMA is kept.
 """
 
 from duotone.data.shards import Shards

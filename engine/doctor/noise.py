@@ -11,6 +11,7 @@ from duotone.engine.objectives.sigma_data import measured_sigma_data
 
 DRAWS = 1_000_000
 TOLERATED = 0.05
+STILL_SEEN = 0.1
 RARE = 1e-7  # the published EDM draws 3e-6 of its levels at or above the second of 50 that it samples
 
 
@@ -21,6 +22,8 @@ def trained_levels(patient: Patient) -> Iterator[Finding]:
     sigma_N = objective.draw_sigma(u_N)
     if isinstance(objective, DDPM):
         yield from of_table(objective.sigmas, sigma_N)
+        yield from weightless(objective)
+        yield from last_level(objective)
     else:
         yield from of_range(objective, sigma_N)
 
@@ -33,7 +36,31 @@ def of_table(sigmas: torch.Tensor, drawn_N: torch.Tensor) -> Iterator[Finding]:
         last = ", the last one, where sampling begins, among them" if len(sigmas) - 1 in missing else ""
         yield Finding("fault", "timesteps", says + last)
     else:
-        yield Finding("fine", "timesteps", f"all {len(sigmas)} are trained")
+        yield Finding("fine", "timesteps", f"all {len(sigmas)} are drawn")
+
+
+def weightless(objective: DDPM) -> Iterator[Finding]:
+    """A level that is drawn with weight 0 is not trained: SNR weights give it to a last level without signal."""
+    sigmas = objective.sigmas
+    nothing = (objective.loss_weight(sigmas) == 0).nonzero().flatten().tolist()
+    if nothing:
+        listed = ", ".join(map(str, nothing[:5])) + (" ..." if len(nothing) > 5 else "")
+        says = f"{objective.weighting} gives t = {listed} weight 0"
+        last = ", where sampling begins" if len(sigmas) - 1 in nothing else ""
+        yield Finding(
+            "warning", "objective.weighting", f"{says}: it is drawn, but learned from its neighbours alone{last}"
+        )
+
+
+def last_level(objective: DDPM) -> Iterator[Finding]:
+    """Sampling begins from noise alone, so the last level of a table should hold nothing else."""
+    signal = float(1 / (1 + objective.sigmas[-1].square()).sqrt())
+    if signal > STILL_SEEN:
+        says = (
+            f"{objective.steps} levels of {objective.schedule} end where {signal:.0%} of the image is left, but sampling begins "
+            "without any: pictures will be grayer than the data's; take 1000 levels, or schedule cosine"
+        )
+        yield Finding("warning", "objective.steps", says)
 
 
 def of_range(objective, drawn_N: torch.Tensor) -> Iterator[Finding]:

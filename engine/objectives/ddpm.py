@@ -60,7 +60,8 @@ class DDPM(Objective):
     schedule: Schedule = "linear"
     """How alpha-bar falls."""
     steps: int = 1000
-    """T, the number of noise levels."""
+    """T, the number of noise levels, not of sampling steps. linear and scaled_linear are made for 1000: with far fewer, the last
+    level still shows the image, which sampling begins without."""
     prediction: Literal["epsilon", "x0", "v"] = "epsilon"
     """What the network's output means."""
     weighting: Literal["simple", "snr", "min_snr", "soft_min_snr"] = "simple"

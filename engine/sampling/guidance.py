@@ -17,6 +17,7 @@ from duotone.engine.cuda_graph import Recordings
 from duotone.engine.model.network import Network
 from duotone.engine.model.unet import UNet, UNetConfig
 from duotone.engine.objectives.base import Objective
+from duotone.engine.sampling.samplers.clipping import clip
 from duotone.kernels.guided_step import guided_step
 
 
@@ -34,6 +35,8 @@ class Guidance:
     In the output's space, as Lin et al. 2024 (equations 14 to 16) and diffusers do: for epsilon and v it is their number."""
     rule: Callable | None = None
     """Another way to combine D_cond and D_uncond: rule(D_cond, D_uncond, scale_N, sigma)."""
+    clip: bool = False
+    """Both are kept within [-1, 1] before the rule combines them, and the one where it does not act."""
 
     def acts_at(self, sigma: float) -> bool:
         wanted = self.rule is not None or bool((self.scale_N != 1).any())
@@ -78,7 +81,7 @@ class GuidedDenoiser:
         skip_N, out_N, in_N, noise_N = scalings(self.objective, sigma_N, x_NCHW.device)
         scaled_NCHW = x_NCHW * in_N[:, None, None, None]
         if self.guidance is None or not self.guidance.acts_at(sigma):
-            return denoised(self.predict(self.network, scaled_NCHW, noise_N, self.half), x_NCHW, skip_N, out_N)
+            return self.image(self.predict(self.network, scaled_NCHW, noise_N, self.half), x_NCHW, skip_N, out_N)
         return self.guided(self.outputs(scaled_NCHW, noise_N), x_NCHW, skip_N, out_N, sigma)
 
     def guided(self, output_2NCHW: Tensor, x_NCHW: Tensor, skip_N: Tensor, out_N: Tensor, sigma: float) -> Tensor:
@@ -87,7 +90,7 @@ class GuidedDenoiser:
         if not output_2NCHW.is_contiguous():  # of a network that carries more channels than it shows
             output_2NCHW = output_2NCHW.contiguous(memory_format=torch.channels_last)
         if guidance.rule is not None:
-            conditional_NCHW, other_NCHW = (denoised(f, x_NCHW, skip_N, out_N) for f in output_2NCHW.chunk(2))
+            conditional_NCHW, other_NCHW = (self.image(f, x_NCHW, skip_N, out_N) for f in output_2NCHW.chunk(2))
             return guidance.rule(conditional_NCHW, other_NCHW, self.scale_N, sigma)
         if guidance.rescale == 0:
             return guided_step(output_2NCHW, x_NCHW, skip_N, out_N, self.scale_N)
@@ -95,6 +98,11 @@ class GuidedDenoiser:
         zero_N, one_N = torch.zeros_like(skip_N), torch.ones_like(out_N)
         output_NCHW = guided_step(output_2NCHW, x_NCHW, zero_N, one_N, self.scale_N, rescale=guidance.rescale)
         return denoised(output_NCHW, x_NCHW, skip_N, out_N)
+
+    def image(self, output_NCHW: Tensor, x_NCHW: Tensor, skip_N: Tensor, out_N: Tensor) -> Tensor:
+        """D of one branch."""
+        denoised_NCHW = denoised(output_NCHW, x_NCHW, skip_N, out_N)
+        return clip(denoised_NCHW) if self.guidance is not None and self.guidance.clip else denoised_NCHW
 
     def outputs(self, scaled_NCHW: Tensor, noise_N: Tensor) -> Tensor:
         """F of both branches, (2N, C, H, W)."""

@@ -64,7 +64,7 @@ def temperatures(model: Model, values: dict, scales: list[float]) -> list[float]
     if min(scales) < 1:
         raise Refused(f"guidance = {min(scales)}: this model was trained guidance-free and takes 1 or more")
     low = model.network.conditioners["temperature"].low
-    if low * max(scales) > 1:
+    if low * max(scales) > 1 + 1e-5:  # what the refusal itself prints is taken
         raise Refused(f"guidance = {max(scales)}: this model was trained guidance-free up to {1 / low:g}")
     return [1 / scale for scale in scales]
 

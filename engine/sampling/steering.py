@@ -38,6 +38,8 @@ class Steering:
     rescale: float
     rule: Apg | CfgPlusPlus | None
     guide: Model | None
+    clip: bool = False
+    """Whether the predictions that a rule combines are kept within [-1, 1], instead of what it makes of them."""
 
     def check(self, model: Model, negatives: dict) -> None:
         if not 0 <= self.rescale <= 1:
@@ -70,9 +72,8 @@ class Steering:
     def guidance(self, scales: list[float], sigmas: Tensor, solver: Callable) -> Guidance:
         """For one chunk of images: a rule begins anew with each."""
         rule = None if self.rule is None else self.rule.begin(sigmas, solver, scales)
-        return Guidance(
-            scale_N=torch.tensor(scales, dtype=torch.float32), interval=self.interval, rescale=self.rescale, rule=rule
-        )
+        scale_N = torch.tensor(scales, dtype=torch.float32)
+        return Guidance(scale_N=scale_N, interval=self.interval, rescale=self.rescale, rule=rule, clip=self.clip)
 
 
 @dataclass(frozen=True)

@@ -298,6 +298,23 @@ def test_pictures_that_a_temperature_refuses_are_refused_at_the_start():
     replace(recipe, preview=replace(recipe.preview, guidance=1.5)).check_conditioning()
 
 
+def test_a_temperature_needs_conditions_that_are_dropped():
+    """Else the prediction that it is trained against would never be trained itself."""
+    never = Recipe(name="x", conditioning=(Label(dropout=0.0), Temperature()), model=PLAIN)
+    with pytest.raises(Refused, match="label is never dropped, so that is never trained"):
+        never.check_conditioning()
+    replace(never, drop_together=0.1).check_conditioning()
+
+
+def test_the_strongest_guidance_that_a_refusal_names_is_taken():
+    recipe = Recipe(name="x", conditioning=(Label(), Temperature(low=0.15)), model=PLAIN)
+    replace(recipe, preview=replace(recipe.preview, guidance=6.66667)).check_conditioning()
+
+
+def test_what_a_recipe_leaves_out_goes_together():
+    Recipe(name="x", conditioning=(Label(),), model=PLAIN).check_budget()
+
+
 @pytest.mark.parametrize("config", [Attributes(), Label(), ClassMap()], ids=lambda c: c.kind)
 def test_data_without_names_is_refused(config):
     with pytest.raises(Refused, match="the data has none"):

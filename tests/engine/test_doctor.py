@@ -153,6 +153,15 @@ def planted_silent_setting(monkeypatch) -> Recipe:
     return replace(SOUND, objective=DDPM(gamma=3.0))
 
 
+def planted_few_levels(monkeypatch) -> Recipe:
+    """T taken for the number of sampling steps."""
+    return replace(SOUND, objective=DDPM(steps=50))
+
+
+def planted_weightless_level(monkeypatch) -> Recipe:
+    return replace(SOUND, objective=DDPM(prediction="v", weighting="min_snr", rescale_zero_snr=True))
+
+
 @pytest.mark.parametrize(
     "plant,subject,level,says",
     [
@@ -166,6 +175,8 @@ def planted_silent_setting(monkeypatch) -> Recipe:
         (planted_long_warm_up, "optimizer.warmup", "fault", "the run ends at 64,000"),
         (planted_late_average, "ema", "fault", "the random ones of the start"),
         (planted_uneven_batch, "batch_size", "warning", "does not divide among 4, 8 ranks"),
+        (planted_few_levels, "objective.steps", "warning", "50 levels of linear end where 78% of the image is left"),
+        (planted_weightless_level, "objective.weighting", "warning", "t = 999 weight 0"),
         (planted_silent_setting, "objective.gamma", "warning", "has no effect: objective.weighting is simple"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -439,6 +439,18 @@ def test_epsilon_scaling_leaves_infinite_noise_alone():
     torch.testing.assert_close(seen[1][1], x0 + 0.2 * 3 * noise)
 
 
+@pytest.mark.parametrize("solver", [euler, heun, dpmpp_2m])
+def test_an_image_is_clipped_after_its_noise_was_scaled(solver):
+    """Before, the noise of a cosine schedule's first levels, 20,000, would stay in it: a standard deviation of 0.8."""
+    sigmas = DDPM(schedule="cosine").sampling_sigmas(25)
+    start = torch.randn(4096, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * sigmas[0]
+    gaussian = lambda x, s: 0.2 + (x - 0.2) * 0.0625 / (0.0625 + s**2)  # noqa: E731
+    seen = []
+    drawn = clipped(epsilon_scaled(solver, 1.005))(gaussian, start, sigmas, on_step=lambda *step: seen.append(step[2]))
+    assert max(denoised.abs().max() for denoised in seen) <= 1
+    assert abs(drawn.mean() - 0.2) < 0.02 and abs(drawn.std() - 0.25) < 0.025
+
+
 def test_epsilon_scaling_refuses_what_it_cannot_divide_by():
     with pytest.raises(Refused, match="factor = 0: epsilon scaling divides by it"):
         epsilon_scaled(euler, 0)

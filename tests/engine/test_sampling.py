@@ -1,5 +1,6 @@
 """Guidance against two separate forwards, seeds, refusals; what reaches the network when a condition is dropped."""
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +25,7 @@ from duotone.engine.pictures import ByStep
 from duotone.engine.recipe import Recipe
 from duotone.engine.sample import Steps, sample
 from duotone.engine.sampling.guidance import Guidance, GuidedDenoiser
-from duotone.engine.sampling.guiding.cfg_plus_plus import CfgPlusPlus
+from duotone.engine.sampling.guiding.cfg_plus_plus import CfgPlusPlus, CfgPlusPlusRun
 from duotone.engine.sampling.samplers.ancestral import ancestral
 from duotone.engine.sampling.samplers.stochastic_heun import stochastic_heun
 from duotone.engine.train import Run, conditions
@@ -263,10 +264,31 @@ def test_denoised_images_stay_within_the_range_of_pixels(objective, settings, wi
     assert (max(largest) <= 1) == within
 
 
-def test_clipping_and_cfg_plus_plus_do_not_go_together():
-    asked = {"labels": [0], "steps": 2, "guidance": 0.6, "sampler": "euler"}
-    with pytest.raises(Refused, match="clip = True does not go with CFG"):
-        sample(model_of(Label()), **asked, rule=CfgPlusPlus(), clip=True)
+@pytest.mark.parametrize(("clip", "within"), [(None, True), (False, False)])
+def test_of_cfg_plus_plus_the_predictions_are_clipped_that_it_combines(clip, within, monkeypatch):
+    largest, combine = [], CfgPlusPlusRun.__call__
+
+    def watched(self, conditional_NCHW, unconditional_NCHW, scale_N, sigma):
+        largest.extend(d.abs().max().item() for d in (conditional_NCHW, unconditional_NCHW))
+        return combine(self, conditional_NCHW, unconditional_NCHW, scale_N, sigma)
+
+    monkeypatch.setattr(CfgPlusPlusRun, "__call__", watched)
+    asked = {"labels": [0], "steps": 4, "guidance": 0.6, "sampler": "euler", "clip": clip}
+    sample(model_of(Label(), objective=DDPM(schedule="cosine")), **asked, rule=CfgPlusPlus())
+    assert (max(largest) <= 1) == within
+
+
+def test_where_cfg_plus_plus_does_not_act_the_one_prediction_is_clipped():
+    model, largest = model_of(Label(), objective=DDPM(schedule="cosine")), []
+    asked = {"labels": [0], "steps": 4, "guidance": 0.6, "sampler": "euler", "interval": (0.0, 0.0)}
+    watch = lambda step, x_NCHW, denoised_NCHW: largest.append(denoised_NCHW.abs().max().item())  # noqa: E731
+    sample(model, **asked, rule=CfgPlusPlus(), on_step=watch)
+    assert max(largest) <= 1
+
+
+def test_a_churn_below_nothing_is_refused():
+    with pytest.raises(Refused, match="churn = -1.5: it must be at least 0"):
+        sample(model_of(Label()), labels=[0], steps=2, sampler=functools.partial(stochastic_heun, churn=-1.5))
 
 
 def test_guidance_without_a_null_state_is_refused_with_the_reason():

@@ -13,17 +13,21 @@ def epsilon_scaled(solver: Callable, factor: float) -> Callable:
 
     Along a trajectory the network meets its own errors beside the noise and predicts more noise than in training: good
     factors are a little above 1. As D = x - sigma epsilon, the image becomes D + (1 - 1 / factor) (x - D). At sigma = infinity x
-    is the noise itself, and is left as it is. Raises Refused where the factor is not above 0.
+    is the noise itself, and is left as it is. `keep` is what the image goes through after that (clipping.py): scaled first,
+    then clipped, or the noise of a cosine schedule's first levels would come back into the image a hundredfold. Raises Refused
+    where the factor is not above 0.
     """
     if not factor > 0:
         raise Refused(f"factor = {factor}: epsilon scaling divides by it, so it must be above 0 (1 changes nothing)")
 
-    def scaled(denoise: Callable, x_NCHW: Tensor, sigmas: Tensor, **rest: object) -> Tensor:
-        def kept(x_NCHW: Tensor, sigma: float) -> Tensor:
+    def scaled(
+        denoise: Callable, x_NCHW: Tensor, sigmas: Tensor, *, keep: Callable = lambda image: image, **rest: object
+    ) -> Tensor:
+        def mended(x_NCHW: Tensor, sigma: float) -> Tensor:
             denoised = denoise(x_NCHW, sigma)
-            return denoised if math.isinf(sigma) else denoised + (1 - 1 / factor) * (x_NCHW - denoised)
+            return denoised if math.isinf(sigma) else keep(denoised + (1 - 1 / factor) * (x_NCHW - denoised))
 
-        return solver(kept, x_NCHW, sigmas, **rest)
+        return solver(mended, x_NCHW, sigmas, keep=keep, **rest)
 
     scaled.__name__ = f"epsilon_scaled({getattr(solver, '__name__', solver)}, {factor:g})"
     return scaled

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from duotone.data.refusal import at_least
 from duotone.engine.sampling.samplers.heun import heun_step
 
 
@@ -23,8 +24,10 @@ def stochastic_heun(
 ) -> Tensor:
     """Raises the noise by gamma = min(churn / steps, sqrt(2) - 1) where churn_from <= sigma <= churn_to, then steps.
 
-    The default churn is the full one at every step. `noise(i)` gives the fresh normal noise of step i.
+    The default churn is the full one at every step. `noise(i)` gives the fresh normal noise of step i. Raises Refused on a
+    churn below 0, which would tell the denoiser of less noise than there is.
     """
+    at_least("churn", churn, 0)
     most = math.sqrt(2) - 1
     steps = len(sigmas) - 1
     for i, (sigma, following) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist())):
