@@ -37,8 +37,8 @@ OF_THE_DISK |= {errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EIO, errn
 def told_by_the_disk(error: Exception) -> str | None:
     """What a file system says that does not take or give a file, in one line; None for any other error."""
     code = getattr(error, "errno", None)
-    inside = re.search(r"Os \{ code: (\d+)", str(error))  # as safetensors has it
-    if code not in OF_THE_DISK and (inside is None or int(inside[1]) not in OF_THE_DISK):
+    inside = re.search(r"Os \{ code: (\d+)|\(os error (\d+)\)", str(error))  # as safetensors had it, and has it
+    if code not in OF_THE_DISK and (inside is None or int(inside[1] or inside[2]) not in OF_THE_DISK):
         return None
     return f"{' '.join(str(error).split())}: make room, or give a path that can be used"
 

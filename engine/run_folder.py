@@ -113,3 +113,12 @@ def stored_recipe(folder: Path) -> dict | None:
         return json.loads(path.read_text())
     except ValueError:
         raise Refused(f"{path} is not readable as JSON: restore it, or give another --out") from None
+
+
+def held_out_keys(folder: Path) -> list[str]:
+    """Keys of the samples that a run was not trained on, as its splits.json names them."""
+    path = folder / "splits.json"
+    try:
+        return list(json.loads(path.read_text())["held_out"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Refused(f"{path} cannot be read ({type(error).__name__}): restore it, or remove it") from None

@@ -90,6 +90,7 @@ class Evaluate:
                 raise Refused(f"--{name.replace('_', '-')} has no effect on a measurement {where}: leave it out")
 
     def against_data(self, path: Path, model) -> None:
+        from duotone.engine import run_folder
         from duotone.engine.evaluate import evaluation, images, report
 
         folder, name = place_of(path)
@@ -100,6 +101,8 @@ class Evaluate:
         out = self.out or folder / name
         refuse_unwritable(out, "--out")
         refuse_unwritable(self.cache or default_cache(), "--cache")
+        if framed.held_out and (folder / "splits.json").exists():
+            images.refuse_other_split(framed, run_folder.held_out_keys(folder), folder / "splits.json")
         splits = images.read_splits(framed, self.test, self.most)
         result = evaluation.evaluate(model, splits, self.settings())
         print(report.table(result, splits))

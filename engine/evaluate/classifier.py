@@ -260,8 +260,10 @@ def read(folder: Path, network: Classifier) -> dict | None:
         return None
     try:
         stored = json.loads(facts.read_text())
+        for share in (stored["accuracy"], *stored["by_name"].values()):
+            Share.from_json(share)
         network.load_state_dict(load_file(weights))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         say(f"{folder} cannot be read ({str(error).splitlines()[0]}): training the classifier again")
         return None
     return stored
@@ -283,4 +285,4 @@ def write(folder: Path, network: Classifier, splits: Splits, config: ClassifierC
     with draft_of(folder / WEIGHTS) as draft:
         save_file(tensors, draft)
     write_json(folder / "classifier.json", facts)
-    say(f"classifier: accuracy {accuracy} on {len(splits.held_out):,} images of the {splits.held_out_is}; in {folder}")
+    say(f"classifier: accuracy {accuracy} on {len(splits.held_out):,} images of {splits.held_out_said}; in {folder}")

@@ -71,14 +71,17 @@ def kernel_sum(x_ND: np.ndarray, y_MD: np.ndarray) -> float:
     return float(sum(((block @ y_MD.T / x_ND.shape[1] + 1) ** 3).sum() for block in blocks))
 
 
-def precision_recall(real_ND: np.ndarray, made_MD: np.ndarray, k: int = 3) -> tuple[float, float]:
+NEIGHBOURS = 3
+"""Whose distance makes a ball."""
+
+
+def precision_recall(real_ND: np.ndarray, made_MD: np.ndarray, k: int = NEIGHBOURS) -> tuple[float, float]:
     """Precision: share of made vectors inside a ball of real ones; recall the other way round.
 
     A ball reaches from a vector to its k-th nearest neighbour in its own set; Kynkaanniemi et al. 2019, equations 1 to 3.
     Both depend on the counts: compare sets of equal size.
     """
-    if min(len(real_ND), len(made_MD)) <= k:
-        raise Refused(f"precision and recall with k = {k} need more than {k} images of each kind")
+    refuse_without_neighbours(min(len(real_ND), len(made_MD)), k)
     real, made = torch.from_numpy(real_ND).double(), torch.from_numpy(made_MD).double()
     return inside(made, real, k), inside(real, made, k)
 
@@ -116,6 +119,13 @@ def distance(x_ND: np.ndarray, reference_MD: np.ndarray, like_ND: np.ndarray, co
         precision=precision,
         recall=recall,
     )
+
+
+def refuse_without_neighbours(images: int, k: int = NEIGHBOURS) -> None:
+    if images <= k:
+        raise Refused(
+            f"precision and recall with k = {k} need more than {k} images of each kind, and these are {images}"
+        )
 
 
 def refuse_too_few(samples: int, width: int) -> None:

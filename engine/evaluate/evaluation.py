@@ -14,7 +14,7 @@ import numpy as np
 from duotone.data.refusal import Refused
 from duotone.engine.artifact import Model
 from duotone.engine.evaluate.classifier import ClassifierConfig, Judge, judge_of, wanted
-from duotone.engine.evaluate.distances import Distance, distance, refuse_too_few
+from duotone.engine.evaluate.distances import Distance, distance, refuse_too_few, refuse_without_neighbours
 from duotone.engine.evaluate.features import FeatureNetwork, FeaturesConfig, RealFeatures, choose, real_features
 from duotone.engine.evaluate.images import Images, Splits
 from duotone.engine.evaluate.loss_table import Loss, loss_table
@@ -82,6 +82,10 @@ class Evaluation:
     width: int
     distances: dict[str, Against]
     """From "train", from "held_out" and, where the run has one beside it, from "validation"."""
+    judged_by: str | None
+    """What the classifier tells apart: "labels" or "attributes"."""
+    asked_by: str
+    """What the samples were asked by, as "labels" or "prompts"."""
     accuracy: Share | None
     by_name: dict[str, Share]
     losses: list[Loss]
@@ -105,6 +109,8 @@ def evaluate(model: Model, splits: Splits, settings: Settings) -> Evaluation:
         samples_NHWC=samples_NHWC,
         asked_for=asked_for,
         judge=judge,
+        judged_by=None if judge is None else "attributes" if judge.attributes else "labels",
+        asked_by=asked_by(model, judge),
         features=network.name,
         width=made_ND.shape[1],
         distances=distances_of(made_ND, real, splits, settings.real),
@@ -144,6 +150,7 @@ def refuse_unfit(model: Model, splits: Splits, settings: Settings) -> None:
         raise Refused(f"loss_images = {settings.loss_images}: it must not be negative (0 = no table of losses)")
     if settings.real < 2:
         raise Refused(f"floor = {settings.real}: give at least 2 real images")
+    refuse_without_neighbours(min(settings.samples, settings.real))
     if settings.loss_levels < 1:
         raise Refused(f"loss_levels = {settings.loss_levels}: it must be at least 1")
     settings.classifier.check()
@@ -182,6 +189,12 @@ def listed(names: tuple[str, ...] | None) -> str:
 def takes(model: Model) -> set[str]:
     """What it can be asked for."""
     return {conditioner.asked for conditioner in model.network.conditioners.values()} - {"temperatures"}
+
+
+def asked_by(model: Model, judge: Judge | None) -> str:
+    """What the model is asked by: what the classifier sees, where that is among it."""
+    sees = "attributes" if judge is not None and judge.attributes else "labels"
+    return sees if sees in takes(model) else " and ".join(sorted(takes(model)))
 
 
 def conditioned(model: Model) -> bool:
@@ -281,11 +294,15 @@ def to_json(result: Evaluation, splits: Splits, model: Model) -> dict:
         "data": {
             **{name: len(images) for name, images in splits.parts.items()},
             "held_out_is": splits.held_out_is,
+            "searched_for_copies": len(splits.seen),
+            "training_images": splits.seen.there_are,
             "fingerprint": splits.fingerprint,
         },
         "features": {"name": result.features, "width": result.width},
         "classifier": None if result.judge is None else result.judge.accuracy.to_json(),
         "distances": {name: asdict(against) for name, against in result.distances.items()},
+        "accuracy_of": result.judged_by,
+        "asked_by": result.asked_by,
         "accuracy": None if result.accuracy is None else result.accuracy.to_json(),
         "accuracy_by_name": {name: share.to_json() for name, share in result.by_name.items()},
         "losses": [asdict(loss) for loss in result.losses],

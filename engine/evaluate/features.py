@@ -4,7 +4,6 @@ N images of H x W pixels and C channels, D features.
 """
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,8 @@ from duotone.engine.log import say
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CHUNK = 64
+VERSION = 2
+"""Of how features are made: those in the cache of another one are made again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +124,8 @@ def of_published_distances(path: Path, weights: dict[str, Tensor], device: torch
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     # It unpickles the file without restrictions, which holds nothing but tensors: it was read with them before.
-    network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path)).to(device)
+    network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
+    network = network.to(device).eval().requires_grad_(False)  # which not every version of it does by itself
 
     def colours(images_NHWC: np.ndarray) -> Tensor:
         return torch.from_numpy(images_NHWC).to(device).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
@@ -145,7 +147,7 @@ FID_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 
 
 def hub_folder() -> Path:
-    return Path(os.environ.get("TORCH_HOME", Path.home() / ".cache" / "torch")) / "hub" / "checkpoints"
+    return Path(torch.hub.get_dir()) / "checkpoints"
 
 
 def newest_inception() -> Path | None:
@@ -173,9 +175,10 @@ def dinov2(config: FeaturesConfig, judge: Judge | None, device: torch.device) ->
         raise Refused(f"{config.weights} holds a {network.config.model_type} and no dinov2: give another folder")
     network = network.to(device).eval().requires_grad_(False)
     weights = sorted(config.weights.glob("*.safetensors")) or sorted(config.weights.glob("*.bin"))
+    read = "".join(digest(path) for path in (*weights, config.weights / "config.json"))
     return FeatureNetwork(
         name=f"DINOv2 ({network.config.hidden_size})",
-        key=f"dinov2-{digest(weights[0])[:16]}",
+        key=f"dinov2-{hashlib.sha256(read.encode()).hexdigest()[:16]}",
         width=network.config.hidden_size,
         embed=resized(lambda x_NCHW: network(pixel_values=x_NCHW).last_hidden_state[:, 0], 224, device),
     )
@@ -232,7 +235,7 @@ class RealFeatures:
 
 def real_features(network: FeatureNetwork, splits: Splits, cache: Path) -> RealFeatures:
     """From the cache, keyed by data and network, or made and stored there in fp32, which they were made in."""
-    said = f"{splits.fingerprint} {network.key}"
+    said = f"{VERSION} {splits.fingerprint} {network.key}"
     path = cache / f"features-{hashlib.sha256(said.encode()).hexdigest()[:16]}.safetensors"
     found = stored(path, splits) or made(network, splits, path)
     parts = {name: found[name].double().numpy() for name in splits.parts}

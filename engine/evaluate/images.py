@@ -19,7 +19,7 @@ from duotone.data.shards import Shards
 from duotone.engine.evaluate.progress import Progress
 
 CHUNK = 512
-STAND_IN = "a tenth of the training set (seen in training)"
+STAND_IN = "a tenth of the training set, seen in training by the model"
 SHARE_OF_STAND_IN = 10  # one in so many
 
 
@@ -35,6 +35,8 @@ class Images:
     captions: list[str] | None = None
     classes: tuple[str, ...] | None = None
     attributes: tuple[str, ...] | None = None
+    there_are: int | None = None
+    """Images of the data that these were read from, where that is known."""
 
     def __len__(self) -> int:
         return len(self.images_NHWC)
@@ -90,6 +92,11 @@ class Splits:
         return self.held_out_is != STAND_IN
 
     @property
+    def held_out_said(self) -> str:
+        """What the held-out images are, within a sentence."""
+        return f"the {self.held_out_is} set" if self.is_apart else self.held_out_is
+
+    @property
     def parts(self) -> dict[str, Images]:
         """Every set that samples are measured against."""
         between = {} if self.validation is None else {"validation": self.validation}
@@ -121,6 +128,8 @@ def read_splits(shards: Shards, test: Path | None, most: int) -> Splits:
     if folder is not None:
         held_out = read_images(replace(shards, shards=folder, held_out=0.0), most, "test set")
         refuse_other_names(shards.shards, seen, folder, held_out)
+        if fingerprint(replace(shards, shards=folder)) == fingerprint(shards):
+            raise Refused(f"{folder} holds what the model was trained on, and is no test set: give --test other shards")
         return Splits(train=seen, held_out=held_out, held_out_is="test", seen=seen, validation=validation)
     if validation is not None:
         return Splits(train=seen, held_out=validation, held_out_is="validation", seen=seen)
@@ -134,6 +143,31 @@ def refuse_other_names(folder: Path, train: Images, test_folder: Path, test: Ima
         ours, theirs = getattr(train, name), getattr(test, name)
         if ours != theirs:
             raise Refused(f"{test_folder} has other {name} than {folder} ({theirs} and {ours}): give matching sets")
+    for name, column in (("labels", "labels_N"), ("attributes", "attributes_NK")):
+        given = [
+            folder if getattr(images, column) is not None else None
+            for folder, images in ((folder, train), (test_folder, test))
+        ]
+        if given.count(None) == 1:
+            having = given[0] or given[1]
+            raise Refused(f"of {folder} and {test_folder} only {having} has {name}: give matching sets")
+
+
+def fingerprint(shards: Shards) -> str:
+    """Of all the data in a folder, whichever part of it is held out."""
+    data = shards.open(torch.device("cpu"), part="all")
+    data.close()
+    return data.fingerprint
+
+
+def refuse_other_split(shards: Shards, held_out: list[str], said_in: Path) -> None:
+    """What a run held out must be there under its keys: of other data, or of renamed samples, nobody knows what was trained on."""
+    gone = set(held_out) - set(shards.held_out_keys())
+    if gone:
+        raise Refused(
+            f"{said_in} names {len(held_out):,} samples that were not trained on, and {len(gone):,} of them are not held out of "
+            f"{shards.shards} (as {min(gone)!r}): give --data.shards the data it was trained on"
+        )
 
 
 def read_images(shards: Shards, most: int, what: str, part: Part = "training") -> Images:
@@ -184,4 +218,5 @@ def joined(batches: list[Batch], data: Dataset, frame: str) -> Images:
         captions=None if first.captions is None else [text for batch in batches for text in batch.captions],
         classes=tuple(data.classes) if data.classes else None,
         attributes=tuple(data.attributes) if data.attributes else None,
+        there_are=data.count,
     )

@@ -18,6 +18,8 @@ from duotone.engine.memory import in_chunks
 from duotone.kernels.diffuse import diffuse
 
 CHUNK = 64
+WHOLE = "all"
+"""All images together; a class of that name is called otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,7 @@ class Loss:
 
     sigma: float
     name: str
-    """A class, or "all"."""
+    """A class, or WHOLE."""
     loss: float
     low: float | None
     """None where there are too few images for an interval."""
@@ -91,9 +93,10 @@ def told(model: Model, batch, n: int, seed: int):
 
 def cells(sigma: float, loss_N: np.ndarray, images: Images) -> list[Loss]:
     """One row of the table: all images, then each class."""
-    found = [cell(sigma, "all", loss_N)]
+    found = [cell(sigma, WHOLE, loss_N)]
     if images.labels_N is not None:
         names = images.classes or tuple(str(k) for k in range(int(images.labels_N.max()) + 1))
+        names = [f"{name} (class)" if name == WHOLE else name for name in names]
         found += [cell(sigma, name, loss_N[images.labels_N == k]) for k, name in enumerate(names)]
     return [c for c in found if c.images]
 

@@ -7,6 +7,7 @@ import numpy as np
 from duotone.engine import pictures
 from duotone.engine.evaluate.evaluation import Copies, Evaluation
 from duotone.engine.evaluate.images import Images, Splits
+from duotone.engine.evaluate.loss_table import WHOLE
 from duotone.engine.evaluate.nearest import pairs
 from duotone.engine.evaluate.shares import Share
 
@@ -16,7 +17,12 @@ MEASURES = {"frechet": "Frechet distance", "kernel": "kernel distance", "precisi
 
 def table(result: Evaluation, splits: Splits) -> str:
     """Lines of text: every figure beside its floor."""
-    blocks = [distance_lines(result, splits), accuracy_lines(result, splits), copy_lines(result), loss_lines(result)]
+    blocks = [
+        distance_lines(result, splits),
+        accuracy_lines(result, splits),
+        copy_lines(result, splits),
+        loss_lines(result, splits),
+    ]
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
@@ -39,20 +45,23 @@ def distance_lines(result: Evaluation, splits: Splits) -> list[str]:
 def accuracy_lines(result: Evaluation, splits: Splits) -> list[str]:
     if result.accuracy is None:
         return []
-    head = f"  {'seen by the classifier as asked':34} {'samples':24} real ({splits.held_out_is})"
-    rows = {"all": (result.accuracy, result.judge.accuracy)}
-    rows |= {name: (share, result.judge.by_name[name]) for name, share in result.by_name.items()}
-    return [head, *(accuracy_line(name, *pair) for name, pair in rows.items())]
+    said = "seen by the classifier as asked" if result.judged_by == result.asked_by else "seen by the classifier"
+    head = f"  {said:34} {'samples':24} real ({splits.held_out_is})"
+    if result.judged_by != result.asked_by:
+        head += f"   (asked by {result.asked_by}; right are the {result.judged_by} of the images these come from)"
+    rows = [("all", result.accuracy, result.judge.accuracy)]
+    rows += [(name, share, result.judge.by_name[name]) for name, share in result.by_name.items()]
+    return [head, *(accuracy_line(*row) for row in rows)]
 
 
 def accuracy_line(name: str, made: Share, real: Share) -> str:
     return f"    {name:32} {made!s:24} {real}"
 
 
-def copy_lines(result: Evaluation) -> list[str]:
-    head = (
-        f"  {'closer than 1 % of training pairs':34} {'samples':>10} {'real':>10}   (about 1 % where nothing is copied)"
-    )
+def copy_lines(result: Evaluation, splits: Splits) -> list[str]:
+    seen, all_of_them = len(splits.seen), splits.seen.there_are
+    some = f"; among {seen:,} of {all_of_them:,} training images: --most" if all_of_them not in (None, seen) else ""
+    head = f"  {'closer than 1 % of training pairs':34} {'samples':>10} {'real':>10}   (about 1 % where nothing is copied{some})"
     return [head, *(copy_line(name, copies) for name, copies in result.copies.items())]
 
 
@@ -65,17 +74,17 @@ def copy_line(name: str, copies: Copies) -> str:
     )
 
 
-def loss_lines(result: Evaluation) -> list[str]:
+def loss_lines(result: Evaluation, splits: Splits) -> list[str]:
     """A row for each noise level: the mean with its interval, then the classes'."""
     if not result.losses:
         return []
     sigmas = list(dict.fromkeys(loss.sigma for loss in result.losses))
     names = list(dict.fromkeys(loss.name for loss in result.losses))[:12]
     found = {(loss.sigma, loss.name): loss for loss in result.losses}
-    lines = [f"  loss at sigma, {found[sigmas[0], 'all'].images} held-out images, 95 % interval"]
-    lines.append(f"  {'sigma':>9}  {'all':24} " + " ".join(f"{name[:10]:>10}" for name in names[1:]))
+    lines = [f"  loss at sigma, {found[sigmas[0], WHOLE].images} images of {splits.held_out_said}, 95 % interval"]
+    lines.append(f"  {'sigma':>9}  {WHOLE:24} " + " ".join(f"{name[:10]:>10}" for name in names[1:]))
     for sigma in sigmas:
-        whole = found[sigma, "all"]
+        whole = found[sigma, WHOLE]
         spread = f"{whole.loss:.4f}" + ("" if whole.low is None else f" [{whole.low:.4f}, {whole.high:.4f}]")
         cells = [f"{found[sigma, name].loss:10.4f}" for name in names[1:]]
         lines.append(f"  {sigma:9.4g}  {spread:24} " + " ".join(cells))

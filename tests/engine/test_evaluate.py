@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import shutil
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.image import Hole, LowResolution
 from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.text import ByteText
-from duotone.engine.evaluate import evaluation
+from duotone.engine.evaluate import evaluation, features, images, report
 from duotone.engine.evaluate import loss_table as loss_table_module
 from duotone.engine.evaluate.classifier import ClassifierConfig, augmented, judge_of, shares
 from duotone.engine.evaluate.composition import composition
@@ -39,7 +41,7 @@ from duotone.engine.evaluate.distances import (
 from duotone.engine.evaluate.evaluation import distances_of
 from duotone.engine.evaluate.features import FeaturesConfig, RealFeatures, choose, real_features
 from duotone.engine.evaluate.images import Images, Splits, read_images, read_splits, spread
-from duotone.engine.evaluate.loss_table import loss_table
+from duotone.engine.evaluate.loss_table import cells, loss_table
 from duotone.engine.evaluate.nearest import nearest, pairs
 from duotone.engine.evaluate.shares import Share, student
 from duotone.engine.log import Log
@@ -356,6 +358,10 @@ def test_a_damaged_cache_is_made_again(clothes, tmp_path, capsys):
     (folder / "classifier.safetensors").write_bytes(b"cut off")
     judge_of(splits, config, tmp_path, CPU)
     assert "training the classifier again" in capsys.readouterr().out
+    for torn in ("{}", "[]", '{"accuracy": 1, "by_name": {}}'):
+        (folder / "classifier.json").write_text(torn)
+        assert judge_of(splits, config, tmp_path, CPU).accuracy.trials == 200
+        assert "training the classifier again" in capsys.readouterr().out
 
 
 def test_features_belong_to_the_weights_that_made_them(clothes, tmp_path):
@@ -449,6 +455,44 @@ def test_a_run_that_held_images_out_is_measured_against_three_sets(clothes, cach
     assert found["data"]["validation"] == len(split["held_out"]) and "--floor 30" in found["command"]
     said = capsys.readouterr().out
     assert "from the validation" in said and "(real: 30 of the test)" in said
+    elsewhere = split | {"held_out": ["renamed", *split["held_out"]]}
+    (folder / "splits.json").write_text(json.dumps(elsewhere))
+    said = refused(capsys, str(folder), "--cache", str(cache), "--out", str(tmp_path / "out"), *QUICK)
+    assert "1 of them are not held out of" in said and "(as 'renamed')" in said and said.count("\n") == 1
+    (folder / "splits.json").write_text("[]")
+    assert "cannot be read (TypeError)" in refused(capsys, str(folder), "--cache", str(cache), *QUICK)
+
+
+def test_what_was_trained_on_is_no_test_set(run, clothes, cache, tmp_path, capsys):
+    said = refused(capsys, str(run), "--cache", str(cache), "--out", str(tmp_path), *QUICK, "--test", str(clothes))
+    assert f"{clothes} holds what the model was trained on, and is no test set" in said and said.count("\n") == 1
+
+
+def test_a_test_set_without_labels_beside_labelled_images_is_refused(clothes):
+    splits = read_splits(replace(FRAME, shards=clothes), None, 40)
+    train, bare = replace(splits.train, classes=None), replace(splits.held_out, classes=None, labels_N=None)
+    with pytest.raises(Refused, match="of here and there only here has labels"):
+        images.refuse_other_names(Path("here"), train, Path("there"), bare)
+
+
+def test_a_class_called_all_leaves_the_whole_alone(clothes):
+    splits = read_splits(replace(FRAME, shards=clothes), None, 400)
+    named = replace(splits.held_out, classes=("trouser", "all", *GARMENTS[2:]))
+    whole, *classes = cells(1.0, np.ones(len(named)), named)
+    assert whole.name == "all" and whole.images == 400
+    assert [cell.name for cell in classes[:2]] == ["trouser", "all (class)"]
+    half = Share(right=20, trials=40)
+    judge = SimpleNamespace(accuracy=Share(right=30, trials=400), by_name={"trouser": half, "all": half})
+    result = SimpleNamespace(judged_by="labels", asked_by="labels", accuracy=Share(7, 40), judge=judge)
+    result.by_name = {"trouser": half, "all": half}
+    lines = report.accuracy_lines(result, splits)
+    assert [line.split()[:2] for line in lines[1:]] == [["all", "17.5%"], ["trouser", "50.0%"], ["all", "50.0%"]]
+
+
+def test_the_search_for_copies_says_what_it_has_not_looked_at(clothes):
+    for most, said in ((400, "among 400 of 2,000 training images: --most"), (2000, "nothing is copied)")):
+        splits = read_splits(replace(FRAME, shards=clothes), None, most)
+        assert said in report.copy_lines(SimpleNamespace(copies={}), splits)[0]
 
 
 def test_a_checkpoint_is_measured_and_its_result_outlives_it(run, cache, tmp_path):
@@ -564,6 +608,11 @@ def test_attributes_are_judged_one_by_one(tmp_path, cache):
     found = evaluation.evaluate(artifact.load(path), splits, settings)
     assert found.judge.attributes and set(found.by_name) == set(names)
     assert found.accuracy.trials == 40 * len(names) and found.judge.accuracy.value > 0.75
+    assert "seen by the classifier as asked" in report.table(found, splits)
+    by_class = evaluation.evaluate(artifact.load(path), data, settings)
+    said = "(asked by attributes; right are the labels of the images these come from)"
+    assert said in report.table(by_class, data) and "as asked" not in report.table(by_class, data)
+    assert f"4 images of {data.held_out_is}" in report.table(by_class, data)
 
 
 @pytest.mark.parametrize("config,extra", [(LowResolution(), 1), (Hole(), 2)], ids=["low_resolution", "hole"])
@@ -643,6 +692,7 @@ def refused(capsys, *arguments: str) -> str:
         (["--floor", "500"], "held-out set has 400 images.*500.*--floor"),
         (["--floor", "-1"], "floor = -1"),
         (["--samples", "0"], "--samples 1 or more"),
+        (["--samples", "3", "--classifier.width", "2"], "k = 3 need more than 3 images"),
         (["--loss-images", "-1"], "loss_images"),
         (["--loss-levels", "0"], "loss_levels"),
         (["--classifier.epochs", "0"], "classifier.epochs"),
@@ -677,6 +727,24 @@ def test_inceptions_weights_tell_whose_they_are(classes, library, tmp_path):
     torch.save({"no": "network"}, tmp_path / "inception.pth")
     with pytest.raises(Refused, match="holds no Inception v3"):
         choose(config, None, torch.device("cpu"))
+
+
+def test_inception_is_not_trained_on_while_it_measures(tmp_path, monkeypatch):
+    """torch-fidelity 0.3 leaves it in training mode: features of an image then depend on its neighbours."""
+
+    class Extractor(torch.nn.BatchNorm2d):
+        def __init__(self, name, features, feature_extractor_weights_path):
+            super().__init__(3)
+
+        def forward(self, x_NCHW):
+            return (super().forward(x_NCHW.float()).mean((2, 3)),)
+
+    library = SimpleNamespace(FeatureExtractorInceptionV3=Extractor)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", library)
+    embed = features.of_published_distances(tmp_path, {}, CPU)
+    images_NHWC = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(embed(images_NHWC)[:1], embed(images_NHWC[:1]))
 
 
 def test_published_distances_are_measured_in_tensorflows_inception(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """What the docs and the model card say of exports is what the export does."""
 
 import json
+import resource
 import runpy
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from duotone.data.shards import Shards
-from duotone.engine import artifact, model_card, small
+from duotone.engine import artifact, cli, model_card, small
 from duotone.engine.artifact import Model
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.exchange import diffusers_folder
@@ -60,6 +61,22 @@ def test_what_is_said_is_what_the_export_does(name, tmp_path):
             diffusers_folder.export(model, tmp_path / "folder")
         assert f"| as a diffusers folder | no, only as this single file: {why} |" in card
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_is_one_line(tmp_path, capsys):
+    """What safetensors says of it differs from version to version."""
+    recipe = replace(small.small_label, data=Shards(size=16))
+    artifact.save(tmp_path / "m.safetensors", dict(artifact.build(recipe, FACTS).named_parameters()), recipe, FACTS, 0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, before[1]))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["export", str(tmp_path / "m.safetensors"), "--out", str(tmp_path / "out.safetensors")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "File too large" in said and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
 
 
 OBJECTIVES = {
