@@ -22,6 +22,7 @@ from duotone.data.refusal import Refused, at_least
 from duotone.data.whole_file import as_opened, sync
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
+"""What a checkpoint holds whose manifest does not say: those of AdamW."""
 NAME = re.compile(r"images-\d{12}")
 
 
@@ -59,7 +60,7 @@ def publish(
             save_file(named, draft / f"{kind}.safetensors", header if kind == "ema" else None)
             as_opened(draft / f"{kind}.safetensors")
         files = {path.name: {"bytes": path.stat().st_size, "sha256": digest(path)} for path in sorted(draft.iterdir())}
-        manifest = {"images": images, **facts, "files": files}
+        manifest = {"images": images, "kinds": list(tensors), **facts, "files": files}
         (draft / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for path in [*draft.iterdir(), draft]:
             sync(path)
@@ -108,7 +109,7 @@ def verify(path: Path) -> str | None:
         for name, facts in manifest["files"].items():
             if (path / name).stat().st_size != facts["bytes"] or digest(path / name) != facts["sha256"]:
                 return f"{name} differs from the manifest"
-        missing = [kind for kind in KINDS if f"{kind}.safetensors" not in manifest["files"]]
+        missing = [kind for kind in manifest.get("kinds", KINDS) if f"{kind}.safetensors" not in manifest["files"]]
         if missing or name_of(manifest["images"]) != path.name:
             return f"manifest.json is not of {path.name}" if not missing else f"manifest.json knows no {missing[0]}"
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -122,7 +123,7 @@ def read(path: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
     """The manifest and the named tensors of a checkpoint that verifies."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        return manifest, {kind: load_file(path / f"{kind}.safetensors") for kind in KINDS}
+        return manifest, {kind: load_file(path / f"{kind}.safetensors") for kind in manifest.get("kinds", KINDS)}
     except (OSError, ValueError, SafetensorError) as error:
         raise Refused(f"checkpoint {path} cannot be read ({error}): remove it to resume from an older one") from None
 

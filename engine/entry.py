@@ -106,6 +106,8 @@ def base_of(recipe: Recipe, embedded: Recipe | None, arguments: list[str]) -> Re
         )
         return recipe
     if embedded is None or own:
+        if recipe.data.shards is None and not own and {"-h", "--help"}.isdisjoint(arguments):
+            say("neither data.shards nor --data.shards: training on the embedded captioned shapes")
         return recipe
     say(
         f"no --data.shards: training a small network on the embedded captioned shapes. The full {recipe.name} recipe: "

@@ -91,8 +91,7 @@ def imagined_inputs(config: UNetConfig, size: int, dtype: torch.dtype) -> tuple:
     with torch.device("meta"):
         x_NCHW = torch.empty(1, config.in_channels + config.extra_channels, size, size, dtype=dtype)
         tokens_NMD = torch.empty(1, 77, config.context_width, dtype=dtype)
-        reads_tokens = "cross" in (*config.attention, config.middle)
-        return x_NCHW, torch.zeros(1), None, tokens_NMD if reads_tokens else None
+        return x_NCHW, torch.zeros(1), None, tokens_NMD if config.reads_tokens else None
 
 
 def rows_that_fit(unet: nn.Module, size: int) -> int:

@@ -98,8 +98,10 @@ def average(recipe: Recipe) -> str:
 def usage(recipe: Recipe, facts: Facts, file: str) -> list[str]:
     asked = {"text": 'prompts=["..."]', "label": f"labels=[{(facts.classes or ['0'])[0]!r}]",
              "class_map": f"labels=[{(facts.classes or ['0'])[0]!r}]",
-             "attributes": f"attributes=[[{(facts.attributes or ['name'])[0]!r}]]"}  # fmt: skip
-    given = [asked[c.kind] for c in recipe.conditioning if c.kind in asked] or ["count=1"]
+             "attributes": f"attributes=[[{(facts.attributes or ['name'])[0]!r}]]",
+             "low_resolution": "images=[small_HWC]", "hole": "holes=[(image_HWC, mask_HW)]"}  # fmt: skip
+    kinds = [condition.kind for condition in recipe.conditioning if condition.kind != "temperature"]
+    given = [asked.get(kind, f"{kind}=[...]") for kind in kinds] or ["count=1"]
     return [
         "```python",
         "from duotone.engine import load, sample",

@@ -38,13 +38,13 @@ class Muon(OptimizerConfig):
         if self.iterations < 1:
             raise Refused(f"optimizer.iterations = {self.iterations}: it must be at least 1")
 
-    def build(self, network: nn.Module) -> AdamWEma:
+    def build(self, network: nn.Module) -> "MuonEma":
         inner = list(matrices_of(network))
         along = {"weight_decay": self.weight_decay, "momentum": self.momentum, "iterations": self.iterations}
         groups = [{"params": inner, **along}] if inner else []
         taken = {id(p) for p in inner}
         others = [p for p in network.parameters() if id(p) not in taken]
-        return AdamWEma([*groups, *parameter_groups(others, self.weight_decay)], self)
+        return MuonEma([*groups, *parameter_groups(others, self.weight_decay)], self)
 
     def state_elements(self, network: nn.Module) -> int:
         return super().state_elements(network) - sum(p.numel() for p in matrices_of(network))
@@ -60,6 +60,22 @@ def matrices_of(network: nn.Module) -> Iterator[nn.Parameter]:
         inner = isinstance(module, nn.Linear | nn.Conv2d) and not isinstance(module, EndConv | EmbeddingLinear)
         if inner and module.weight.requires_grad:
             yield module.weight
+
+
+class MuonEma(AdamWEma):
+    """Groups with a momentum are moved by it, which has no second moment; the others as by AdamW."""
+
+    def kept_of(self, shard: Tensor) -> tuple[str, ...]:
+        groups = (group for group in self.param_groups if any(p is shard for p in group["params"]))
+        return ("exp_avg",) if any("momentum" in group for group in groups) else super().kept_of(shard)
+
+    def move(self, shard: Tensor, grad: Tensor, group: dict, *, step, matrices, **same) -> None:
+        if "momentum" not in group:
+            super().move(shard, grad, group, step=step, matrices=matrices, **same)
+            return
+        state = self.state_of(shard)
+        along = {name: group[name] for name in ("weight_decay", "momentum", "iterations")}
+        muon_ema_(shard.data, grad, state["exp_avg"], [state["ema"]], matrices(), **along, **same)
 
 
 def orthogonalised(x_KMN: Tensor, iterations: int) -> Tensor:

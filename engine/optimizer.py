@@ -4,7 +4,7 @@ Learning rate and EMA decay are functions of the images seen, so neither has a s
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from duotone.data.refusal import Refused, above, at_least
+from duotone.engine.matrices import Matrices
 from duotone.kernels.adamw_ema import adamw_ema_
 
 
@@ -107,6 +108,7 @@ class AdamWEma(torch.optim.Optimizer):
     """AdamW on the flat shards that ZeRO hands out, with `ema` beside exp_avg and exp_avg_sq in the state."""
 
     STATE = ("exp_avg", "exp_avg_sq", "ema")
+    """What is kept beside the weights, in checkpoints too."""
 
     def __init__(self, groups: list[dict], config: OptimizerConfig):
         super().__init__(groups, {"lr": config.lr, "betas": config.betas, "eps": config.eps, "ema_decay": 0.0})
@@ -117,40 +119,57 @@ class AdamWEma(torch.optim.Optimizer):
             group["lr"], group["ema_decay"] = lr, ema_decay
 
     def state_of(self, shard: torch.Tensor) -> dict:
-        """The state of one shard; the EMA begins as the weights, and what steps along its momentum has no second moment."""
+        """The state of one shard: zeros, but for the EMA, which begins as the weights."""
         state = self.state[shard]
         if not state:
             state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(shard, requires_grad=False)
-            if not self.steps_along_momentum(shard):
-                state["exp_avg_sq"] = torch.zeros_like(shard, requires_grad=False)
+            for name in self.kept_of(shard):
+                state[name] = torch.zeros_like(shard, requires_grad=False)
             state["ema"] = shard.detach().clone()
         return state
 
-    def steps_along_momentum(self, shard: torch.Tensor) -> bool:
-        """Whether it is of a group of matrices that Muon moves."""
-        return any("momentum" in group and any(p is shard for p in group["params"]) for group in self.param_groups)
+    def kept_of(self, shard: torch.Tensor) -> tuple[str, ...]:
+        """Which of STATE one shard has, beside the EMA."""
+        return tuple(name for name in self.STATE if name != "ema")
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
         for group in self.param_groups:
             for shard in group["params"]:
                 if shard.grad is not None:
-                    self.update(shard, group)
+                    state = self.state_of(shard)
+                    state["step"] += 1
+                    rates = {"lr": group["lr"], "ema_decays": [group["ema_decay"]]}
+                    self.move(shard, shard.grad, group, step=state["step"], **rates)
 
-    def update(self, shard: torch.Tensor, group: dict) -> None:
+    def move(
+        self,
+        shard: torch.Tensor,
+        grad: torch.Tensor,
+        group: dict,
+        *,
+        step: int | torch.Tensor,
+        lr: float | torch.Tensor,
+        ema_decays: list,
+        grad_scale: float | torch.Tensor = 1.0,
+        weights_out: torch.Tensor | None = None,
+        matrices: Callable[[], Matrices] | None = None,
+    ) -> None:
+        """One step of one shard with its EMA, in place: what another optimizer writes anew, and all that it has to.
+
+        `step` counts from 1. Under ZeRO 1 and 2 (engine/update.py) numbers are tensors on the device, a `grad_scale` of NaN skips
+        the step, `weights_out` is the network's own copy of the shard, and `matrices()` tells how matrices lie in it.
+        """
         state = self.state_of(shard)
-        state["step"] += 1
         adamw_ema_(
-            shard.data.view(-1),
-            shard.grad.view(-1),
-            state["exp_avg"].view(-1),
-            state["exp_avg_sq"].view(-1),
+            *(array.view(-1) for array in (shard.data, grad, state["exp_avg"], state["exp_avg_sq"])),
             [state["ema"].view(-1)],
-            lr=group["lr"],
+            lr=lr,
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            step=state["step"],
-            ema_decays=[group["ema_decay"]],
+            step=step,
+            grad_scale=grad_scale,
+            ema_decays=ema_decays,
+            weights_out=weights_out,
         )

@@ -91,10 +91,27 @@ def asked_for(config: Previews, model, examples: Examples) -> dict[str, list]:
         sets = [states_in(text) for text in config.attributes] or [{name: 1} for name in model.facts.attributes]
         rows["attributes"] = sets[: config.rows]
     rows |= {c.asked: c.values_of(examples.images_NHWC[: config.rows]) for c in spatial(model)}
+    for conditioner in model.network.conditioners.values():
+        if conditioner.asked not in rows and (values := conditioner.examples()):
+            rows[conditioner.asked] = list(values)[: config.rows]
     if not rows:
         return {"count": config.rows}
     count = min(len(v) for v in rows.values())
     return {name: v[:count] for name, v in rows.items()}
+
+
+def refuse_undrawable(config: Previews, model, examples: Examples) -> None:
+    """Refuses before the first step what would end a run at its first pictures."""
+    from duotone.engine.sampling.request import listed, number_of_images
+    from duotone.engine.sampling.steering import Conditions, Steering
+
+    rows = asked_for(config, model, examples)
+    guidance, plain = settings_of(config, model, rows)["guidance"], Steering()
+    count = rows.pop("count", None)
+    try:
+        Conditions.of(model, listed(rows), None, guidance, number_of_images(rows, count), plain)
+    except Refused as refusal:
+        raise Refused(f"preview: {refusal} (a conditioning of one's own names `examples` to be drawn)") from None
 
 
 def spatial(model) -> list:
@@ -132,7 +149,8 @@ def draw(config: Previews, model, examples: Examples, folder: Path, name: str) -
     from duotone.engine.sample import sample  # sample knows artifacts, which know recipes, which hold Previews
 
     folder.mkdir(parents=True, exist_ok=True)
-    rows, settings = asked_for(config, model, examples), settings_of(config, model)
+    rows = asked_for(config, model, examples)
+    settings = settings_of(config, model, rows)
     seen = by_step(config, model, config.columns)
     shown_by_step = seen if config.strips else None
     images = sample(model, **repeated(rows, config.columns), **settings, seed=0, on_step=shown_by_step)
@@ -153,9 +171,9 @@ def draw(config: Previews, model, examples: Examples, folder: Path, name: str) -
     return written
 
 
-def settings_of(config: Previews, model) -> dict:
-    """How pictures are drawn: keyword arguments of sample()."""
-    guidance = config.guidance if model.can_be_guided else 1.0
+def settings_of(config: Previews, model, rows: dict) -> dict:
+    """How pictures are drawn that are asked for so: keyword arguments of sample()."""
+    guidance = config.guidance if model.can_be_guided and "count" not in rows else 1.0
     return {"steps": config.steps, "sampler": config.sampler, "guidance": guidance}
 
 
@@ -167,7 +185,8 @@ def draw_sheets(config: Previews, model, folder: Path) -> list[Path]:
         return []
     written = []
     for label, name in enumerate(model.facts.classes):
-        images = sample(model, labels=[label] * (config.rows * config.columns), **settings_of(config, model), seed=0)
+        rows = {"labels": [label] * (config.rows * config.columns)}
+        images = sample(model, **rows, **settings_of(config, model, rows), seed=0)
         written.append(folder / f"class-{label:03d}-{NO_FILE_NAME.sub('-', name)[:100]}.png")
         pictures.write(written[-1], pictures.grid(images, config.columns, zoom=zoom_of(images)))
     return written

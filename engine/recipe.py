@@ -169,12 +169,12 @@ class Recipe:
             if guidance < 1 or low * guidance > 1 + 1e-5:
                 most = f"to {1 / low:g}" if low else "or more"
                 raise Refused(f"preview.guidance = {guidance}: a model of this Temperature takes 1 {most}")
-        reads_tokens = "cross" in (*self.model.attention, self.model.middle)
         gives_tokens = any(condition.port == "tokens" for condition in self.conditioning)
-        if reads_tokens != gives_tokens:
+        if self.model.reads_tokens != gives_tokens:
+            where = "model.attention has levels that are" if "cross" in self.model.attention else "model.middle is"
             raise Refused(
-                "model.attention has cross levels, but no condition gives tokens"
-                if reads_tokens
+                f"{where} cross, but no condition gives tokens: take none or self there"
+                if self.model.reads_tokens
                 else "a condition gives tokens, but model.attention and model.middle have no cross level that reads them"
             )
         for condition in self.conditioning:

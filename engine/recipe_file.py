@@ -7,7 +7,7 @@ from duotone.data.refusal import Refused
 from duotone.engine import run_folder
 from duotone.engine.command_line import parse
 from duotone.engine.recipe import Recipe
-from duotone.engine.recipe_json import from_json
+from duotone.engine.recipe_json import from_json, refuse_unstorable
 
 
 def recipe_at(path: Path, flags: list[str], name: str) -> Recipe:
@@ -17,6 +17,7 @@ def recipe_at(path: Path, flags: list[str], name: str) -> Recipe:
     """
     recipe = parse(Recipe, flags, default=stored(path) if path.is_dir() else written(path), name=name)
     recipe.check()
+    refuse_unstorable(recipe)
     return recipe
 
 

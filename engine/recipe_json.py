@@ -42,7 +42,10 @@ def dataclass_named(name: str) -> type:
     """By its name alone, so that a stored recipe outlives a file's move; older ones say the module too."""
     found = configurations().get(str(name).rpartition(":")[2])
     if found is None:
-        raise Refused(f"recipe names the type {name!r}, which this version of duotone does not have")
+        raise Refused(
+            f"recipe names the type {name!r}, which this version of duotone does not have; a kind of your own has to stand at the "
+            "head of engine/recipe.py"
+        )
     return found
 
 
@@ -58,6 +61,24 @@ def configurations() -> dict[str, type]:
             found[kind.__name__] = kind
             waiting += typing.get_type_hints(kind).values()
     return found
+
+
+def refuse_unstorable(value, key: str = "recipe") -> None:
+    """Refuses a part that no stored model could name, before anything is trained with it."""
+    if isinstance(value, tuple | list):
+        for i, part in enumerate(value):
+            refuse_unstorable(part, f"{key}.{i}")
+    if not dataclasses.is_dataclass(value):
+        return
+    name, known = type(value).__name__, configurations().get(type(value).__name__)
+    if known is not type(value):
+        taken = "" if known is None else f", and {known.__module__} has a {name} already: give it another name"
+        raise Refused(
+            f"{key} is {type(value).__module__}.{name}, which a stored recipe could not name{taken}; "
+            "add it to the kinds at the head of engine/recipe.py"
+        )
+    for field in dataclasses.fields(value):
+        refuse_unstorable(getattr(value, field.name), f"{key}.{field.name}")
 
 
 def flat(value, prefix: str = "") -> dict[str, object]:

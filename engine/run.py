@@ -328,7 +328,7 @@ def save(run: Run) -> None:
     """Publishes a checkpoint, from all ranks, unless the newest is of this very step; rank 0 writes it."""
     if run.saved == run.images:
         return
-    tensors = {kind: run.sharded.gather(kind) for kind in checkpoint.KINDS}
+    tensors = {kind: run.sharded.gather(kind) for kind in ("weight", *run.sharded.optimizer.STATE)}
     unread = unread_samples(run)
     chosen = zero.gathered([{"rows": attention_backends.choices(), "where": attention_backends.measured_on()}])
     if run.ranks.rank == 0:

@@ -5,6 +5,7 @@ N images, H x W pixels, C channels.
 
 import itertools
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
@@ -54,13 +55,15 @@ def sample(
     chunk: int | None = None,
     on_step: Callable | None = None,
     progress: bool = False,
+    **own: Sequence,
 ) -> np.ndarray:
     """Images as uint8, (N, H, W, C).
 
     Give what the model is conditioned on, or `count` images without a condition: `prompts`; `labels` by number or name;
     `attributes`, for each image a vector of 0, 1 and None (unknown), a list of the names that are present, or a mapping
     from the known names to 0 or 1; low-resolution `images`, uint8 (h, w, C); `holes`, pairs of an image and its mask (H, W),
-    true where it is to be filled, and around which the image stays as it is.
+    true where it is to be filled, and around which the image stays as it is. A conditioning of one's own is given by the name
+    that it is `asked` by.
 
     `guidance` is a number or one per image, or for attributes a scale of each by name (engine/sampling/guiding/composed.py): plain, or
     by a `rule` of engine/sampling/guiding. It leads away from the null state, from the `negative` condition, given by name as above, or,
@@ -77,7 +80,7 @@ def sample(
     them), and `progress` shows a bar. Raises Refused on what does not fit.
     """
     asked = {"prompts": prompts, "labels": labels, "attributes": attributes, "images": images, "holes": holes}
-    asked = listed(asked)
+    asked = listed(asked | own)
     number = number_of_images(asked, count)
     clips = model.objective.clips if clip is None else clip
     before_the_rule = clips and isinstance(rule, CfgPlusPlus)
@@ -158,7 +161,16 @@ def run(
 
     with torch.inference_mode():
         x_NCHW = solver(denoise, x_NCHW, sigmas, noise=fresh, on_step=on_step)
+    lost = int((~x_NCHW.isfinite().flatten(1).all(1)).sum())
+    if lost:
+        warnings.warn(
+            f"{lost} of {len(x_NCHW)} pictures came out with numbers that are not finite", NotFinite, stacklevel=3
+        )
     return pixels(x_NCHW)
+
+
+class NotFinite(UserWarning):
+    """Weights or a sampler that give no picture: where sigma is infinite, x is the noise itself."""
 
 
 AT_ONCE = 2**20

@@ -1,5 +1,6 @@
 """A network under ZeRO: forward, backward, update, and its sharded state gathered and scattered by parameter name."""
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from duotone.data.refusal import Refused
 from duotone.engine import zero
 from duotone.engine.optimizer import AdamWEma
 from duotone.engine.update import Update
@@ -20,6 +22,7 @@ class Sharded:
     """A network under ZeRO: forward, backward, step, and its state by name."""
 
     def __init__(self, network: nn.Module, optimizer: AdamWEma, config: dict):
+        refuse_other_steps(optimizer)
         self.optimizer = optimizer
         self.stage = config["zero_optimization"]["stage"]
         self.names = {id(p): name for name, p in trained(network)}
@@ -167,6 +170,16 @@ class Sharded:
 
 def trained(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in network.named_parameters() if p.requires_grad)
+
+
+def refuse_other_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Every ZeRO stage steps through `move`: what an optimizer does elsewhere would never be called."""
+    own = inspect.unwrap(type(optimizer).step)  # which PyTorch wraps at every class's first use
+    if not isinstance(optimizer, AdamWEma) or own is not inspect.unwrap(AdamWEma.step):
+        raise Refused(
+            f"optimizer: {type(optimizer).__name__} would not be stepped: make it an AdamWEma with a `move` of its own "
+            "(engine/optimizer.py)"
+        )
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from duotone.engine.checkpoint import name_of
 from duotone.engine.conditioning.dropout import conditioned
 from duotone.engine.objectives.base import Objective
 from duotone.engine.recipe import Recipe
+from duotone.engine.recipe_json import refuse_unstorable
 from duotone.engine.run import Run, plans, save, set_up, unread_samples
 from duotone.engine.stopping import Interrupted, Stop
 from duotone.engine.whole_step import WholeStep
@@ -37,12 +38,16 @@ def train(recipe: Recipe) -> Path:
     after the checkpoint with which SIGINT or SIGTERM ends it.
     """
     recipe.check()
+    refuse_unstorable(recipe)
     began = time.monotonic()
     with ExitStack() as signals, ExitStack() as held:  # what is held is closed first
         held.push(zero.leave)
         run = set_up(recipe, held)
         run.whole_step = whole_step(run)
         run.examples = examples(run)  # before the reading thread: one decoder serves one reader
+        preview.refuse_undrawable(
+            recipe.preview, artifact.Model(run.network, run.recipe.objective, run.facts, run.recipe), run.examples
+        )
         batches = run.data.batches(plans(run, run.images))
         if run.saved is not None and run.images < recipe.images:
             look(run, **zero.from_rank_0(missed(run) if run.ranks.rank == 0 else None))

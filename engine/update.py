@@ -6,6 +6,7 @@ P parameters of one rank's shard of one group.
 """
 
 import itertools
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -13,9 +14,7 @@ from torch import Tensor
 
 from duotone.engine import zero
 from duotone.engine.matrices import Matrices
-from duotone.engine.muon import muon_ema_
 from duotone.engine.optimizer import AdamWEma
-from duotone.kernels.adamw_ema import adamw_ema_
 from duotone.kernels.squared_norm import squared_norm
 
 
@@ -113,22 +112,17 @@ class Update:
         return torch.where(finite, 1 / (loss_scale * clipped), torch.nan)
 
     def update(self, group: int, grad_P: Tensor, scale: Tensor) -> None:
-        shard, options = self.shard(group), self.optimizer.param_groups[group]
-        state = self.optimizer.state_of(shard)
-        same = {
-            "lr": self.lr,
-            "weight_decay": options["weight_decay"],
-            "grad_scale": scale,
-            "ema_decays": [self.decay],
-            "weights_out": self.partitioned.parallel_partitioned_bit16_groups[group][dist.get_rank()].data,
-        }
-        arrays, emas = (shard.data, grad_P, state["exp_avg"]), [state["ema"]]
-        if "momentum" in options:
-            along = {"momentum": options["momentum"], "iterations": options["iterations"]}
-            muon_ema_(*arrays, emas, self.matrices(group), **along, **same)
-        else:
-            by_moments = {"betas": options["betas"], "eps": options["eps"], "step": self.steps}
-            adamw_ema_(*arrays, state["exp_avg_sq"], emas, **by_moments, **same)
+        self.optimizer.move(
+            self.shard(group),
+            grad_P,
+            self.optimizer.param_groups[group],
+            step=self.steps,
+            lr=self.lr,
+            ema_decays=[self.decay],
+            grad_scale=scale,
+            weights_out=self.partitioned.parallel_partitioned_bit16_groups[group][dist.get_rank()].data,
+            matrices=partial(self.matrices, group),
+        )
 
     def matrices(self, group: int) -> Matrices:
         """How the matrices of a group lie in this rank's shard."""

@@ -6,7 +6,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -49,8 +49,8 @@ class Sample:
     """Noise levels sigma between which pictures are guided; outside a step costs one forward pass instead of two."""
     rescale: float = 0.0
     """Share, 0 to 1, by which guidance's contrast is pulled back to that of the conditional prediction."""
-    rule: Literal["plain", "apg", "cfg++"] = "plain"
-    """How guidance combines the predictions: plainly, by adaptive projected guidance, or by CFG++ (scales of 0 to 1, euler)."""
+    rule: str = "plain"
+    """How guidance combines the predictions: plain, apg (adaptive projected guidance) or cfg++ (scales of 0 to 1, euler)."""
     steps: int = 25
     sampler: str = "heun"
     """euler, heun, dpmpp_2m, ancestral or stochastic_heun."""
@@ -170,8 +170,7 @@ class Sample:
         from duotone.engine.artifact import load
         from duotone.engine.pictures import ByStep
         from duotone.engine.sample import sample
-        from duotone.engine.sampling.guiding.apg import Apg
-        from duotone.engine.sampling.guiding.cfg_plus_plus import CfgPlusPlus
+        from duotone.engine.sampling.guiding.named import rule_named
 
         guide = load(self.guide, speed=self.speed) if self.guide else None
         shown = self.gif is not None or self.strip is not None
@@ -183,7 +182,7 @@ class Sample:
                 negative={"prompts": [self.negative] * images} if self.negative is not None else None,
                 guidance=scale,
                 rescale=self.rescale,
-                rule={"apg": Apg(), "cfg++": CfgPlusPlus()}.get(self.rule),
+                rule=rule_named(self.rule),
                 interval=self.interval,
                 guide=guide,
                 steps=self.steps,

@@ -45,7 +45,7 @@ class Conditioner(nn.Module, ABC):
     """A value that stands in where nobody gave one; its row is not kept."""
     dropout: float
     spatial: bool = False
-    """Whether it reads the pixels of a batch, which must then be mirrored as the network sees them."""
+    """Whether it is given an image, which must then be mirrored as the network sees it."""
     extra_channels: int = 0
     """Channels that it adds to the network's input."""
     untrained: tuple[nn.Module, ...] = ()
@@ -66,6 +66,10 @@ class Conditioner(nn.Module, ABC):
     def values_of(self, images_NHWC: np.ndarray, seed: int = 0) -> list:
         """What a person would ask for to have these images (uint8) restored; only a spatial condition is made of an image."""
         raise NotImplementedError
+
+    def examples(self) -> list:
+        """Values that previews are drawn with, of a kind that neither the recipe nor the data names."""
+        return []
 
     @abstractmethod
     def forward(self, tensors: dict[str, Tensor], keep_N: Tensor) -> Conditioning:

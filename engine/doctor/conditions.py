@@ -76,7 +76,13 @@ def says_something(patient: Patient) -> Iterator[Finding]:
             continue
         tensors = {name: tensor[:16] for name, tensor in conditioner.of_batch(patient.batch).items()}
         given = conditioner(tensors, torch.ones(16, dtype=torch.bool))
-        if all((a == a[:1]).all() for a, _ in pairs(given, given)):
+        if given.tokens_NMD is not None and not patient.recipe.model.reads_tokens:
+            yield Finding(
+                "fault",
+                kind,
+                "gives the network tokens, and no level of it reads any: model.attention or middle, cross",
+            )
+        elif all((a == a[:1]).all() for a, _ in pairs(given, given)):
             yield Finding("fault", kind, "every sample gives the network the same: the condition says nothing")
         elif kind in patient.conditioners[1]:
             yield Finding(
@@ -84,6 +90,16 @@ def says_something(patient: Patient) -> Iterator[Finding]:
             )
         else:
             yield Finding("fine", kind, "samples that differ in it differ at the network's input")
+
+
+@torch.no_grad()
+def draws_by_position(patient: Patient) -> Iterator[Finding]:
+    """A run that goes on, or has other ranks, gives each image what it got before: asked twice, a batch is the same."""
+    for kind, conditioner in patient.measurable.items():
+        once, again = (conditioner.of_batch(patient.batch, patient.recipe.seed) for _ in range(2))
+        if any(not tensor.equal(again[name]) for name, tensor in once.items()):
+            says = "the same batch is given otherwise a second time, so a run would not go on as it was: draw by engine/draws.py"
+            yield Finding("fault", f"{kind}.of_batch", says)
 
 
 def differs(batch: Batch, kind: str) -> bool:
@@ -129,4 +145,4 @@ def guidance(patient: Patient) -> Iterator[Finding]:
         yield Finding("fine", "guidance", "every condition has a trained null state")
 
 
-CHECKS = (drop_rates, says_something, sinusoids, guidance)
+CHECKS = (drop_rates, says_something, draws_by_position, sinusoids, guidance)

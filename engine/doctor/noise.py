@@ -66,9 +66,12 @@ def last_level(objective: DDPM) -> Iterator[Finding]:
 def of_range(objective, drawn_N: torch.Tensor) -> Iterator[Finding]:
     visited = objective.sampling_sigmas(50, objective.spacings[0])
     inner = visited[(visited > 0) & visited.isfinite()]
-    above = float((drawn_N >= inner[1]).double().mean())
+    above, below = (float(beyond.double().mean()) for beyond in (drawn_N >= inner[1], drawn_N <= inner[-2]))
     if above < RARE:
         says = f"sampling visits sigma = {inner[1]:.3g}, at or above which training draws {above:.1g} of its levels"
+        yield Finding("warning", "noise levels", says)
+    elif below < RARE:
+        says = f"sampling visits sigma = {inner[-2]:.3g}, at or below which training draws {below:.1g} of its levels"
         yield Finding("warning", "noise levels", says)
     else:
         yield Finding("fine", "noise levels", "training draws levels wherever sampling goes")

@@ -212,7 +212,7 @@ def conditions(model: Model, images: Images) -> dict:
     spatial = [conditioner for conditioner in model.network.conditioners.values() if conditioner.spatial]
     said |= {conditioner.asked: conditioner.values_of(images.images_NHWC) for conditioner in spatial}
     for name in sorted(takes(model)):
-        if said[name] is None:
+        if said.get(name) is None:
             raise Refused(f"this model takes {name}, and the data has none: give --data.shards data with {name}")
     return {name: said[name] for name in takes(model)} or {"count": len(images)}
 

@@ -44,9 +44,8 @@ def to_config(config: UNetConfig, size: int, classes: int | None = None) -> dict
     """Their config.json for our UNet, with `classes` class embeddings (the null class included)."""
     if config.film_shared:
         raise Inexpressible("model.film_shared, one FiLM projection for all blocks")
-    reads_tokens = "cross" in (*config.attention, config.middle)
     shared = {
-        "_class_name": CONDITIONED if reads_tokens else PLAIN,
+        "_class_name": CONDITIONED if config.reads_tokens else PLAIN,
         "sample_size": size,
         "in_channels": config.in_channels + config.extra_channels,
         "out_channels": config.out_channels,
@@ -63,7 +62,7 @@ def to_config(config: UNetConfig, size: int, classes: int | None = None) -> dict
         "time_embedding_dim": config.time_width,
         "num_class_embeds": classes,
     }
-    return shared | (conditioned_part(config) if reads_tokens else plain_part(config))
+    return shared | (conditioned_part(config) if config.reads_tokens else plain_part(config))
 
 
 def config_of(recipe: Recipe, classes: int) -> dict:

@@ -88,6 +88,11 @@ class UNetConfig:
     def embedding_width(self) -> int:
         return self.time_width or 4 * self.channels[0]
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether any level attends to a condition's tokens."""
+        return "cross" in (*self.attention, self.middle)
+
     def check(self) -> None:
         """Refuses a shape that cannot be built, naming the field."""
         levels = len(self.channels)

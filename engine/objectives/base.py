@@ -116,7 +116,10 @@ class Objective(ABC):
     def __call__(
         self, output_NCHW: Tensor, target_NCHW: Tensor, sigma_N: Tensor, log_scale_N: Tensor | None = None
     ) -> Tensor:
-        """The mean loss of a batch at these noise levels; with the network's uncertainty u, loss / exp(u) + u."""
+        """The mean loss of a batch at these noise levels; with the network's uncertainty u, loss / exp(u) + u.
+
+        Training calls mean_loss, with weights that went ahead to the device: another loss is another weight or penalty.
+        """
         return self.mean_loss(output_NCHW, target_NCHW, self.loss_weight(sigma_N).float(), log_scale_N)
 
     def mean_loss(

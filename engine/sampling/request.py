@@ -1,7 +1,7 @@
 """What sample() is asked for: values of each condition, scales and seeds of each image; refused where they do not fit."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 
 import numpy as np
@@ -17,6 +17,8 @@ def listed(asked: Mapping[str, Sequence | None]) -> dict[str, list]:
     for name, rows in asked.items():
         if isinstance(rows, str | bytes):
             raise Refused(f"{name} = {rows!r} is one string: give a list with an entry per image, as in [{rows!r}]")
+        if rows is not None and not isinstance(rows, Iterable):
+            raise Refused(f"{name} = {rows!r}: give a list with an entry per image, as in [{rows!r}]")
     return {name: list(rows) for name, rows in asked.items() if rows is not None}
 
 

@@ -34,10 +34,10 @@ from duotone.engine.sampling.request import (
 class Steering:
     """How the conditional prediction is led away from another one."""
 
-    interval: tuple[float, float]
-    rescale: float
-    rule: Apg | CfgPlusPlus | None
-    guide: Model | None
+    interval: tuple[float, float] = (0.0, math.inf)
+    rescale: float = 0.0
+    rule: Apg | CfgPlusPlus | None = None
+    guide: Model | None = None
     clip: bool = False
     """Whether the predictions that a rule combines are kept within [-1, 1], instead of what it makes of them."""
 
@@ -48,7 +48,7 @@ class Steering:
             raise Refused(f"interval = {self.interval}: give two noise levels sigma that rise, the first at least 0")
         if self.rescale and self.rule:
             raise Refused(f"rescale belongs to plain guidance: leave it at 0 with {type(self.rule).__name__}")
-        if self.rule is not None and not hasattr(self.rule, "begin"):
+        if self.rule is not None and (isinstance(self.rule, type) or not hasattr(self.rule, "begin")):
             raise Refused(f"rule = {self.rule!r}: give one of engine/sampling/guiding, as Apg() or CfgPlusPlus()")
         if self.guide is None:
             return

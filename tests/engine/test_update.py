@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from duotone.engine import zero
-from duotone.engine.optimizer import AdamW
+from duotone.data.refusal import Refused
+from duotone.engine import checkpoint, zero
+from duotone.engine.optimizer import AdamW, AdamWEma, parameter_groups
 from duotone.engine.sharded import Sharded
 
 ROWS = 8
@@ -35,7 +36,9 @@ def small_network() -> nn.Module:
     return nn.Sequential(nn.Linear(7, 33), nn.SiLU(), nn.LayerNorm(33), nn.Linear(33, 5))
 
 
-def sharded(network: nn.Module, *, stage: int, precision: str, accumulation: int = 1, ours: bool = True) -> Sharded:
+def sharded(
+    network: nn.Module, *, stage: int, precision: str, accumulation: int = 1, ours: bool = True, build=CONFIG.build
+) -> Sharded:
     config = zero.settings(
         zero.Zero(stage=stage),
         batch=ROWS * accumulation,
@@ -44,7 +47,7 @@ def sharded(network: nn.Module, *, stage: int, precision: str, accumulation: int
         precision=precision,
         clip=CONFIG.clip,
     )
-    made = Sharded(network, CONFIG.build(network), config)
+    made = Sharded(network, build(network), config)
     if not ours:
         del made.engine.optimizer.step
         made.update = None
@@ -88,6 +91,56 @@ def test_equals_deepspeeds_own(stage, precision, accumulation):
         torch.testing.assert_close(state(mine)[name], value, rtol=2e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
     for (name, a), b in zip(mine.engine.module.named_parameters(), theirs.engine.module.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-2 if precision == "bf16" else 2e-5, atol=1e-6, msg=name)
+
+
+class Signs(AdamWEma):
+    """An optimizer of one's own: along the signs of its momentum, counting its steps."""
+
+    STATE = ("exp_avg", "taken", "ema")
+
+    def move(self, shard, grad, group, *, lr, ema_decays, grad_scale=1.0, weights_out=None, **_):
+        state = self.state_of(shard)
+        state["taken"].add_(1)
+        state["exp_avg"].lerp_(grad * grad_scale, 0.1)
+        shard.data.sub_(lr * state["exp_avg"].sign())
+        state["ema"].lerp_(shard.data, 1 - ema_decays[0])
+        if weights_out is not None:
+            weights_out.copy_(shard.data)
+
+
+def by_signs(network: nn.Module) -> Signs:
+    return Signs(parameter_groups(network.parameters(), 0.0), CONFIG)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_an_optimizer_of_ones_own_is_stepped_at_every_stage(stage, tmp_path):
+    """And what it keeps is gathered, stored and read back."""
+    made, by_adam = (sharded(small_network(), stage=stage, precision="fp32", build=b) for b in (by_signs, CONFIG.build))
+    before = made.gather("weight")
+    run(made, 1)
+    run(by_adam, 1)
+    for name, value in made.gather("weight").items():
+        moved = (before[name] - value).abs()
+        torch.testing.assert_close(moved, torch.where(moved > 0, 1e-2, 0.0), rtol=1e-3, atol=1e-7)
+        assert not value.equal(by_adam.gather("weight")[name])
+    run(made, 2)
+    tensors = {kind: made.gather(kind) for kind in ("weight", *made.optimizer.STATE)}
+    assert all((value == 3).all() for value in tensors["taken"].values()) and len(tensors["taken"]) == 6
+    stored = checkpoint.publish(tmp_path, 24, tensors, {})
+    assert checkpoint.verify(stored) is None
+    assert checkpoint.read(stored)[1].keys() == {"weight", "exp_avg", "taken", "ema"}
+    (stored / "taken.safetensors").unlink()
+    assert checkpoint.verify(stored) is not None
+
+
+def test_a_step_that_nothing_would_call_is_refused():
+    class Own(AdamWEma):
+        def step(self, closure=None):
+            raise AssertionError
+
+    for build in (lambda n: torch.optim.SGD(n.parameters()), lambda n: Own([{"params": n.parameters()}], CONFIG)):
+        with pytest.raises(Refused, match="(SGD|Own) would not be stepped: make it an AdamWEma with a `move`"):
+            sharded(small_network(), stage=1, precision="fp32", build=build)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -187,7 +240,7 @@ def whole_passes(ours: bool) -> list[str]:
 
 
 def test_deepspeeds_cast_clip_and_copy_passes_are_gone(monkeypatch):
-    monkeypatch.setattr("duotone.engine.update.adamw_ema_", lambda *_, **__: None)
+    monkeypatch.setattr("duotone.engine.optimizer.adamw_ema_", lambda *_, **__: None)
     monkeypatch.setattr("duotone.engine.update.squared_norm", lambda grad_P: torch.ones((), dtype=torch.float64))
     mine, theirs = whole_passes(True), whole_passes(False)
     assert mine == ["aten.cat"], mine

@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from duotone.engine import checkpoint, meeting, speed, update, zero
+from duotone.engine import checkpoint, meeting, speed, zero
+from duotone.engine import optimizer as optimizer_module
 from duotone.engine.cuda_graph import Recorded
 from duotone.engine.log import Log
 from duotone.engine.muon import Muon
@@ -101,7 +102,7 @@ def group_of_one():
 @pytest.fixture(autouse=True)
 def update_in_one_operator(monkeypatch):
     """As on a GPU: the kernel's definition, which a CPU runs, looks at the skipped step's mark itself."""
-    update_ = update.adamw_ema_
+    update_ = optimizer_module.adamw_ema_
 
     def noted(*tensors, **options):
         if Operators.now is None:
@@ -110,7 +111,7 @@ def update_in_one_operator(monkeypatch):
         with _disable_current_modes():
             return update_(*tensors, **options)
 
-    monkeypatch.setattr(update, "adamw_ema_", noted)
+    monkeypatch.setattr(optimizer_module, "adamw_ema_", noted)
 
 
 def sharded(stage: int, precision: str, optimizer: OptimizerConfig = CONFIG) -> Sharded:

@@ -1,16 +1,34 @@
 """The start-up check passes on sound kernels and switches off an unsound one."""
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 
 from duotone.kernels import adamw_ema, dispatch, group_norm_silu
-from duotone.kernels.self_test import self_test
+from duotone.kernels.self_test import _CHECKS, self_test
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
 def nothing_stays_disabled(monkeypatch):
     monkeypatch.setattr(dispatch, "_disabled", {})
     monkeypatch.setattr(dispatch, "_fallbacks", {})
+
+
+def test_every_kernel_is_checked_tested_and_measured(monkeypatch):
+    """A new file is not found by itself: what has a name and cases stands in the start-up check, in a test and among the benches' subjects."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    subjects = importlib.import_module("subjects").SUBJECTS
+    modules = [
+        importlib.import_module(f"duotone.kernels.{path.stem}") for path in sorted((ROOT / "kernels").glob("*.py"))
+    ]
+    kernels = [module for module in modules if hasattr(module, "CASES")]
+    assert len(kernels) >= 6 and {module.NAME for module in kernels} == set(_CHECKS)
+    assert {module.NAME for module in kernels} <= set(subjects)
+    assert all((ROOT / "tests" / "kernels" / f"test_{module.NAME}.py").exists() for module in kernels)
 
 
 def test_sound_kernels_pass_and_the_random_state_is_untouched(device):

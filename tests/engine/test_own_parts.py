@@ -1,0 +1,214 @@
+"""Parts of one's own, written outside of the package: what takes them, and what says where they have to be named."""
+
+import warnings
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import nn
+
+from duotone.data.refusal import Refused
+from duotone.data.shards import Shards
+from duotone.engine import cli, model_card, preview
+from duotone.engine.artifact import Model, build
+from duotone.engine.conditioning.base import Conditioner, Conditioning, Facts
+from duotone.engine.conditioning.image import Hole, LowResolution
+from duotone.engine.conditioning.label import Label
+from duotone.engine.doctor import conditions, noise
+from duotone.engine.doctor.examination import Patient
+from duotone.engine.evaluate import evaluation
+from duotone.engine.evaluate.images import Images
+from duotone.engine.model.unet import UNetConfig
+from duotone.engine.objectives.edm import EDM
+from duotone.engine.objectives.flow import Flow
+from duotone.engine.recipe import Recipe
+from duotone.engine.recipe_json import refuse_unstorable
+from duotone.engine.sample import NotFinite, sample
+from duotone.engine.train import train
+
+PLAIN = UNetConfig(
+    channels=(8, 8), attention=("none", "none"), middle="absent", heads=(1, 1), blocks=(1, 1), depth=(1, 1), groups=4
+)
+FACTS = Facts(classes=("a", "b"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Brightness:
+    """How bright a picture is, 0 to 1."""
+
+    kind, port = "brightness", "vector"
+    dropout: float = 0.2
+    shown: tuple[float, ...] = (0.2, 0.8)
+
+    def build(self, network: UNetConfig, facts: Facts) -> "BrightnessConditioner":
+        return BrightnessConditioner(self, network)
+
+
+class BrightnessConditioner(Conditioner):
+    kind, asked = "brightness", "brightness"
+    nobody = 0.0
+
+    def __init__(self, config: Brightness, network: UNetConfig):
+        super().__init__()
+        self.dropout, self.shown = config.dropout, config.shown
+        self.linear = nn.Linear(1, network.embedding_width)
+
+    def of_batch(self, batch, seed=0):
+        return {"mean_N": batch.images_NHWC.float().mean((1, 2, 3)) / 255}
+
+    def of_values(self, values, size=None):
+        return {"mean_N": torch.tensor(values, dtype=torch.float32)}
+
+    def examples(self):
+        return list(self.shown)
+
+    def forward(self, tensors, keep_N):
+        return Conditioning(vector_NE=self.linear(tensors["mean_N"][:, None]) * keep_N[:, None])
+
+
+def model_of(*conditioning, **settings) -> Model:
+    settings = {"name": "own", "model": PLAIN, "data": Shards(size=8), "objective": EDM(sigma_data=0.5)} | settings
+    recipe = Recipe(conditioning=conditioning, **settings)
+    torch.manual_seed(0)
+    network = build(recipe, FACTS).requires_grad_(False)
+    for p in network.parameters():  # what begins at zero would draw noise whatever it is told
+        p.add_(0.1 * torch.randn_like(p))
+    return Model(network, recipe.objective, FACTS, recipe)
+
+
+def test_a_condition_of_ones_own_is_asked_for_by_its_name():
+    model = model_of(Brightness())
+    images = sample(model, brightness=[0.1, 0.9], steps=2, guidance=2.0, seed=[3, 3])
+    assert images.shape == (2, 8, 8, 3) and (images[0] != images[1]).any() and model.forwards == 6
+    with pytest.raises(Refused, match="takes no brightnes: it takes brightness"):
+        sample(model, brightnes=[0.1], steps=2)
+    with pytest.raises(Refused, match="brightness = 0.3: give a list"):
+        sample(model, brightness=0.3, steps=2)
+
+
+def test_previews_show_its_examples_and_what_cannot_be_drawn_is_refused_before_the_first_step():
+    config = preview.Previews(rows=4, guidance=2.0)
+    shown, silent = model_of(Brightness(), Label()), model_of(Brightness(shown=()))
+    rows = preview.asked_for(config, shown, preview.Examples())
+    assert rows == {"brightness": [0.2, 0.8], "labels": [0, 1]}
+    preview.refuse_undrawable(config, shown, preview.Examples())
+    rows = preview.asked_for(config, silent, preview.Examples())
+    assert rows == {"count": 4} and preview.settings_of(config, silent, rows)["guidance"] == 1.0
+    preview.refuse_undrawable(config, silent, preview.Examples())
+    with pytest.raises(Refused, match="preview: .*never trained without its brightness.*names `examples`"):
+        preview.refuse_undrawable(config, model_of(Brightness(shown=(), dropout=0.0)), preview.Examples())
+
+
+def test_an_evaluation_that_cannot_ask_for_it_says_so():
+    images = Images(images_NHWC=torch.zeros(2, 8, 8, 3, dtype=torch.uint8).numpy(), fingerprint="")
+    with pytest.raises(Refused, match="takes brightness, and the data has none"):
+        evaluation.conditions(model_of(Brightness()), images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own(EDM):
+    """An objective that no list names."""
+
+
+OwnEDM = dataclass(frozen=True, kw_only=True)(type("EDM", (EDM,), {}))
+
+
+def test_a_part_that_a_stored_recipe_could_not_name_is_refused_before_it_is_trained(tmp_path):
+    sound = Recipe(name="x", conditioning=(Label(),), model=PLAIN, out=tmp_path / "run")
+    refuse_unstorable(sound)
+    with pytest.raises(
+        Refused, match=r"recipe.objective is .*test_own_parts.Own, .*add it to the kinds at the head of"
+    ):
+        train(replace(sound, objective=Own()))
+    with pytest.raises(Refused, match="and duotone.engine.objectives.edm has a EDM already: give it another name"):
+        refuse_unstorable(replace(sound, objective=OwnEDM()))
+    with pytest.raises(Refused, match=r"recipe.conditioning.1 is .*test_own_parts.Brightness"):
+        refuse_unstorable(replace(sound, conditioning=(Label(), Brightness())))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_sampler_that_gives_no_picture_is_told():
+    """At infinite noise x is the noise itself: who divides by sigma there has nothing."""
+
+    def naive(denoise, x_NCHW, sigmas, **_):
+        for sigma, following in zip(sigmas[:-1], sigmas[1:]):
+            x_NCHW = x_NCHW + (following - sigma) * (x_NCHW - denoise(x_NCHW, sigma.item())) / sigma
+        return x_NCHW
+
+    with pytest.warns(NotFinite, match="2 of 2 pictures came out with numbers that are not finite"):
+        sample(model_of(objective=Flow()), count=2, steps=2, sampler=naive)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NotFinite)
+        sample(model_of(objective=Flow()), count=2, steps=2)
+
+
+def test_a_rule_that_has_no_such_name_is_refused(tmp_path, capsys):
+    from duotone.engine import artifact
+
+    recipe = Recipe(name="x", conditioning=(Label(),), model=PLAIN, data=Shards(size=8), objective=EDM(sigma_data=0.5))
+    path = tmp_path / "m.safetensors"
+    artifact.save(path, dict(build(recipe, FACTS).named_parameters()), recipe, FACTS, 0)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["sample", str(path), "--label", "a", "--rule", "zero-star", "--out", str(tmp_path / "s.png")])
+    assert (
+        stop.value.code == 2 and "rule 'zero-star' is unknown: there are plain, apg, cfg++" in capsys.readouterr().err
+    )
+
+
+def test_a_card_shows_how_each_kind_is_asked_for():
+    for condition, said in (
+        (LowResolution(), "images=[small_HWC]"),
+        (Hole(), "holes=[(image_HWC, mask_HW)]"),
+        (Brightness(), "brightness=[...]"),
+        (Label(), "labels=['a']"),
+    ):
+        recipe = Recipe(name="x", conditioning=(condition,))
+        assert f", {said}, steps=" in "\n".join(model_card.usage(recipe, FACTS, "m.safetensors"))
+    assert ", count=1, steps=" in "\n".join(model_card.usage(Recipe(name="x"), FACTS, "m.safetensors"))
+
+
+# ------------------------------------------------------------------------------------------------- what the doctor sees
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens(Brightness):
+    """Says vector, and gives tokens."""
+
+    def build(self, network, facts):
+        made = super().build(network, facts)
+        made.forward = lambda tensors, keep_N: Conditioning(
+            tokens_NMD=(tensors["mean_N"] * keep_N)[:, None, None].expand(-1, 2, network.context_width)
+        )
+        return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restless(Brightness):
+    """Draws by PyTorch's own generator."""
+
+    def build(self, network, facts):
+        made = super().build(network, facts)
+        made.of_batch = lambda batch, seed=0: {"mean_N": torch.rand(len(batch.keys))}
+        return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneLevel(EDM):
+    def draw_sigma(self, u_N):
+        return torch.full_like(u_N, 80.0)
+
+
+def found(check, **settings) -> dict:
+    recipe = Recipe(name="x", model=PLAIN, data=Shards(size=16), **settings)
+    return {finding.subject: finding for finding in check(Patient(recipe))}
+
+
+def test_the_doctor_sees_what_such_parts_do():
+    said = found(conditions.says_something, conditioning=(Tokens(),))["brightness"]
+    assert said.level == "fault" and "no level of it reads any" in said.says
+    assert found(conditions.says_something, conditioning=(Brightness(),))["brightness"].level == "fine"
+    said = found(conditions.draws_by_position, conditioning=(Restless(), Label()))
+    assert list(said) == ["brightness.of_batch"] and said["brightness.of_batch"].level == "fault"
+    said = found(noise.trained_levels, objective=OneLevel())["noise levels"]
+    assert said.level == "warning" and "at or below which training draws 0" in said.says
+    assert found(noise.trained_levels, objective=EDM())["noise levels"].level == "fine"
