@@ -156,6 +156,7 @@ def reference(out: Path) -> tuple[str, ...]:
         *("--model.attention", "none", "cross", "cross", "cross", "cross"),
         *("--model.blocks", "2", "2", "2", "2", "2", "--model.depth", "1", "1", "1", "1", "1"),
         *("--batch-size", "64", "--images", "64000", "--checkpoint.every", "0", "--preview.every", "0"),
+        *("optimizer:adam-w", "--optimizer.lr", "1e-3", "--optimizer.warmup", "1600"),
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from duotone.data.sample_text import SampleText, read_text
-from duotone.data.tar_index import map_bytes
+from duotone.data.tar_index import allow_open, map_bytes
 
 
 class BadSample(Exception):
@@ -21,6 +21,7 @@ class GuardedBytes:
     """Images and texts by sample number; nothing is copied before it is needed."""
 
     def __init__(self, paths: list[Path], shard_N: np.ndarray, columns: dict[str, np.ndarray]):
+        allow_open(len(paths))
         self.maps = [map_bytes(path) for path in paths]
         self.shard_N, self.columns = shard_N, columns
         self.trusted_N = np.zeros(len(shard_N), dtype=bool)

@@ -1,10 +1,17 @@
 """The one exception for input that is refused: shown as a single line, exit code 2, nothing written."""
 
 import math
+import re
+
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class Refused(Exception):
     """Input that cannot be used; the message says what, where and the remedy, in one line."""
+
+    def __str__(self) -> str:
+        # A file's name may hold line ends and what steers a terminal, and any message may name a file.
+        return CONTROL.sub(lambda found: repr(found[0])[1:-1], super().__str__())
 
 
 class SampleReplaced(UserWarning):

@@ -4,6 +4,7 @@ Captions come from the JSON's list `captions`, else the .txt (one caption a line
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -29,8 +30,14 @@ def read_text(member: Callable[[str], bytes | None]) -> SampleText:
     return SampleText(captions, _label(fields.get("label")), _attributes(fields.get("attributes")))
 
 
+def split_lines(text: str) -> list[str]:
+    """The lines of a text, which end in CR, LF or both, and in nothing else."""
+    lines = re.split("\r\n|\r|\n", text)  # str.splitlines cuts at U+2028, U+0085 and others, which captions contain
+    return lines if lines[-1] else lines[:-1]
+
+
 def _lines(txt: bytes | None) -> list[str]:
-    return _captions(_decoded(txt, "txt").splitlines()) if txt else []
+    return _captions(split_lines(_decoded(txt, "txt"))) if txt else []
 
 
 def _decoded(raw: bytes, extension: str) -> str:

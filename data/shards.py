@@ -17,6 +17,8 @@ from duotone.data.pillow import PillowDecoder
 from duotone.data.refusal import Refused
 from duotone.data.tar_index import TarIndex, open_index
 
+UNPACK = {".tar.gz": "gunzip", ".tgz": "gunzip", ".tar.bz2": "bunzip2", ".tar.xz": "unxz", ".tar.zst": "unzstd"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shards:
@@ -44,6 +46,8 @@ class Shards:
     """Share of the images that is never trained on, chosen by their keys; `duotone evaluate` measures against it too."""
 
     def __post_init__(self):
+        if isinstance(self.shards, str):  # as one writes it in a script
+            object.__setattr__(self, "shards", Path(self.shards))
         if self.channels not in (1, 3):
             raise Refused(f"data.channels is {self.channels}: use 3 (colour) or 1 (gray)")
         if self.size < 1 or self.pad < 0 or self.side < 1:
@@ -89,9 +93,19 @@ def _shard_paths(folder: Path | None) -> list[Path]:
     if not folder.is_dir():
         raise Refused(f"{folder}: there is no such folder; make shards with `duotone prepare`")
     paths = sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
+    _refuse_packed(folder, {path.name for path in paths})
     if not paths:
         raise Refused(f"{folder}: it holds no .tar shards; make some with `duotone prepare`")
     return paths
+
+
+def _refuse_packed(folder: Path, plain: set[str]) -> None:
+    """Raises Refused for a packed shard whose plain form is not there: its images would be missing without a word."""
+    for path in sorted(path for path in folder.glob("*") if not path.name.startswith(".")):
+        ending = next((ending for ending in UNPACK if path.name.lower().endswith(ending)), None)
+        if ending and f"{path.name[: -len(ending)]}.tar" not in plain:
+            remedy = f"unpack it (`{UNPACK[ending]} {path}`), or move it away"
+            raise Refused(f"{path}: it is packed, and shards are read as plain .tar; {remedy}")
 
 
 def _open_indexes(paths: list[Path]) -> list[TarIndex]:

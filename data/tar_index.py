@@ -4,11 +4,15 @@ The index of `00000.tar` is `00000.index.json`, columns of numbers by sample. It
 modification time; after a change it is built again. CRC-32 per member lets a reader trust the bytes it is given.
 """
 
+import errno
 import hashlib
 import json
+import os
 import re
+import resource
 import zlib
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -30,6 +34,7 @@ LABEL_COLUMNS = ["label", "attributes"]
 COLUMNS = IMAGE_COLUMNS + HEADER_COLUMNS + TEXT_COLUMNS + LABEL_COLUMNS
 WEBDATASET_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
 SEAL = ',"sha256":"'
+SPARE_FILES = 256  # that a process may open besides its shards
 UNSAFE_KEY = re.compile(r"[\x00-\x1f\x7f\\]|^/|(?:^|/)\.\.(?:/|$)")
 
 
@@ -85,7 +90,17 @@ def map_bytes(shard: Path) -> np.ndarray:
             else np.empty(0, np.uint8)
         )
     except OSError as error:
-        raise Refused(f"{shard}: it cannot be read ({error.strerror}); check its permissions") from None
+        full = error.errno in (errno.EMFILE, errno.ENFILE)
+        remedy = "raise `ulimit -n`, or pack fewer, larger shards" if full else "check its permissions"
+        raise Refused(f"{shard}: it cannot be read ({error.strerror}); {remedy}") from None
+
+
+def allow_open(shards: int) -> None:
+    """Raises this process's limit of open files to its highest where so many mapped shards would not fit: each keeps one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # then the first shard that is too many is refused, with a remedy
+        if soft != resource.RLIM_INFINITY and len(os.listdir("/dev/fd")) + shards + SPARE_FILES > soft:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def save_index(shard: Path, index: TarIndex) -> None:

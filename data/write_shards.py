@@ -1,10 +1,13 @@
 """Samples -> WebDataset shards with their indexes and dataset.json: all of it, or nothing."""
 
+import errno
 import io
 import json
 import os
 import secrets
 import shutil
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,9 +18,11 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from duotone.data.image_header import Unreadable
 from duotone.data.manifest import NAME, Manifest
 from duotone.data.refusal import Refused
-from duotone.data.tar_index import build_index, save_index
+from duotone.data.sample_text import MAX_BYTES, read_text
+from duotone.data.tar_index import TarIndex, build_index, save_index
 
 ImageFormat = Literal["jpg", "png", "npy"]
 
@@ -48,7 +53,7 @@ def write_shards(
 ) -> dict:
     """Writes a folder of shards and returns what dataset.json says.
 
-    `about` is kept in dataset.json. Raises Refused where `out` exists or no sample comes.
+    `about` is kept in dataset.json. Raises Refused where `out` exists, no sample comes, or training could not read one.
     """
     if os.path.lexists(out):
         raise Refused(f"{out}: it exists already; choose another --out, or remove it")
@@ -56,8 +61,9 @@ def write_shards(
         count, shards = 0, {}
         for number, chunk in enumerate(_chunks(samples, per_shard)):
             shard = folder / f"{number:05d}.tar"
-            _write_shard(shard, chunk, count, image_format, quality)
+            names = _write_shard(shard, chunk, count, image_format, quality)
             index = build_index(shard)
+            _refuse_bad(index, names)
             save_index(shard, index)
             shards[shard.name] = index.fingerprint
             count += len(index.keys)
@@ -80,13 +86,41 @@ def whole_folder(out: Path) -> Iterator[Path]:
     except OSError as error:
         raise Refused(f"{out}: its parent folder cannot be written ({error.strerror}); choose another --out") from None
     try:
-        yield folder
-        folder.rename(out)
+        with _when_stopped(_leave):
+            yield folder
+            folder.rename(out)
     except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
+        with _when_stopped(signal.SIG_IGN):  # a second signal would leave half of it
+            shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError):
-            raise Refused(f"{out}: writing failed ({error.strerror}); make room, or choose another --out") from None
+            raise _failed(out, error) from None
         raise
+
+
+def _failed(out: Path, error: OSError) -> Refused:
+    if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+        return Refused(f"{out}: another process has written it meanwhile; use what it wrote, or choose another --out")
+    return Refused(f"{out}: writing failed ({error.strerror}); make room, or choose another --out")
+
+
+@contextmanager
+def _when_stopped(handler) -> Iterator[None]:
+    """Handles what would end the process at once, SIGTERM and SIGHUP; what is handled or ignored already stays so."""
+    if threading.current_thread() is not threading.main_thread():  # no other may set a handler
+        yield
+        return
+    signals = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) is signal.SIG_DFL]
+    try:
+        for one in signals:
+            signal.signal(one, handler)
+        yield
+    finally:
+        for one in signals:
+            signal.signal(one, signal.SIG_DFL)
+
+
+def _leave(number: int, frame) -> None:
+    raise SystemExit(128 + number)  # as a shell has it
 
 
 def encode_image(image_HWC: np.ndarray, image_format: ImageFormat, quality: int) -> bytes:
@@ -109,15 +143,29 @@ def _chunks(samples: Iterable[Sample], per_shard: int) -> Iterator[Iterator[Samp
         yield chain([first], islice(samples, per_shard - 1))
 
 
-def _write_shard(shard: Path, samples: Iterator[Sample], first: int, image_format: ImageFormat, quality: int) -> None:
+def _write_shard(
+    shard: Path, samples: Iterator[Sample], first: int, image_format: ImageFormat, quality: int
+) -> list[str]:
+    """Writes one shard and returns what names each sample in messages."""
     from webdataset import TarWriter  # here, because it costs a second to import and readers do not need it
 
+    names = []
     with shard.open("wb") as stream:
         with TarWriter(stream, encoder=False, mtime=0, format="PAX_FORMAT") as tar:
             for number, sample in enumerate(samples, start=first):
-                tar.write(_members(sample, sample.key or f"{number:09d}", image_format, quality))
+                key = sample.key or f"{number:09d}"
+                names.append(sample.source or key)
+                tar.write(_members(sample, key, image_format, quality))
         stream.flush()
         os.fsync(stream.fileno())
+    return names
+
+
+def _refuse_bad(index: TarIndex, names: list[str]) -> None:
+    """Raises Refused for the first sample that training would refuse, by a name that its owner knows."""
+    if index.bad:
+        sample = min(index.bad)
+        raise Refused(f"{names[sample]}: {index.bad[sample]}; make it smaller or mend it, or leave it out")
 
 
 def _members(sample: Sample, key: str, image_format: ImageFormat, quality: int) -> dict:
@@ -127,9 +175,23 @@ def _members(sample: Sample, key: str, image_format: ImageFormat, quality: int) 
     else:
         members[image_format] = encode_image(sample.image, image_format, quality)
     try:
-        return members | _texts(sample)
+        return members | readable_texts(sample)
+    except Unreadable as reason:
+        raise Refused(f"{sample.source or key}: {reason}; correct it") from None
+
+
+def readable_texts(sample: Sample) -> dict[str, bytes]:
+    """What is said about a sample as the members .txt and .json; raises Unreadable where training could not read it."""
+    try:
+        texts = _texts(sample)
+        if len(texts.get("json", b"")) > MAX_BYTES:
+            raise Unreadable(f"its captions are too long: {len(texts['json'])} bytes in all exceed {MAX_BYTES}")
+        read_text(texts.get)
     except UnicodeEncodeError:
-        raise Refused(f"{sample.source or key}: a caption holds half a surrogate pair; write it again") from None
+        raise Unreadable("a caption holds half a surrogate pair") from None
+    except ValueError as reason:
+        raise Unreadable(str(reason)) from None
+    return texts
 
 
 def _texts(sample: Sample) -> dict[str, bytes]:

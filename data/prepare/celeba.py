@@ -14,6 +14,7 @@ from duotone.data.prepare.picture_files import (
     read_text_file,
 )
 from duotone.data.refusal import Refused
+from duotone.data.sample_text import split_lines
 
 SPLITS = {"train": 0, "valid": 1, "test": 2}
 VALUES = {"1": 1, "-1": 0, "0": 0}
@@ -76,10 +77,25 @@ def read_attributes(path: Path) -> tuple[list[str], dict[str, list[int]]]:
     if len(lines) < 2:
         raise Refused(f"{path}: it is not an attribute list (names, then a line for each image); check the path")
     names = lines[0][1:] if _is_csv(path) else lines[0]  # the CSV form names its first column too
+    _check_names(path, names, first - 1)
     rows = _rows(path, lines[1:], first, names)
     if promised not in (None, str(len(rows))):
         raise Refused(f"{path}: it says {promised[:20]} images and lists {len(rows)}; download it again")
     return names, rows
+
+
+def _check_names(path: Path, names: list[str], number: int) -> None:
+    """Raises Refused for a head that is a picture's line, or names an attribute twice or none."""
+    if not names:
+        remedy = "separate its columns by commas, the first for the file names" if _is_csv(path) else "write them there"
+        raise Refused(f"{path}: line {number} names no attribute; {remedy}")
+    wrong = next((name for name in names if name in VALUES or not name.strip()), None)
+    if wrong is not None:
+        found = f"line {number} has {wrong!r} where an attribute's name should be"
+        raise Refused(f"{path}: {found}; begin the list with the line of names, as it was published")
+    twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+    if twice is not None:
+        raise Refused(f"{path}: line {number} names {twice!r} twice; remove or rename one of the two columns")
 
 
 def _is_csv(path: Path) -> bool:
@@ -88,7 +104,7 @@ def _is_csv(path: Path) -> bool:
 
 def _lines(path: Path) -> list[list[str]]:
     """The fields of every line."""
-    lines = read_text_file(path, "attributes").splitlines()
+    lines = split_lines(read_text_file(path, "attributes"))
     try:
         return [*csv.reader(lines, skipinitialspace=True)] if _is_csv(path) else [line.split() for line in lines]
     except csv.Error as error:
@@ -111,7 +127,7 @@ def _rows(path: Path, lines: list[list[str]], first: int, names: list[str]) -> d
 def read_partition(path: Path) -> dict[str, int]:
     """The split of each file, as numbered in SPLITS; raises Refused naming the line."""
     splits = {}
-    for number, line in enumerate(read_text_file(path, "partition").splitlines(), start=1):
+    for number, line in enumerate(split_lines(read_text_file(path, "partition")), start=1):
         fields = line.replace(",", " ").split()
         if not fields or (number == 1 and fields[1:] == ["partition"]):  # the heads of the CSV form's columns
             continue

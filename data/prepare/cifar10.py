@@ -20,9 +20,11 @@ from duotone.data.write_shards import Sample, write_shards
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 BATCHES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
 PIXELS = 3 * 32 * 32
+RECORDS = 10000  # of each file, as published
 MAX_BYTES = 1 << 26  # a batch has 31 MB
 ALLOWED = {(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")}
 ALLOWED |= {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+BUFFERED = {(f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")}  # in pickles of protocol 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +52,24 @@ class PrepareCifar10:
         """Writes the shards and returns a summary; raises Refused naming the file."""
         check_folder(self.source, "source")
         batches = [self._batch(name) for name in BATCHES[self.split]]
-        total = sum(len(labels_N) for _, labels_N in batches)
+        counts = {name: len(labels_N) for name, (_, labels_N) in zip(BATCHES[self.split], batches)}
+        self._refuse_cut(counts)
+        total = sum(counts.values())
         samples = tqdm(self._samples(batches), total=total, unit="image", disable=None)
         about = {"made_by": "prepare cifar10", "split": self.split}
         content = write_shards(
             samples, self.out, classes=CLASSES, per_shard=self.per_shard, image_format=self.image_format, about=about
         )
-        return {"out": str(self.out), "images": content["count"], "shards": len(content["shards"]), "classes": CLASSES}
+        short = [f"{name}: {count:,} of {RECORDS:,} images" for name, count in counts.items() if count != RECORDS]
+        summary = {"out": str(self.out), "images": content["count"], "shards": len(content["shards"])}
+        return summary | {"classes": CLASSES, "short": short}
+
+    def _refuse_cut(self, counts: dict[str, int]) -> None:
+        """Raises Refused where one file has fewer images than another; parts of the set may be smaller, but evenly."""
+        least, most = min(counts, key=counts.get), max(counts, key=counts.get)
+        if counts[least] < counts[most]:
+            found = f"{least} holds {counts[least]:,} images and {most} {counts[most]:,}"
+            raise Refused(f"{self.source}: {found}; download it again")
 
     def _batch(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         binary, pickled = self.source / f"{name}.bin", self.source / name
@@ -115,8 +128,18 @@ def read_pickled_arrays(path: Path, raw: bytes) -> dict:
     return content
 
 
+def _from_buffer(buffer, dtype, shape, order, axis_order=None) -> np.ndarray:
+    """What numpy's _frombuffer makes, but of plain bytes alone; raises ValueError."""
+    if not isinstance(buffer, bytes | bytearray):  # another array may hold pointers, which are not to be seen
+        raise ValueError("an array's buffer is not bytes")
+    array = np.frombuffer(bytes(buffer), dtype=dtype)  # which refuses objects
+    return array.reshape(shape, order="C").transpose(axis_order) if order == "K" else array.reshape(shape, order=order)
+
+
 class _ArraysOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str):
+        if (module, name) in BUFFERED:
+            return _from_buffer
         if (module, name) not in ALLOWED:
             raise Refused(f"the pickle asks for {module}.{name}, which no CIFAR-10 file needs; do not trust this file")
         return super().find_class(module, name)

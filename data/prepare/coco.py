@@ -20,15 +20,19 @@ class PrepareCoco(PictureOptions):
     def run(self) -> dict:
         """Writes the shards and returns a summary; raises Refused naming the file or the image id."""
         check_folder(self.images, "images")
-        pictures, bare = self._pictures(_read(self.annotations))
+        content = _read(self.annotations)
+        captions = _captions_by_image(self.annotations, content["annotations"])
+        pictures, bare = self._pictures(content["images"], captions)
         check_any_there(pictures[: self.limit], self.images, self.annotations)
         summary = self.write(pictures, len(pictures), about={"made_by": "prepare coco", "size": self.size})
-        return summary | {"skipped": [f"{picture.path}: it has no caption" for picture in bare] + summary["skipped"]}
+        skipped = [f"{picture.path}: it has no caption" for picture in bare] + summary["skipped"]
+        listed = {int(picture.key) for picture in (*pictures, *bare)}
+        unlisted = sum(len(said) for number, said in captions.items() if number not in listed)
+        return summary | {"skipped": skipped, "captions_of_no_image": unlisted}
 
-    def _pictures(self, content: dict) -> tuple[list[Picture], list[Picture]]:
+    def _pictures(self, images: list, captions: dict[int, list[str]]) -> tuple[list[Picture], list[Picture]]:
         """Those with captions, and those without."""
-        captions = _captions_by_image(self.annotations, content["annotations"])
-        pictures = [self._picture(entry, captions) for entry in content["images"]]
+        pictures = [self._picture(entry, captions) for entry in images]
         _refuse_twice(self.annotations, pictures)
         bare = [picture for picture in pictures if not picture.captions]
         if bare and self.on_bad == "refuse":
@@ -38,7 +42,7 @@ class PrepareCoco(PictureOptions):
 
     def _picture(self, entry: dict, captions: dict[int, list[str]]) -> Picture:
         try:
-            number, name = int(entry["id"]), PurePosixPath(str(entry["file_name"]))
+            number, name = _id(self.annotations, entry["id"]), PurePosixPath(str(entry["file_name"]))
         except (KeyError, TypeError, ValueError):
             raise Refused(f"{self.annotations}: an image without id or file_name; check the file") from None
         if name.is_absolute() or ".." in name.parts:
@@ -72,11 +76,18 @@ def _refuse_twice(path: Path, pictures: list[Picture]) -> None:
         ids[key], files[name] = name, key
 
 
+def _id(path: Path, value) -> int:
+    """An id as a number; raises Refused for a part of one, which would be another's, and ValueError for what is none."""
+    if isinstance(value, float) and not value.is_integer():
+        raise Refused(f"{path}: an image's id is {value}, which is no whole number; correct it")
+    return int(value)
+
+
 def _captions_by_image(path: Path, annotations: list) -> dict[int, list[str]]:
     captions: dict[int, list[str]] = {}
     for annotation in annotations:
         try:
-            number, caption = int(annotation["image_id"]), " ".join(annotation["caption"].split())
+            number, caption = _id(path, annotation["image_id"]), " ".join(annotation["caption"].split())
         except (KeyError, TypeError, ValueError, AttributeError):
             raise Refused(f"{path}: an annotation without image_id or caption; use the captions file") from None
         if caption:

@@ -104,10 +104,10 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
         with gzip.open(path) if zipped else path.open("rb") as file:
             shape = _shape(path, file.read(4 + 4 * dimensions), dimensions)
             data = file.read(math.prod(shape) + 1)  # one more than there should be: no bomb is unpacked
+    except (EOFError, zlib.error, gzip.BadGzipFile):  # the last is an OSError, which the next line is about
+        raise Refused(f"{path}: it is truncated or damaged; download it again") from None
     except OSError as error:
         raise Refused(f"{path}: it cannot be read ({error.strerror or error}); check the path") from None
-    except (EOFError, zlib.error):
-        raise Refused(f"{path}: it is truncated or damaged; download it again") from None
     if len(data) != math.prod(shape):
         raise Refused(f"{path}: it does not hold the {math.prod(shape)} bytes its header says; download it again")
     return np.frombuffer(data, dtype=np.uint8).reshape(shape)

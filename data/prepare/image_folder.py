@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,11 +21,16 @@ from duotone.data.prepare.picture_files import (
     read_text_file,
 )
 from duotone.data.refusal import Refused
+from duotone.data.sample_text import split_lines
 
 # Pictures of formats that are not read. Passed over like a stray text file, whole classes would be missing.
 FOREIGN = {".gif", ".apng", ".bmp", ".dib", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k"}
 FOREIGN |= {".tga", ".ico", ".svg", ".psd", ".ppm", ".pgm", ".pbm", ".pnm"}
 FOREIGN |= {".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"}
+
+
+class CaptionUnused(UserWarning):
+    """Files that look like captions lie beside no picture of their name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +48,7 @@ class PrepareFolder(PictureOptions):
         """Writes the shards and returns a summary; raises Refused naming the file."""
         check_folder(self.images, "images")
         unread = None if self.on_bad == "refuse" else []
-        paths, others = _files_below(self.images, unread)
+        paths, listed, others = _files_below(self.images, unread)
         if not paths:
             found = f", but {_listed(_by_extension(others))}" if others else ""
             remedy = "check the path, or convert pictures of other formats" if others else "check the path"
@@ -52,13 +58,15 @@ class PrepareFolder(PictureOptions):
         folders = sorted({path.parent for path in paths}, key=_natural) if self.classes == "folders" else []
         names = self._class_names(paths, folders)
         labels = {name: label for label, name in enumerate(names or [])}
-        pictures = [self._picture(path, labels) for path in paths]
-        self._check_captions(pictures)
+        texts = _by_name(listed)
+        pictures = [self._picture(path, texts, labels) for path in paths]
+        self._check_captions(pictures, texts)
+        unused = _unused(listed, {texts.get(path.with_suffix("")) for path in paths})
         counted = _by_extension(path for path in others if path.suffix.lower() not in FOREIGN)
         about = {"made_by": "prepare folder", "other_files": counted}
         summary = self.write(pictures, len(pictures), classes=names, about=about)
         skipped = [*(unread or []), *(f"{path}: {path.suffix} is not read" for path in foreign), *summary["skipped"]]
-        return summary | {"other_files": counted, "skipped": skipped}
+        return summary | {"other_files": counted, "captions_of_no_picture": len(unused), "skipped": skipped}
 
     def _refuse_foreign(self, foreign: list[Path]) -> None:
         if foreign and self.on_bad == "refuse":
@@ -78,32 +86,36 @@ class PrepareFolder(PictureOptions):
             raise Refused(f"{self.images}: two folders are both read as {twice!r}; give them UTF-8 names that differ")
         return names
 
-    def _picture(self, path: Path, labels: dict[str, int]) -> Picture:
+    def _picture(self, path: Path, texts: dict[Path, Path], labels: dict[str, int]) -> Picture:
         within = path.relative_to(self.images)
         name = _printable(within.parent)
         return Picture(
             path=path,
             key=key_of(os.fsencode(within.as_posix())),
-            captions=self._captions(path, name if labels else None),
+            captions=self._captions(texts.get(path.with_suffix("")), name if labels else None),
             label=labels.get(name),
             source=_printable(within),
         )
 
-    def _captions(self, path: Path, name: str | None) -> list[str]:
-        beside = path.with_suffix(".txt")
-        lines = read_text_file(beside, "caption").splitlines() if beside.is_file() else []
+    def _captions(self, beside: Path | None, name: str | None) -> list[str]:
+        lines = split_lines(read_text_file(beside, "caption")) if beside else []
         captions = [line.strip() for line in lines if line.strip()]
         return captions or ([class_caption(self.caption, name)] if name and self.caption else [])
 
-    def _check_captions(self, pictures: list[Picture]) -> None:
+    def _check_captions(self, pictures: list[Picture], texts: dict[Path, Path]) -> None:
         captioned = sum(bool(picture.captions) for picture in pictures)
         if 0 < captioned < len(pictures):
             bare = next(picture for picture in pictures if not picture.captions)
+            beside = texts.get(bare.path.with_suffix(""))
+            if beside:
+                raise Refused(
+                    f"{beside}: it is empty, but other pictures have captions; write one, or remove the others"
+                )
             raise Refused(f"{bare.path}: it has no .txt beside it but other pictures do; add one, or remove the others")
 
 
-def _files_below(folder: Path, unread: list[str] | None) -> tuple[list[Path], list[Path]]:
-    """Files that are read and all others, both in natural order, hidden ones and .txt left out.
+def _files_below(folder: Path, unread: list[str] | None) -> tuple[list[Path], list[Path], list[Path]]:
+    """Pictures, texts and all other files, each in natural order, hidden ones left out.
 
     Folders that cannot be read are told in `unread`, or refused where it is None.
     """
@@ -114,16 +126,31 @@ def _files_below(folder: Path, unread: list[str] | None) -> tuple[list[Path], li
             raise Refused(f"{reason}; check its permissions, or pass --on-bad skip to leave such folders out")
         unread.append(reason)
 
-    paths, others, walked = [], [], {}
+    paths, texts, others, walked = [], [], [], {}
     for root, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         _refuse_twice(Path(root), walked)
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(root, name) for name in files if not name.startswith(".")):
             if path.suffix.lower() in SUFFIXES:
                 paths.append(path)
-            elif path.suffix != ".txt":
-                others.append(path)
-    return sorted(paths, key=_natural), sorted(others, key=_natural)
+            else:
+                (texts if path.suffix.lower() == ".txt" else others).append(path)
+    return sorted(paths, key=_natural), sorted(texts, key=_natural), sorted(others, key=_natural)
+
+
+def _by_name(texts: list[Path]) -> dict[Path, Path]:
+    """Caption files by their names without .txt; one whose ending is in lower case goes before another."""
+    last = sorted(texts, key=lambda text: text.suffix == ".txt")
+    return {text.with_suffix(""): text for text in last if text.is_file()}
+
+
+def _unused(texts: list[Path], used: set[Path | None]) -> list[Path]:
+    """Caption files that no picture has; the first is told, because a caption would be missing without a word."""
+    unused = [text for text in texts if text not in used]
+    if unused:
+        found = f"{len(unused):,} .txt files lie beside no picture of their name, the first {str(unused[0])!r}"
+        warnings.warn(f"{found}: the caption of a.jpg is a.txt", CaptionUnused, stacklevel=2)
+    return unused
 
 
 def _by_extension(paths: Iterable[Path]) -> dict[str, int]:

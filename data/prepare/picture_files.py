@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +20,7 @@ from duotone.data.framing import upright
 from duotone.data.image_header import MAX_BYTES, ImageHeader, Unreadable, read_header
 from duotone.data.pillow import FORMATS, opaque
 from duotone.data.refusal import Refused
-from duotone.data.write_shards import ImageFormat, Sample, write_shards
+from duotone.data.write_shards import ImageFormat, Sample, encode_image, readable_texts, write_shards
 
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"}
@@ -78,35 +79,46 @@ class PictureOptions:
         skipped: list[str] = []
         samples = self._samples(islice(pictures, self.limit), skipped)
         progress = tqdm(samples, total=total, desc=f"writing {self.out}", unit="image", disable=None)
-        content = write_shards(
-            progress,
-            self.out,
-            per_shard=self.per_shard,
-            image_format=self.image_format or "jpg",
-            quality=self.quality or 95,
-            **named,
-        )
+        content = write_shards(progress, self.out, per_shard=self.per_shard, **named)
         summary = {"out": str(self.out), "images": content["count"], "shards": len(content["shards"])}
         return summary | {"classes": content["classes"], "attributes": content["attributes"], "skipped": skipped}
 
     def _samples(self, pictures: Iterable[Picture], skipped: list[str]) -> Iterator[Sample]:
-        for picture, read in in_order(lambda picture: read_picture(picture.path, self.size), pictures, self.threads):
+        for picture, read in in_order(self._sample, pictures, self.threads):
             try:
-                image, extension = read.result()
+                yield read.result()
             except Unreadable as reason:
                 if self.on_bad == "refuse":
                     raise Refused(f"{picture.path}: {reason}; {REMEDY}") from None
                 skipped.append(f"{picture.path}: {reason}")
-                continue
-            yield Sample(
-                image=image,
-                extension=extension,
-                key=picture.key,
-                captions=picture.captions,
-                label=picture.label,
-                attributes=picture.attributes,
-                source=picture.source,
-            )
+
+    def _sample(self, picture: Picture) -> Sample:
+        """The picture as it will be stored; raises Unreadable where it cannot be read, now or at training."""
+        image, extension = read_picture(picture.path, self.size)
+        if extension is None:
+            image, extension = self._encoded(image)
+        sample = Sample(
+            image=image,
+            extension=extension,
+            key=picture.key,
+            captions=picture.captions,
+            label=picture.label,
+            attributes=picture.attributes,
+            source=picture.source,
+        )
+        readable_texts(sample)
+        return sample
+
+    def _encoded(self, image_HWC: np.ndarray) -> tuple[bytes, str]:
+        extension = self.image_format or "jpg"
+        try:
+            image = encode_image(image_HWC, extension, self.quality or 95)
+        except (OSError, ValueError) as error:  # a side longer than the format has numbers for
+            raise Unreadable(f"it cannot be stored as {extension} ({error})") from None
+        if len(image) > MAX_BYTES:
+            smaller = "a smaller --size" + (", or --image-format jpg," if extension != "jpg" else "")
+            raise Unreadable(f"stored as {extension} its {len(image)} bytes exceed {MAX_BYTES} ({smaller} takes fewer)")
+        return image, extension
 
 
 def key_of(source: bytes) -> str:
@@ -132,8 +144,11 @@ def in_order(work: Callable, items: Iterable, threads: int) -> Iterator[tuple[ob
 def read_picture(path: Path, size: int | None) -> tuple[np.ndarray | bytes, str | None]:
     """The picture shrunk to uint8 (H, W, C), or its bytes and extension where it is kept; raises Unreadable."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise Unreadable(f"its {path.stat().st_size} bytes exceed {MAX_BYTES}")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
+            raise Unreadable("it is not a file")
+        if status.st_size > MAX_BYTES:
+            raise Unreadable(f"its {status.st_size} bytes exceed {MAX_BYTES}")
         encoded = path.read_bytes()
     except (OSError, ValueError) as error:
         raise Unreadable(f"it cannot be read ({getattr(error, 'strerror', error)})") from None
@@ -153,6 +168,9 @@ def _kept(image: Image.Image, encoded: bytes, header: ImageHeader) -> tuple[byte
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         stream = io.BytesIO()
         _upright(opaque(image), header.orientation).save(stream, "PNG")
+        if stream.tell() > MAX_BYTES:
+            found = f"without its transparency it is a PNG whose {stream.tell()} bytes exceed {MAX_BYTES}"
+            raise Unreadable(f"{found} (--size stores it smaller)")
         return stream.getvalue(), "png"
     return encoded, EXTENSIONS[header.kind]
 

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import resource
 import shutil
 import threading
 
@@ -88,6 +89,12 @@ def test_missing_captions(tmp_path, shard_folder, write_tar, members_of, cpu, pl
     assert opened(tmp_path / "none", cpu).has_captions is False
 
 
+def test_a_folder_may_be_written_as_text(tmp_path):
+    assert Shards(shards=str(tmp_path)) == Shards(shards=tmp_path)
+    with pytest.raises(Refused, match="it holds no .tar shards"):
+        Shards(shards=str(tmp_path)).open(torch.device("cpu"))
+
+
 def test_folders_that_are_refused(tmp_path, cpu, shard_folder, write_tar):
     assert "data.shards" in refusal(None, cpu)
     assert "no such folder" in refusal(tmp_path / "missing", cpu)
@@ -96,6 +103,12 @@ def test_folders_that_are_refused(tmp_path, cpu, shard_folder, write_tar):
     assert "no .tar shards" in refusal(tmp_path / "empty", cpu)
     write_tar(tmp_path / "blank" / "0.tar", [])
     assert "no images" in refusal(tmp_path / "blank", cpu)
+    for name, remedy in (("1.tar.gz", "gunzip"), ("1.TGZ", "gunzip"), ("1.tar.zst", "unzstd")):
+        for folder in (shard_folder, tmp_path / "empty"):
+            (folder / name).touch()
+            assert f"{name}: it is packed" in (said := refusal(folder, cpu)) and f"(`{remedy} {folder}/{name}`)" in said
+            (folder / name).unlink()
+    (shard_folder / "00000.tar.gz").touch()  # what 00000.tar was unpacked from
     (shard_folder / "00001.tar").write_bytes(b"hello" * 1000)
     assert "00001.tar: it is not a tar" in refusal(shard_folder, cpu)
     (shard_folder / "00001.tar").write_bytes((shard_folder / "00000.tar").read_bytes()[:9000])
@@ -316,3 +329,25 @@ def test_webdataset_reads_the_same(shard_folder, cpu, plan_for):
     ]
     ours = dataset.read(plan_for(range(12)))
     assert theirs == list(zip(ours.keys, ours.captions))
+
+
+def test_more_shards_than_files_may_be_open(tmp_path, cpu, plan_for):
+    images = [Sample(image=np.full((8, 8, 3), number, np.uint8)) for number in range(40)]
+    write_shards(images, tmp_path / "s", per_shard=1, image_format="npy")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, before[1]))
+    try:
+        assert opened(tmp_path / "s", cpu, size=8).read(plan_for([39])).images_NHWC.unique().tolist() == [39]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_caption_ends_where_its_line_does(tmp_path, cpu, write_tar, members_of):
+    said = "Vintage poster\x85A red fox\u2028by J. Doe\x0b\x0c\x1c\x1d\x1e!"
+    write_tar(tmp_path / "s" / "0.tar", [members_of(1)[0], ("00000.txt", f"{said}\r\ntwo\rthree\n\n".encode())])
+    assert opened(tmp_path / "s", cpu).captions_at(0) == [said, "two", "three"]
+
+
+def test_a_refusal_is_one_line_whatever_a_name_holds(tmp_path, cpu):
+    folder = tmp_path / "a\nb\x1b[31m\u2028c\x85"
+    assert f"{tmp_path}/a\\nb\\x1b[31m\\u2028c\\x85: there is no such folder" in refusal(folder, cpu)

@@ -76,11 +76,15 @@ def test_idx_files_that_are_not(files, tmp_path):
         "none": raw[:4] + struct.pack(">3I", 0, 28, 28),
         "cut.gz": gzip.compress(raw)[:-20],
         "flipped.gz": gzip.compress(raw)[:50] + b"\xff" * 8 + gzip.compress(raw)[58:],
+        "junk.gz": gzip.compress(raw) + b"junk",
+        "crc.gz": gzip.compress(raw)[:-8] + bytes(8),
         "bomb.gz": gzip.compress(raw + bytes(10_000_000)),
     }
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
-        assert str(tmp_path / name) in refusal(PrepareIdx(**(files | {"images": tmp_path / name}))), name
+        said = refusal(PrepareIdx(**(files | {"images": tmp_path / name})))
+        assert str(tmp_path / name) in said, name
+        assert not name.endswith(".gz") or said.endswith("; download it again"), said
     assert "missing" in refusal(PrepareIdx(**(files | {"images": tmp_path / "missing"})))
     (tmp_path / "few").write_bytes(idx(LABELS[:7]))
     assert "7 labels for 20 images" in refusal(PrepareIdx(**(files | {"labels": tmp_path / "few"})))
@@ -140,6 +144,49 @@ def test_a_batch_as_python_2_wrote_it():
     raw = b"\x80\x02}(" + short(b"data") + array + short(b"labels") + b"]K\x01aK\x02au."
     content = read_pickled_arrays(Path("data_batch_1"), raw)
     assert (content[b"data"] == PIXELS[:2]).all() and content[b"labels"] == [1, 2]
+
+
+@pytest.mark.parametrize("core", ["core", "_core"])
+@pytest.mark.parametrize("pixels", [PIXELS, np.asfortranarray(PIXELS)])
+def test_a_batch_that_was_pickled_anew(core, pixels):
+    """numpy names a function of its own for pickle's protocol 5."""
+    raw = pickle.dumps({b"data": pixels}, protocol=5)
+    name = f"numpy.{core}.numeric".encode()
+    raw = raw.replace(b"\x8c\x13numpy._core.numeric", b"\x8c" + bytes([len(name)]) + name)
+    raw = raw[:2] + raw[11:]  # without the frame, whose length is another now
+    assert (read_pickled_arrays(Path("data_batch_1"), raw)[b"data"] == PIXELS).all()
+
+
+class Buffer:
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return np._core.numeric._frombuffer, self.arguments
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (np.array([None] * 4), np.dtype("u1"), (32,), "C"),  # where objects lie
+        (bytes(8), np.dtype("O"), (1,), "C"),
+        (10**15, np.dtype("u1"), (1,), "C"),
+        (bytes(8), np.dtype("u1"), (10**15,), "C"),
+    ],
+)
+def test_a_buffer_that_is_not_one_is_refused(arguments):
+    with pytest.raises(Refused, match="data_batch_1: it is damaged .ValueError.; download it again"):
+        read_pickled_arrays(Path("data_batch_1"), pickle.dumps({b"data": Buffer(*arguments)}))
+
+
+def test_a_cut_batch_of_cifar10_is_refused_and_a_small_set_is_told(tmp_path):
+    folder = cifar(tmp_path / "c", "binary")
+    summary = PrepareCifar10(source=folder, out=tmp_path / "small").run()
+    assert summary["short"] == [f"data_batch_{number}: 6 of 10,000 images" for number in range(1, 6)]
+    cut = folder / "data_batch_3.bin"
+    cut.write_bytes(cut.read_bytes()[: 4 * 3073])
+    message = refusal(PrepareCifar10(source=folder, out=tmp_path / "out"))
+    assert message == f"{folder}: data_batch_3 holds 4 images and data_batch_1 6; download it again"
 
 
 class Payload:

@@ -5,15 +5,17 @@ import json
 import os
 import re
 import shutil
+import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from duotone.data.image_header import Unreadable
 from duotone.data.prepare.celeba import PrepareCeleba
 from duotone.data.prepare.coco import PrepareCoco
-from duotone.data.prepare.image_folder import PrepareFolder, _refuse_twice
-from duotone.data.prepare.picture_files import class_caption
+from duotone.data.prepare.image_folder import CaptionUnused, PrepareFolder, _refuse_twice
+from duotone.data.prepare.picture_files import class_caption, read_picture
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
 
@@ -107,6 +109,60 @@ def test_coco_names_what_is_wrong(coco, photos):
     assert "no such folder" in refusal(PrepareCoco(**(coco | {"images": coco["images"] / "missing"})))
 
 
+@pytest.mark.parametrize("on_bad", ["refuse", "skip"])
+def test_a_picture_that_training_would_refuse_is_told_by_name(coco, monkeypatch, on_bad):
+    """Of captions past their limit, and of a picture that is past its own once it is stored anew."""
+    edit(coco, lambda content: content["annotations"][1].update(caption="x" * (1 << 20)))
+    config = PrepareCoco(**coco, on_bad=on_bad)
+    if on_bad == "refuse":
+        assert "000000000001.jpg: its captions are too long: 10" in refusal(config)
+        return
+    (skipped,) = config.run()["skipped"]
+    assert "000000000001.jpg: its captions are too long" in skipped
+    shutil.rmtree(coco["out"])
+    edit(coco, lambda content: content["annotations"][1].update(caption="short"))
+    Image.new("RGB", (500, 500)).save(coco["images"] / "000000000001.jpg")
+    monkeypatch.setattr("duotone.data.prepare.picture_files.MAX_BYTES", 600_000)
+    (skipped,) = PrepareCoco(**coco, on_bad=on_bad, size=400, image_format="npy").run()["skipped"]
+    assert (
+        "000000000000.jpg: stored as npy its 720128 bytes exceed 600000 " in skipped
+        and "(a smaller --size, or --image-format jpg," in skipped
+    )
+
+
+def test_a_picture_without_its_transparency_may_be_too_large(tmp_path, photos, monkeypatch):
+    Image.fromarray(np.dstack([photos[0], photos[0][:, :, :1]])).save(tmp_path / "a.webp", quality=5)
+    monkeypatch.setattr("duotone.data.prepare.picture_files.MAX_BYTES", (tmp_path / "a.webp").stat().st_size)
+    with pytest.raises(Unreadable, match="without its transparency it is a PNG whose"):
+        read_picture(tmp_path / "a.webp", None)
+
+
+def test_a_pipe_is_no_picture(coco):
+    """Waited for, it would keep the whole preparation."""
+    (coco["images"] / "000000000001.jpg").unlink()
+    os.mkfifo(coco["images"] / "000000000001.jpg")
+    assert "000000000001.jpg: it cannot be read (it is not a file)" in refusal(PrepareCoco(**coco))
+
+
+@pytest.mark.parametrize("field", ["images", "annotations"])
+@pytest.mark.parametrize("number, said", [("1e999", "inf"), ("1.7", "1.7")])
+def test_coco_ids_are_whole_numbers(coco, field, number, said):
+    edit(
+        coco,
+        lambda content: content[field][0].update({"id": 77, "image_id": 77} if field == "annotations" else {"id": 77}),
+    )
+    coco["annotations"].write_text(coco["annotations"].read_text().replace("77", number))
+    message = refusal(PrepareCoco(**coco, on_bad="skip"))
+    assert message.startswith(f"{coco['annotations']}: an image's id is {said}, which is no whole number; ")
+
+
+def test_coco_captions_of_images_that_are_not_listed_are_counted(coco):
+    assert PrepareCoco(**coco).run()["captions_of_no_image"] == 0
+    shutil.rmtree(coco["out"])
+    edit(coco, lambda content: content["annotations"].extend([{"image_id": 7, "caption": "a"}] * 2))
+    assert PrepareCoco(**coco, limit=1).run()["captions_of_no_image"] == 2
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"images": []}', '{"images": 1, "annotations": 2}', "[" * 100_000])
 def test_coco_annotations_that_are_not(coco, text):
     coco["annotations"].write_text(text)
@@ -176,6 +232,50 @@ def test_captions_beside_the_pictures(tmp_path, pictures, cpu, plan_for):
     pictures("x/c.jpg")
     config = PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out2", classes="none")
     assert "c.jpg: it has no .txt beside it" in refusal(config)
+
+
+def test_captions_beside_no_picture_are_told(tmp_path, pictures):
+    """A caption in a.jpg.txt would be missing without a word."""
+    named = pictures("cat/a.jpg")
+    (tmp_path / "pictures" / "cat" / "a.jpg.txt").write_text("a red cat")
+    (tmp_path / "pictures" / "cat" / "b.TXT").touch()
+    config = PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out")
+    with pytest.warns(
+        CaptionUnused, match=re.escape(f"2 .txt files lie beside no picture of their name, the first '{named}.txt'")
+    ):
+        summary = config.run()
+    assert (summary["captions_of_no_picture"], summary["other_files"]) == (2, {})
+
+
+def test_the_letters_of_txt_may_be_of_either_case(tmp_path, pictures, cpu):
+    pictures("A.JPG").with_suffix(".TXT").write_text("one")
+    pictures("b.jpg").with_suffix(".txt").write_text("two")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CaptionUnused)
+        assert PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out").run()["captions_of_no_picture"] == 0
+    dataset = Shards(shards=tmp_path / "out", size=64).open(cpu)
+    assert [dataset.captions_at(0), dataset.captions_at(1)] == [["one"], ["two"]]
+
+
+def test_an_empty_caption_is_no_missing_one(tmp_path, pictures):
+    pictures("a.jpg").with_suffix(".txt").write_text("one")
+    empty = pictures("b.jpg").with_suffix(".txt")
+    empty.write_text("\n")
+    config = PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out")
+    assert refusal(config).startswith(f"{empty}: it is empty, but ")
+
+
+def test_a_caption_file_is_cut_at_line_ends_only(tmp_path, pictures, cpu):
+    said = "Vintage poster\x85A red fox\u2028by J. Doe\x0b\x0c\x1c\x1d\x1e!"
+    pictures("a.jpg").with_suffix(".txt").write_text(f"{said}\ntwo\n", encoding="utf-8")
+    PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out").run()
+    assert Shards(shards=tmp_path / "out", size=64).open(cpu).captions_at(0) == [said, "two"]
+
+
+def test_a_name_with_a_line_end_is_refused_in_one_line(tmp_path, pictures):
+    pictures("a\nb.jpg").write_bytes(b"")
+    config = PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out")
+    assert refusal(config).startswith(f"{tmp_path}/pictures/a\\nb.jpg: it is truncated")
 
 
 def test_folders_that_cannot_be_used(tmp_path, pictures):
@@ -412,6 +512,42 @@ def test_celeba_lists_that_are_not(tmp_path, pictures, text):
         PrepareCeleba(images=tmp_path / "pictures", attributes=tmp_path / "list.txt", out=tmp_path / "out")
     )
     assert "list.txt" in message
+
+
+@pytest.mark.parametrize(
+    "name, text, said",
+    [
+        ("list.csv", CSV_FORM.partition("\n")[2], "line 1 has '1' where an attribute's name should be; begin "),
+        ("list.txt", TEXT_FORM.partition("Male\n")[2], "line 1 has '1' where an attribute's name should be; begin "),
+        ("list.txt", TEXT_FORM.replace("Smiling Male\n", ""), "line 2 has '1' where"),
+        ("list.csv", CSV_FORM.replace("Smiling", ""), "line 1 has '' where"),
+        ("list.csv", "image_id\n0.jpg\n", "line 1 names no attribute; separate its columns by commas"),
+        (
+            "list.csv",
+            CSV_FORM.replace(",", ";"),
+            "line 1 names no attribute; separate its columns by commas",
+        ),
+        ("list.txt", TEXT_FORM.replace("Smiling Male", ""), "line 2 names no attribute; write them there"),
+        ("list.csv", CSV_FORM.replace("Male", "Smiling"), "line 1 names 'Smiling' twice"),
+        ("list.txt", TEXT_FORM.replace("Male", "Smiling"), "line 2 names 'Smiling' twice"),
+    ],
+)
+def test_a_celeba_list_names_its_attributes(tmp_path, pictures, name, text, said):
+    """Without its head, a list would lose its first picture and name its attributes -1 and 1."""
+    for number in range(3):
+        pictures(f"{number}.jpg")
+    (tmp_path / name).write_text(text)
+    config = PrepareCeleba(images=tmp_path / "pictures", attributes=tmp_path / name, out=tmp_path / "out")
+    assert refusal(config).startswith(f"{tmp_path / name}: {said}")
+
+
+def test_a_celeba_list_is_cut_at_line_ends_only(faces, tmp_path):
+    (tmp_path / "pictures" / "0.jpg").rename(tmp_path / "pictures" / "0\u2028.jpg")
+    for path in (faces["attributes"], tmp_path / "split.csv"):
+        text = path.read_text().replace(" ", ",").replace(",,", ",").replace("3\nSmiling", "image_id,Smiling")
+        path.with_suffix(".csv").write_text(text.replace("0.jpg", "0\u2028.jpg"), encoding="utf-8")
+    config = PrepareCeleba(**(faces | {"attributes": tmp_path / "list.csv"}))
+    assert config.run()["images"] == 3
 
 
 @pytest.fixture

@@ -3,13 +3,14 @@
 import json
 import os
 import random
+import resource
 import zlib
 
 import numpy as np
 import pytest
 
 from duotone.data.refusal import Refused
-from duotone.data.tar_index import _sealed, build_index, index_path, open_index, save_index
+from duotone.data.tar_index import SPARE_FILES, _sealed, allow_open, build_index, index_path, open_index, save_index
 
 
 @pytest.fixture
@@ -171,3 +172,22 @@ def test_empty_shard(tmp_path, write_tar):
     assert index.keys == [] and all(
         column.shape == (0,) and column.dtype == np.int64 for column in index.columns.values()
     )
+
+
+def test_too_many_open_files_have_a_remedy(shard, monkeypatch):
+    def full(*_, **__):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(np, "memmap", full)
+    with pytest.raises(Refused, match="Too many open files.; raise `ulimit -n`, or pack fewer, larger shards"):
+        build_index(shard)
+
+
+@pytest.mark.parametrize("shards, raised", [(1000 - SPARE_FILES, False), (1001 - SPARE_FILES, True)])
+def test_the_limit_of_open_files_is_raised_where_it_must_be(monkeypatch, shards, raised):
+    limits = []
+    monkeypatch.setattr(os, "listdir", lambda path: ["0"] * 24)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (1024, 4096))
+    monkeypatch.setattr(resource, "setrlimit", lambda which, both: limits.append((which, both)))
+    allow_open(shards)
+    assert limits == [(resource.RLIMIT_NOFILE, (4096, 4096))] * raised

@@ -1,6 +1,8 @@
 """Writing: what is read back is what was given, and nothing is ever half-written."""
 
 import json
+import shutil
+import signal
 import tarfile
 
 import numpy as np
@@ -107,3 +109,68 @@ def test_a_parent_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(Refused, match="cannot be written"):
         write_shards(samples(), tmp_path / "file" / "s")
+
+
+@pytest.mark.parametrize("captions", [["x" * (1 << 20)], ["a" * (1 << 19), "b" * (1 << 19)]])
+def test_captions_that_training_would_refuse_are_refused_by_their_pictures_name(tmp_path, captions):
+    with pytest.raises(Refused, match="somewhere.jpg: its captions are too long: "):
+        write_shards([Sample(image=NOISE[0], captions=captions, source="somewhere.jpg")], tmp_path / "s")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("sample", [{"image": b"no picture at all"}, {"image": NOISE[0], "label": -3}])
+def test_no_shard_is_written_that_training_refuses(tmp_path, sample):
+    bad = Sample(**({"extension": "jpg", "source": "cats/b.jpg"} | sample))
+    with pytest.raises(Refused, match="^cats/b.jpg: "):
+        write_shards([*samples(3), bad], tmp_path / "s")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_that_ends_the_process_leaves_nothing(tmp_path, monkeypatch, number, code):
+    def stopped():
+        yield from samples(5)
+        signal.raise_signal(number)
+        pytest.fail("the signal was not heard")
+
+    heard = []
+    before = signal.signal(number, signal.SIG_DFL)
+    monkeypatch.setattr(
+        "shutil.rmtree", lambda *a, rmtree=shutil.rmtree, **o: (heard.append(at(number)), rmtree(*a, **o))
+    )
+    try:
+        with pytest.raises(SystemExit) as left:
+            write_shards(stopped(), tmp_path / "s", per_shard=2)
+        assert left.value.code == code and list(tmp_path.iterdir()) == []
+        assert heard == [signal.SIG_IGN] and at(number) is signal.SIG_DFL  # a second one does not stop the cleaning
+    finally:
+        signal.signal(number, before)
+
+
+def at(number):
+    return signal.getsignal(number)
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
+    """As under nohup."""
+
+    def hung_up():
+        yield from samples(5)
+        signal.raise_signal(signal.SIGHUP)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert write_shards(hung_up(), tmp_path / "s")["count"] == 5
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_folder_that_another_process_writes_meanwhile_is_told(tmp_path):
+    def overtaken():
+        yield from samples(2)
+        write_shards(samples(3), tmp_path / "s")
+
+    with pytest.raises(Refused, match="s: another process has written it meanwhile; use "):
+        write_shards(overtaken(), tmp_path / "s")
+    assert json.loads((tmp_path / "s" / "dataset.json").read_text())["count"] == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
