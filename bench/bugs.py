@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from duotone.data.batch import Batch
 from duotone.data.refusal import Refused
-from duotone.engine import Recipe, artifact, draws, pictures, train
+from duotone.engine import Recipe, artifact, draws, pictures, register, train
 from duotone.engine.checkpoint import Checkpoints
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.label import Label, LabelConditioner
@@ -91,6 +91,7 @@ class NormalDropout(LabelConditioner):
         return {"labels_N": torch.where(normal_N < self.dropout, len(self.classes), batch.labels_N)}
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class NormallyDroppedLabel(Label):
     def build(self, network: UNetConfig, facts: Facts) -> NormalDropout:
@@ -98,6 +99,7 @@ class NormallyDroppedLabel(Label):
         return NormalDropout(built.classes, built.embedding, built.dropout)
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class WithoutTheLast(DDPM):
     """randint(0, T - 1): the upper end is not among the numbers drawn."""
@@ -119,6 +121,7 @@ class BatchNormSiLU(nn.BatchNorm2d):
         return F.silu(h_NCHW) if silu else h_NCHW
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class BatchNormed(UNetConfig):
     def build(self) -> UNet:

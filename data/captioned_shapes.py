@@ -125,7 +125,7 @@ def _attributes(drawing: Drawing) -> list[int]:
     return [int(name in present) for name in ATTRIBUTES]
 
 
-# The checker knows pixels only: nothing above this line is used below it, except the names.
+# The checker knows pixels only: of what draws them it uses the names.
 
 MIN_CONTRAST = 40.0  # of 441, the distance from black to white
 # Of each ideal outline: threefold symmetry, fourfold symmetry, four times its share of the hull.

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from duotone.data.framing import upright
+from duotone.data.refusal import first_line
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MODES = {1: "L", 3: "RGB"}
@@ -65,7 +66,7 @@ class PillowDecoder:
             OverflowError,
             Image.DecompressionBombError,
         ) as error:
-            raise Undecodable(place, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+            raise Undecodable(place, first_line(error)) from None
 
 
 def cut(image: Image.Image, box_4: np.ndarray, side: int) -> np.ndarray:

@@ -14,6 +14,11 @@ class Refused(Exception):
         return CONTROL.sub(lambda found: repr(found[0])[1:-1], super().__str__())
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class SampleReplaced(UserWarning):
     """A sample could not be read, and the next good one was taken."""
 

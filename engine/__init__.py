@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from duotone.engine.entry import main
     from duotone.engine.fuse import fuse, unfuse
     from duotone.engine.recipe import Recipe
+    from duotone.engine.recipe_json import register
     from duotone.engine.sample import sample
     from duotone.engine.train import train
 
-__all__ = ["Model", "Recipe", "fuse", "load", "main", "sample", "train", "unfuse"]
+__all__ = ["Model", "Recipe", "fuse", "load", "main", "register", "sample", "train", "unfuse"]
 
 HOMES = {"Model": "artifact", "load": "artifact", "main": "entry", "unfuse": "fuse", "Recipe": "recipe"}
+HOMES |= {"register": "recipe_json"}
 
 
 class Engine(ModuleType):

@@ -1,6 +1,7 @@
 """The `duotone` command: finds the class of a sub-command, fills it from the flags, runs it.
 
-Each sub-command is a dataclass whose fields are its flags, in a file of engine/commands or data/prepare, imported when asked for.
+A sub-command is a dataclass whose fields are its flags; those on a recipe are a function that takes the recipe's flags. Each is in a
+file of engine/commands or data/prepare, imported when asked for.
 """
 
 import importlib

@@ -1,7 +1,4 @@
-"""What a run tells: metrics.jsonl first, then the progress bar, TensorBoard and wandb, which only listen.
-
-Every format string of training lives here.
-"""
+"""What a run tells: metrics.jsonl first, then the progress bar, TensorBoard and wandb, which only listen."""
 
 import contextlib
 import json
@@ -165,6 +162,9 @@ class Logger:
         if self.speaks:
             self.bar.close()
             self.metrics.close()
+            for listener in self.listeners:
+                with contextlib.suppress(Exception):  # of another's service, when all that counts is on the disk
+                    listener.close()
 
 
 class Bar:
@@ -240,6 +240,7 @@ def tensorboard(folder: Path) -> Callable[[dict], None]:
                 writer.add_scalar(name, value, row["images"])
         writer.flush()
 
+    listen.close = writer.close
     return listen
 
 
@@ -271,4 +272,5 @@ def wandb(folder: Path, recipe: dict, shows: bool) -> Callable[[dict], None]:
         numbers = {name: value for name, value in row.items() if not isinstance(value, Path)}
         run.log(numbers | sheets, step=row["images"])
 
+    listen.close = run.finish
     return listen

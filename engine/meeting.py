@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from duotone.data.refusal import Refused
+from duotone.data.refusal import Refused, first_line
 
 PATIENCE = timedelta(hours=3)
 """How long ranks wait for one another: rank 0 alone reads shards that have no index yet, and draws previews. Ranks that
@@ -37,7 +37,7 @@ def meet(backend: str) -> None:
         on = device_of(backend, count)
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE, device_id=on)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        raise Refused(f"the ranks cannot meet at {address} ({str(error).splitlines()[0]}): {remedy(error)}") from None
+        raise Refused(f"the ranks cannot meet at {address} ({first_line(error)}): {remedy(error)}") from None
     except ValueError as error:
         raise Refused(f"{error}: start a run by deepspeed, torchrun or plain python, which set what it needs") from None
     finally:

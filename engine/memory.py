@@ -40,7 +40,10 @@ def estimate(network: nn.Module, recipe, micro: int, choice, ranks: int) -> Esti
     sharded = 4 * recipe.optimizer.state_elements(network) // ranks
     gradients = parameters * 4 // (ranks if recipe.zero.stage > 1 else 1)
     weights = held // (ranks if recipe.zero.stage == 3 else 1)
-    return Estimate(weights + gradients + sharded, micro * saved_per_image(network.unet, recipe.data.size, choice))
+    frozen = choice.dtype.itemsize * sum(p.numel() for module in network.untrained for p in module.parameters())
+    return Estimate(
+        weights + frozen + gradients + sharded, micro * saved_per_image(network.unet, recipe.data.size, choice)
+    )
 
 
 def fewest_micro_batches(network: nn.Module, recipe, choice, ranks: int, room: int, least: int = 1) -> int:

@@ -40,10 +40,10 @@ class Previews:
     guidance: float = 2.0
     """Guidance scale (1 where the conditions are never dropped in training)."""
     sampler: str = "heun"
-    """Solver."""
+    """euler, heun, dpmpp_2m, ancestral or stochastic_heun."""
     strips: bool = True
-    """Also draw what the network takes the first picture of each row to be on its way out of noise, conditional and, where that was
-    trained, unconditional, and as a GIF."""
+    """Also draw each row's first picture as the network sees it at every step: a conditional strip, an unconditional one where that
+    was trained, and a GIF."""
     noisy: bool = False
     """Strips and GIF show the pictures as they stand, noise and all, instead."""
 

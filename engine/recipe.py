@@ -127,7 +127,6 @@ class Recipe:
             )
 
     def check_images(self) -> None:
-        at_least("data.size", self.data.size, 1)
         for name in ("in_channels", "out_channels"):
             if getattr(self.model, name) != self.data.channels:
                 raise Refused(f"model.{name} = {getattr(self.model, name)}, but data.channels = {self.data.channels}")

@@ -43,8 +43,8 @@ def dataclass_named(name: str) -> type:
     found = configurations().get(str(name).rpartition(":")[2])
     if found is None:
         raise Refused(
-            f"recipe names the type {name!r}, which this version of duotone does not have; a kind of your own has to stand at the "
-            "head of engine/recipe.py"
+            f"recipe names the type {name!r}, which this version of duotone does not have; where it is one of your own, import "
+            "the file that registers it (duotone.engine.register)"
         )
     return found
 
@@ -63,6 +63,17 @@ def configurations() -> dict[str, type]:
     return found
 
 
+def register(kind: type) -> type:
+    """A decorator for a part of one's own outside of this package: every process that has imported it can load what it made.
+
+    Raises Refused where another part has its name.
+    """
+    known = configurations().setdefault(kind.__name__, kind)
+    if known is not kind:
+        raise Refused(f"{kind.__module__}.{kind.__name__}: {known.__module__} has a {kind.__name__} already; rename it")
+    return kind
+
+
 def refuse_unstorable(value, key: str = "recipe") -> None:
     """Refuses a part that no stored model could name, before anything is trained with it."""
     if isinstance(value, tuple | list):
@@ -75,7 +86,7 @@ def refuse_unstorable(value, key: str = "recipe") -> None:
         taken = "" if known is None else f", and {known.__module__} has a {name} already: give it another name"
         raise Refused(
             f"{key} is {type(value).__module__}.{name}, which a stored recipe could not name{taken}; "
-            "add it to the kinds at the head of engine/recipe.py"
+            "put @duotone.engine.register above it, or add it to the kinds at the head of engine/recipe.py"
         )
     for field in dataclasses.fields(value):
         refuse_unstorable(getattr(value, field.name), f"{key}.{field.name}")

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from duotone.data import captioned_shapes
@@ -18,7 +19,7 @@ from duotone.engine.exchange.starting_weights import begin_from
 from duotone.engine.log import Logger, say
 from duotone.engine.memory import Estimate, estimate, fewest_micro_batches
 from duotone.engine.model.network import Network
-from duotone.engine.preview import Examples
+from duotone.engine.preview import Examples, refuse_undrawable
 from duotone.engine.recipe import Objectives, Recipe
 from duotone.engine.recipe_json import differences, to_json
 from duotone.engine.sharded import Sharded
@@ -98,6 +99,9 @@ def set_up(recipe: Recipe, held: ExitStack) -> Run:
     recipe.preview.check_names(facts)
     network, found, begun = beginning(recipe, facts, ranks)
     agreement.check_untrained(network, ranks)
+    examples = examples_of(data, recipe, network)  # before the reading thread: one decoder serves one reader
+    refuse_undrawable(recipe.preview, artifact.Model(network, recipe.objective, facts, recipe), examples)
+    measured = objective(recipe, data, found, ranks)
     blocks = speed.make_ready(network.unet, recipe.speed, choice)
     recipe = with_accumulation(recipe, stored, network, choice, ranks)
     micro = recipe.micro_batch(ranks.count)
@@ -106,12 +110,12 @@ def set_up(recipe: Recipe, held: ExitStack) -> Run:
         if ranks.rank == 0:
             begin_folder(recipe, stored, data.count, held, goes_on=found is not None)
     unlike += agreement.check_folder(recipe.folder, ranks)
-    recipe = replace(recipe, objective=objective(recipe, data, found, ranks))
+    recipe = replace(recipe, objective=measured)
     if blocks:
         say(f"compiling {blocks} blocks on first use")
     sharded = start_sharded(recipe, network, choice, micro)
     held.push(sharded.close)
-    run = Run(recipe, choice, ranks, data, facts, network, sharded, held_out=held_out)
+    run = Run(recipe, choice, ranks, data, facts, network, sharded, held_out=held_out, examples=examples)
     begun = [*begun, *unlike]
     if found is not None:
         begun = [*begun, resume(run, found), *goes_on_otherwise(run)]
@@ -218,6 +222,29 @@ def start_sharded(recipe: Recipe, network: Network, choice: speed.Choice, micro:
             recorded=speed.records_blocks(recipe.speed, choice),
         ),
     )
+
+
+def examples_of(data: Dataset, recipe: Recipe, network: Network) -> Examples:
+    """The first distinct captions of the data, and its first images where a condition is made of them."""
+    images_NHWC = None
+    if any(conditioner.spatial for conditioner in network.conditioners.values()):
+        positions_N = np.arange(min(data.count, recipe.preview.rows))
+        images_NHWC = data.read(draws.plan(recipe.seed, positions_N, data.count)).images_NHWC.cpu().numpy()
+    return Examples(captions=some_captions(data, recipe) if data.has_captions else (), images_NHWC=images_NHWC)
+
+
+def some_captions(data: Dataset, recipe: Recipe) -> tuple[str, ...]:
+    """A sample that cannot be read is passed over where others are trained on in its place."""
+    found: dict[str, None] = {}
+    for i in np.flatnonzero(data.good_N)[: 20 * recipe.preview.rows]:
+        try:
+            found.setdefault(data.captions_at(i)[0])
+        except Refused:
+            if recipe.data.on_bad == "refuse":
+                raise
+        if len(found) == recipe.preview.rows:
+            break
+    return tuple(found)
 
 
 def refuse_other_run(recipe: Recipe, stored: dict | None) -> None:

@@ -44,10 +44,6 @@ def train(recipe: Recipe) -> Path:
         held.push(zero.leave)
         run = set_up(recipe, held)
         run.whole_step = whole_step(run)
-        run.examples = examples(run)  # before the reading thread: one decoder serves one reader
-        preview.refuse_undrawable(
-            recipe.preview, artifact.Model(run.network, run.recipe.objective, run.facts, run.recipe), run.examples
-        )
         batches = run.data.batches(plans(run, run.images))
         if run.saved is not None and run.images < recipe.images:
             look(run, **zero.from_rank_0(missed(run) if run.ranks.rank == 0 else None))
@@ -331,26 +327,3 @@ def averaged(run: Run, ema: dict[str, Tensor]) -> artifact.Model:
     artifact.fill(network, ema, run.recipe.folder)
     network.eval().requires_grad_(False).to(run.ranks.device, run.choice.dtype)
     return artifact.Model(network, run.recipe.objective, run.facts, run.recipe, run.images)
-
-
-def examples(run: Run) -> preview.Examples:
-    """The first distinct captions of the data, and its first images where a condition is made of them."""
-    images_NHWC = None
-    if any(conditioner.spatial for conditioner in run.network.conditioners.values()):
-        positions_N = np.arange(min(run.data.count, run.recipe.preview.rows))
-        images_NHWC = run.data.read(draws.plan(run.recipe.seed, positions_N, run.data.count)).images_NHWC.cpu().numpy()
-    return preview.Examples(captions=some_captions(run) if run.data.has_captions else (), images_NHWC=images_NHWC)
-
-
-def some_captions(run: Run) -> tuple[str, ...]:
-    """A sample that cannot be read is passed over where others are trained on in its place."""
-    found: dict[str, None] = {}
-    for i in np.flatnonzero(run.data.good_N)[: 20 * run.recipe.preview.rows]:
-        try:
-            found.setdefault(run.data.captions_at(i)[0])
-        except Refused:
-            if run.recipe.data.on_bad == "refuse":
-                raise
-        if len(found) == run.recipe.preview.rows:
-            break
-    return tuple(found)

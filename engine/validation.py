@@ -32,11 +32,11 @@ def held_out(config: Validation, shards: Shards) -> Images | None:
 
 def measured(config: Validation, model, images: Images) -> dict:
     """A row of validation.jsonl: the mean loss, its levels with their 95 % intervals over images, and the mean of each class."""
-    from duotone.engine.evaluate.loss_table import loss_table  # which knows models, and so recipes
+    from duotone.engine.evaluate.loss_table import WHOLE, loss_table  # which knows models, and so recipes
 
     cells = loss_table(model, images, levels=config.levels)
-    levels = [cell for cell in cells if cell.name == "all"]
-    names = dict.fromkeys(cell.name for cell in cells if cell.name != "all")
+    levels = [cell for cell in cells if cell.name == WHOLE]
+    names = dict.fromkeys(cell.name for cell in cells if cell.name != WHOLE)
     return {
         "images": model.images,
         "loss": statistics.mean(cell.loss for cell in levels),

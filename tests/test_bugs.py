@@ -92,7 +92,7 @@ def record(bugs, scratch, dropped) -> dict:
         ("sound", None),
         ("dropout", "fault: label.dropout: configured 10.0%, measured at the network's input 5"),
         ("timestep", "fault: timesteps: 1 of 1000 timesteps are never trained (t = 999)"),
-        ("batchnorm", "fault: network: down_blocks.0.resnets.0.norm1 and 23 more normalises over the batch"),
+        ("batchnorm", "fault: network: down_blocks.0.resnets.0.norm1 and 23 more normalise over the batch"),
         ("sinusoid", "warning: label.encoding: the class number is fed as a sinusoid"),
     ],
 )

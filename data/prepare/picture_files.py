@@ -19,7 +19,7 @@ from tqdm import tqdm
 from duotone.data.framing import upright
 from duotone.data.image_header import MAX_BYTES, ImageHeader, Unreadable, read_header
 from duotone.data.pillow import FORMATS, opaque
-from duotone.data.refusal import Refused
+from duotone.data.refusal import Refused, first_line
 from duotone.data.write_shards import ImageFormat, Sample, encode_image, readable_texts, write_shards
 
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
@@ -159,7 +159,7 @@ def read_picture(path: Path, size: int | None) -> tuple[np.ndarray | bytes, str 
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             return _kept(image, encoded, header) if size is None else (_shrunk(image, size, header.orientation), None)
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError, OverflowError) as error:
-        raise Unreadable(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+        raise Unreadable(first_line(error)) from None
 
 
 def _kept(image: Image.Image, encoded: bytes, header: ImageHeader) -> tuple[bytes, str]:

@@ -40,7 +40,7 @@ def arithmetic(network, recipe) -> list[str]:
     forward = flops_per_image(network.unet, recipe.data.size)
     # A backward pass costs two forward ones, and blocks that are computed anew for it one more.
     total = (4 if recipe.speed.gradient_checkpointing else 3) * forward * recipe.images
-    disk = 4 * 4 * parameters * recipe.checkpoint.keep
+    disk = 4 * recipe.optimizer.state_elements(network) * recipe.checkpoint.keep
     return [
         f"  parameters      {parameters / 1e6:,.1f} M (UNet {sum(p.numel() for p in network.unet.parameters()) / 1e6:,.1f} M)",
         f"  arithmetic      {forward / 1e9:,.1f} GFLOP an image forward, {total / 1e15:,.1f} PFLOP for the run",

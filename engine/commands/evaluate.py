@@ -153,7 +153,18 @@ class Evaluate:
             write_json(self.json, {"command": " ".join(["duotone evaluate RUN", *said]), **values, "checker": checker})
 
 
-AGAINST_DATA = ("test", "samples", "floor", "features", "classifier", "loss_images", "loss_levels", "most", "out")
+AGAINST_DATA = (
+    "test",
+    "samples",
+    "floor",
+    "features",
+    "classifier",
+    "loss_images",
+    "loss_levels",
+    "most",
+    "cache",
+    "out",
+)
 """What only a measurement against data reads."""
 
 

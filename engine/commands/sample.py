@@ -72,7 +72,7 @@ class Sample:
     out: Path = Path("sample.png")
     """Where the sheet goes; refused if it exists."""
     overwrite: bool = False
-    """Replace an existing sheet."""
+    """Replace existing files."""
     speed: Speed = SAMPLING
     """Device, precision and switches: bf16 on a GPU, fp32 on a CPU."""
 

@@ -18,7 +18,7 @@ from duotone.engine.model.unet import UNetConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Temperature:
-    """Trains without guidance at sampling (engine/objectives/guidance_free.py): guidance 1 / beta costs one forward."""
+    """Guidance-free training (engine/objectives/guidance_free.py): guidance 1 / beta then costs one forward."""
 
     kind = "temperature"
     port = "vector"

@@ -1,4 +1,4 @@
-"""Text: captions as tokens for cross-attention, from a frozen CLIP or from a small byte-level one trained with the network.
+"""Text: captions as tokens for cross-attention, from a frozen encoder (CLIP, T5 ...) or a small byte-level one trained with the network.
 
 N captions, M tokens, D token width.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from duotone.data.batch import Batch
-from duotone.data.refusal import Refused, at_least
+from duotone.data.refusal import Refused, at_least, first_line
 from duotone.engine.conditioning.base import Conditioner, Conditioning, Facts
 from duotone.engine.model.blocks import Embedding
 from duotone.engine.model.unet import UNetConfig
@@ -72,7 +72,7 @@ def loaded(name: str, tokenizer_class: type, encoder_class: type) -> tuple:
     try:
         return tokenizer_class.from_pretrained(name), encoder_class.from_pretrained(name)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise EncoderAbsent(
             f"text encoder {name!r} cannot be loaded ({reason}): give its encoder (conditioning.0.encoder where it is the "
             "first condition) a folder with a text model and its tokenizer, or a name that can be reached from here"

@@ -12,7 +12,8 @@ def batch_statistics(patient: Patient) -> Iterator[Finding]:
     named = {**dict(patient.unet.named_modules()), **built_modules(patient)}
     found = [name for name, module in named.items() if isinstance(module, _BatchNorm)]
     if found:
-        says = f"{found[0]}{f' and {len(found) - 1} more' if found[1:] else ''} normalises over the batch, which mixes the conditional and the unconditional branch of guidance: use group normalisation"
+        more = f" and {len(found) - 1} more normalise" if found[1:] else " normalises"
+        says = f"{found[0]}{more} over the batch, which mixes the conditional and the unconditional branch of guidance: use group normalisation"
         yield Finding("fault", "network", says)
     else:
         yield Finding("fine", "network", "no layer looks across the images of a batch")

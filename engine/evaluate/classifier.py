@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from duotone.data.batch import unit
-from duotone.data.refusal import Refused
+from duotone.data.refusal import Refused, first_line
 from duotone.data.whole_file import draft_of, write_json
 from duotone.engine.checkpoint import digest
 from duotone.engine.evaluate.images import Images, Splits
@@ -264,7 +264,7 @@ def read(folder: Path, network: Classifier) -> dict | None:
             Share.from_json(share)
         network.load_state_dict(load_file(weights))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        say(f"{folder} cannot be read ({str(error).splitlines()[0]}): training the classifier again")
+        say(f"{folder} cannot be read ({first_line(error)}): training the classifier again")
         return None
     return stored
 

@@ -94,7 +94,7 @@ class Evaluation:
 
 
 def evaluate(model: Model, splits: Splits, settings: Settings) -> Evaluation:
-    """Measures a model; what can be refused is, before the first sample is drawn."""
+    """Measures a model; what can be refused is, before the samples are drawn: one is drawn as a trial."""
     refuse_unfit(model, splits, settings)
     network, judge = judges(model, splits, settings)
     real = real_features(network, splits, settings.cache)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from duotone.data.refusal import Refused
+from duotone.data.refusal import Refused, first_line
 from duotone.data.whole_file import draft_of
 from duotone.engine.checkpoint import digest
 from duotone.engine.evaluate.classifier import Judge
@@ -185,10 +185,6 @@ def dinov2(config: FeaturesConfig, judge: Judge | None, device: torch.device) ->
 
 
 BUILD = {"classifier": from_classifier, "inception": inception, "dinov2": dinov2}
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def resized(network: Callable, side: int, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:

@@ -32,9 +32,9 @@ def distance_lines(result: Evaluation, splits: Splits) -> list[str]:
         f"{result.settings.samples:,} samples, {result.forwards:.1f} forward passes each; features: {result.features}"
     ]
     for name, against in result.distances.items():
-        there = {"train": "training set", "held_out": splits.held_out_is}.get(name, name)
-        other = splits.held_out_is if name == "train" else "training set"
-        lines.append(f"  {'from the ' + there:34} {'samples':>10} {'real':>10}   (real: {n:,} of the {other})")
+        there = {"train": "the training set", "held_out": splits.held_out_said}.get(name, f"the {name} set")
+        other = splits.held_out_said if name == "train" else "the training set"
+        lines.append(f"  {'from ' + there:34} {'samples':>10} {'real':>10}   (real: {n:,} of {other})")
         for field, title in MEASURES.items():
             made, real = getattr(against.samples, field), getattr(against.real, field)
             times = f"   {made / real:.2f} x" if field == "frechet" and real > 0 else ""

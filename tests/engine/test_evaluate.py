@@ -454,7 +454,7 @@ def test_a_run_that_held_images_out_is_measured_against_three_sets(clothes, cach
     assert list(found["distances"]) == ["train", "validation", "held_out"]
     assert found["data"]["validation"] == len(split["held_out"]) and "--floor 30" in found["command"]
     said = capsys.readouterr().out
-    assert "from the validation" in said and "(real: 30 of the test)" in said
+    assert "from the validation set" in said and "(real: 30 of the test set)" in said
     elsewhere = split | {"held_out": ["renamed", *split["held_out"]]}
     (folder / "splits.json").write_text(json.dumps(elsewhere))
     said = refused(capsys, str(folder), "--cache", str(cache), "--out", str(tmp_path / "out"), *QUICK)

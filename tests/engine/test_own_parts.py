@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from duotone.data import captioned_shapes
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
-from duotone.engine import cli, model_card, preview
+from duotone.engine import cli, load, model_card, preview, register, train
 from duotone.engine.artifact import Model, build
+from duotone.engine.checkpoint import Checkpoints
 from duotone.engine.conditioning.base import Conditioner, Conditioning, Facts
 from duotone.engine.conditioning.image import Hole, LowResolution
 from duotone.engine.conditioning.label import Label
@@ -24,7 +26,7 @@ from duotone.engine.objectives.flow import Flow
 from duotone.engine.recipe import Recipe
 from duotone.engine.recipe_json import refuse_unstorable
 from duotone.engine.sample import NotFinite, sample
-from duotone.engine.train import train
+from duotone.engine.speed import Speed
 
 PLAIN = UNetConfig(
     channels=(8, 8), attention=("none", "none"), middle="absent", heads=(1, 1), blocks=(1, 1), depth=(1, 1), groups=4
@@ -110,6 +112,13 @@ class Own(EDM):
     """An objective that no list names."""
 
 
+@register
+@dataclass(frozen=True, kw_only=True)
+class Halved(EDM):
+    def weight(self, sigma_N):
+        return super().weight(sigma_N) / 2
+
+
 OwnEDM = dataclass(frozen=True, kw_only=True)(type("EDM", (EDM,), {}))
 
 
@@ -117,7 +126,8 @@ def test_a_part_that_a_stored_recipe_could_not_name_is_refused_before_it_is_trai
     sound = Recipe(name="x", conditioning=(Label(),), model=PLAIN, out=tmp_path / "run")
     refuse_unstorable(sound)
     with pytest.raises(
-        Refused, match=r"recipe.objective is .*test_own_parts.Own, .*add it to the kinds at the head of"
+        Refused,
+        match=r"recipe.objective is .*test_own_parts.Own, .*put @duotone.engine.register above it, or add it to the kinds",
     ):
         train(replace(sound, objective=Own()))
     with pytest.raises(Refused, match="and duotone.engine.objectives.edm has a EDM already: give it another name"):
@@ -125,6 +135,20 @@ def test_a_part_that_a_stored_recipe_could_not_name_is_refused_before_it_is_trai
     with pytest.raises(Refused, match=r"recipe.conditioning.1 is .*test_own_parts.Brightness"):
         refuse_unstorable(replace(sound, conditioning=(Label(), Brightness())))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_part_that_is_registered_is_trained_and_loaded(tmp_path):
+    """By whoever has imported it; a name that is taken is refused."""
+
+    captioned_shapes.write(tmp_path / "shards", count=16, size=16)
+    data = Shards(shards=tmp_path / "shards", size=16, threads=1, decoder="pillow")
+    pictures = preview.Previews(every=0, rows=1, columns=1, steps=1, sampler="euler", strips=False)
+    settings = {"model": PLAIN, "batch_size": 8, "images": 8, "checkpoint": Checkpoints(every=0), "preview": pictures}
+    recipe = Recipe(name="own", data=data, objective=Halved(sigma_data=0.5), out=tmp_path / "run", **settings)
+    folder = train(replace(recipe, speed=Speed(device="cpu", threads=1)))
+    assert type(load(folder).objective) is Halved
+    with pytest.raises(Refused, match="duotone.engine.objectives.edm has a EDM already; rename it"):
+        register(OwnEDM)
 
 
 def test_a_sampler_that_gives_no_picture_is_told():
