@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from duotone.data.refusal import Refused
 from duotone.data.whole_file import as_opened, draft_of
 from duotone.engine import speed as switches
+from duotone.engine.checkpoint import known
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.log import say
 from duotone.engine.model.network import Network
@@ -128,7 +129,7 @@ def recipe_in(metadata: dict[str, str], file: Path) -> Recipe:
 
 def instead_of(path: Path) -> str:
     """What to give for a path that holds no model."""
-    checkpoints = sorted((path / "checkpoints").glob("images-*"))
+    checkpoints = known(path / "checkpoints")
     if checkpoints:
         return f"the run has not ended; give its checkpoint {checkpoints[-1]}"
     if (path / "unet").is_dir():

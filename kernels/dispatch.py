@@ -75,7 +75,7 @@ def launch_exactly(name: str, kernel, grid: tuple[int, ...], arguments: dict) ->
     """Launch with every product and sum rounded by itself, as a CPU does; not visible to torch.compile."""
     launches[name] += 1
     with on_their_device(arguments):
-        direct(kernel)[grid](**arguments, enable_fp_fusion=False)
+        kernel[grid](**arguments, enable_fp_fusion=False)
 
 
 def on_their_device(arguments: dict):
@@ -83,11 +83,6 @@ def on_their_device(arguments: dict):
     if not torch.cuda.is_initialized():
         return contextlib.nullcontext()
     return torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, torch.Tensor)))
-
-
-def direct(kernel):
-    """The kernel itself: the counterpart of `wrap_triton` where nothing has to see through the launch."""
-    return kernel
 
 
 def runs_kernel(kernel: str, tensor: torch.Tensor) -> bool:

@@ -128,10 +128,20 @@ def meaning(objective: Objective) -> dict:
 
 def taught_otherwise(theirs: dict, objective: Objective) -> list[str]:
     """Where the source was taught another objective than this run's, the weights unlearn it."""
-    ours = meaning(objective) if "objective" in theirs else diffusers_folder.scheduler_config(objective)
+    if not theirs:
+        return []
+    ours = meaning(objective) if "objective" in theirs else scheduled(objective)
     differ = [f"{name} {value} there, {ours.get(name, 'none')} here" for name, value in theirs.items()
               if ours.get(name, "none") not in (value, None)]  # fmt: skip
     return [f"it was trained on another objective: {', '.join(differ)}"] if differ else []
+
+
+def scheduled(objective: Objective) -> dict:
+    """What diffusers' scheduler would say of an objective; nothing of one that it does not have."""
+    try:
+        return diffusers_folder.scheduler_config(objective)
+    except diffusers_folder.Inexpressible:
+        return {}
 
 
 def same(theirs: UNetConfig, ours: UNetConfig, name: str) -> bool:

@@ -358,6 +358,20 @@ def test_weights_that_were_taught_another_objective_are_named(theirs, objective,
     assert len(told) == (says is not None) and all(says in line for line in told)
 
 
+@pytest.mark.parametrize("told", [False, True], ids=["a network alone", "a pipeline"])
+def test_an_objective_that_diffusers_does_not_have_begins_from_any_weights(told, theirs, tmp_path, monkeypatch):
+    def none(objective):
+        raise diffusers_folder.Inexpressible("an objective of one's own")
+
+    monkeypatch.setattr(diffusers_folder, "scheduler_config", none)
+    (tmp_path / "pipeline").mkdir()
+    theirs[1].rename(tmp_path / "pipeline" / "unet")
+    if told:
+        diffusers.DDIMScheduler(1000).save_pretrained(tmp_path / "pipeline" / "scheduler")
+    said = begin_from(fresh(), tmp_path / "pipeline", MODEL, EDM())
+    assert any("another objective" in line for line in said) == told
+
+
 @pytest.mark.parametrize("broken", ["unet/config.json", "scheduler/scheduler_config.json"])
 def test_a_folder_whose_json_is_broken_is_refused_in_one_line(broken, theirs, tmp_path):
     (tmp_path / "pipeline" / "scheduler").mkdir(parents=True)
