@@ -108,10 +108,12 @@ def refuse_undrawable(config: Previews, model, examples: Examples) -> None:
     rows = asked_for(config, model, examples)
     guidance, plain = settings_of(config, model, rows)["guidance"], Steering()
     count = rows.pop("count", None)
+    silent = {c.asked for c in model.network.conditioners.values()} - {*rows, "temperatures"}
     try:
         Conditions.of(model, listed(rows), None, guidance, number_of_images(rows, count), plain)
     except Refused as refusal:
-        raise Refused(f"preview: {refusal} (a conditioning of one's own names `examples` to be drawn)") from None
+        remedy = f" (its Conditioner's `examples` would be: {', '.join(silent)})" if silent else ""
+        raise Refused(f"preview: {refusal}{remedy}") from None
 
 
 def spatial(model) -> list:
