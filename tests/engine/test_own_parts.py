@@ -97,7 +97,9 @@ def test_previews_show_its_examples_and_what_cannot_be_drawn_is_refused_before_t
     rows = preview.asked_for(config, silent, preview.Examples())
     assert rows == {"count": 4} and preview.settings_of(config, silent, rows)["guidance"] == 1.0
     preview.refuse_undrawable(config, silent, preview.Examples())
-    with pytest.raises(Refused, match="preview: .*never trained without its brightness.*`examples` would be: brightness"):
+    with pytest.raises(
+        Refused, match="preview: .*never trained without its brightness.*`examples` would be: brightness"
+    ):
         preview.refuse_undrawable(config, model_of(Brightness(shown=(), dropout=0.0)), preview.Examples())
 
 
