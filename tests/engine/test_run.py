@@ -400,10 +400,13 @@ def ends(done: subprocess.CompletedProcess) -> list[str]:
 @pytest.mark.parametrize(
     "module,name,rank,call,says",
     [
-        ("train", "train_step", 1, 3, "duotone: refused on rank 1 ("),
-        ("run", "with_embedded_data", 0, 1, "duotone: refused: "),
+        pytest.param("train", "train_step", 1, 3, "duotone: refused on rank 1 (", id="one rank in the middle"),
+        pytest.param(
+            *("run", "with_embedded_data", 0, 1, "duotone: refused: "),
+            id="rank 0 before the others",
+            marks=pytest.mark.long,
+        ),
     ],
-    ids=["one rank in the middle", "rank 0 before the others"],
 )
 def test_what_a_rank_refuses_is_the_only_thing_heard(shards, tmp_path, module, name, rank, call, says):
     """No traceback of the others, who lose it: one line, and exit code 2."""
