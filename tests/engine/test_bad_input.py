@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -433,18 +434,34 @@ def ema(tmp_path_factory):
     return path
 
 
-def cli(*arguments: str, cwd: Path) -> str:
-    return refused("-m", "duotone.engine.cli", *arguments, cwd=cwd)
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    """The one line of a command that must be refused, in this process, from an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def line_of(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            duotone(list(arguments))
+        said = capsys.readouterr().err
+        lines = [line for line in said.splitlines() if line.startswith("duotone: refused:")]
+        assert stop.value.code == 2 and len(lines) == 1 and "Traceback" not in said, said
+        return lines[0]
+
+    return line_of
 
 
-def test_exports_never_overwrite(ema, tmp_path):
+def test_a_command_in_a_process_of_its_own_is_refused_in_one_line(tmp_path):
+    assert "nowhere does not exist" in refused("-m", "duotone.engine.cli", "sample", "nowhere", cwd=tmp_path)
+
+
+def test_exports_never_overwrite(ema, tmp_path, cli):
     for form in ("diffusers", "safetensors"):
         target = tmp_path / form
         target.write_text("mine")
-        assert "exists" in cli("export", str(ema), "--format", form, "--out", str(target), cwd=tmp_path)
+        assert "exists" in cli("export", str(ema), "--format", form, "--out", str(target))
         assert target.read_text() == "mine"
     (tmp_path / "sample.png").write_text("mine")
-    assert "exists" in cli("sample", str(ema), "--prompt", "x", cwd=tmp_path)
+    assert "exists" in cli("sample", str(ema), "--prompt", "x")
 
 
 @pytest.mark.parametrize(
@@ -459,10 +476,8 @@ def test_exports_never_overwrite(ema, tmp_path):
         (["evaluate", "nowhere", "--stepz", "3"], "nearest key is --steps"),
     ],
 )
-def test_commands_refuse_in_one_line(arguments, says, tmp_path):
-    import re
-
-    assert re.search(says, cli(*arguments, cwd=tmp_path))
+def test_commands_refuse_in_one_line(arguments, says, cli):
+    assert re.search(says, cli(*arguments))
 
 
 def test_files_that_are_no_models_are_refused(ema, tmp_path):

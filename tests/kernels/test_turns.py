@@ -53,7 +53,7 @@ def test_slabs_ahead_stay_within_the_cache():
 # --------------------------------------------------------------------------------------------------------- the waits
 
 
-@pytest.fixture(params=[2, 7], ids="{}_at_once".format)
+@pytest.fixture(params=[2, pytest.param(7, marks=pytest.mark.long)], ids="{}_at_once".format)
 def side_by_side(request, monkeypatch):
     """Programs of a launch run as threads, a few at once; no slab is published before another program waits for it.
 
