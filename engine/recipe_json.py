@@ -66,11 +66,12 @@ def configurations() -> dict[str, type]:
 def register(kind: type) -> type:
     """A decorator for a part of one's own outside of this package: every process that has imported it can load what it made.
 
-    Raises Refused where another part has its name.
+    A class that is defined again, as by a notebook's cell, takes its own place. Raises Refused where another part has its name.
     """
-    known = configurations().setdefault(kind.__name__, kind)
-    if known is not kind:
+    known = configurations().get(kind.__name__, kind)
+    if (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
         raise Refused(f"{kind.__module__}.{kind.__name__}: {known.__module__} has a {kind.__name__} already; rename it")
+    configurations()[kind.__name__] = kind
     return kind
 
 

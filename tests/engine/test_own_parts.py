@@ -151,6 +151,11 @@ def test_a_part_that_is_registered_is_trained_and_loaded(tmp_path):
     assert type(load(folder).objective) is Halved
     with pytest.raises(Refused, match="duotone.engine.objectives.edm has a EDM already; rename it"):
         register(OwnEDM)
+    try:  # a cell that is run again
+        again = register(dataclass(frozen=True, kw_only=True)(type("Halved", (EDM,), {"__module__": __name__})))
+        refuse_unstorable(replace(recipe, objective=again()))
+    finally:
+        register(Halved)
 
 
 def test_a_sampler_that_gives_no_picture_is_told():
