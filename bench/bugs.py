@@ -39,7 +39,8 @@ from duotone.engine.log import Log
 from duotone.engine.model.blocks import GroupNormSiLU
 from duotone.engine.model.unet import UNet, UNetConfig
 from duotone.engine.objectives.ddpm import DDPM
-from duotone.engine.optimizer import AdamW, Ema
+from duotone.engine.optimizers.adamw import AdamW
+from duotone.engine.optimizers.ema import Ema
 from duotone.engine.preview import Previews
 from duotone.engine.sample import sample
 from duotone.engine.speed import Speed

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from duotone.data.refusal import Refused
-from duotone.engine.exchange import diffusers_folder
+from duotone.engine.exchange import diffusers_unet
 from duotone.engine.model.unet import UNetConfig
 
 REFERENCE = UNetConfig()
@@ -51,7 +51,7 @@ def their_unet(wanted: str, size: int):
         return diffusers().UNet2DConditionModel(**SD15)
     if wanted not in NAMED:
         return from_folder(Path(wanted))
-    theirs = diffusers_folder.to_config(NAMED[wanted], size)
+    theirs = diffusers_unet.to_config(NAMED[wanted], size)
     return getattr(diffusers(), theirs.pop("_class_name"))(**theirs)
 
 
@@ -60,7 +60,7 @@ def from_folder(path: Path):
         kind = json.loads((path / "config.json").read_text())["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Refused(f"{path} is no diffusers UNet folder ({one_line(error)}): it needs a config.json") from None
-    if kind not in (diffusers_folder.CONDITIONED, diffusers_folder.PLAIN):
+    if kind not in (diffusers_unet.CONDITIONED, diffusers_unet.PLAIN):
         raise Refused(f"{path} holds a {kind}: --unet takes UNet2DModel or UNet2DConditionModel")
     library = diffusers()
     try:

@@ -45,9 +45,9 @@ from duotone.engine.conditioning.label import Label
 from duotone.engine.evaluate.composition import Composition
 from duotone.engine.log import Log
 from duotone.engine.model.unet import UNetConfig
-from duotone.engine.muon import Muon
 from duotone.engine.objectives.edm import EDM
-from duotone.engine.optimizer import Ema
+from duotone.engine.optimizers.ema import Ema
+from duotone.engine.optimizers.muon import Muon
 from duotone.engine.preview import Previews
 from duotone.engine.sample import sample
 from duotone.engine.sampling.samplers.epsilon_scaling import epsilon_scaled

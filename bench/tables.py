@@ -1,4 +1,4 @@
-"""Writes the tables of the README, docs/speed.md and docs/bugs.md from the JSON under bench/results: a figure without a file cannot appear.
+"""Writes the tables of the README and of docs/ from the JSON under bench/results: a figure without a file cannot appear.
 
 python bench/tables.py            rewrites the tables
 python bench/tables.py --check    says whether they are up to date (exit code 1 if not)
@@ -56,6 +56,35 @@ def kernels() -> str:
     head = ["kernel", "case", "launches", "registers", "spilled bytes", f"ms, {name}", "eager", "torch.compile"]
     builds = f"Launches, registers and spilled bytes: {build(compiled)}. Times: {build(timed)}.\n\n"
     return builds + table([*head, "the fastest other"], rows) + source(gpu_path) + source(path)
+
+
+def kernels_in_brief() -> str:
+    """A row for each kernel: the range of its ratios over all shapes that were timed."""
+    path, timed = newest("throughput-nvidia-*.json")
+    launched = {
+        (row["kernel"], row["case"]) for row in newest("throughput-cpu-*.json")[1]["results"] if row["launches"]
+    }
+    by_name: dict[str, list[dict]] = {}
+    for row in timed["results"]:
+        others = {name: time["median"] for name, time in row["milliseconds"].items() if name != "in turns"}
+        ours = others.pop("ours")
+        if others:
+            chosen = row["kernel"] == "attention" and (row["kernel"], row["case"]) not in launched
+            name = "attention over more than 128 keys" if chosen else row["kernel"]
+            ratios = {other: time / ours for other, time in others.items()}
+            by_name.setdefault(name, []).append(ratios | {"fastest": min(ratios.values())})
+    rows = [
+        [name, str(len(of)), *(over(of, who) for who in ("eager", "compiled", "fastest"))]
+        for name, of in by_name.items()
+    ]
+    return table(["kernel", "shapes", "eager", "torch.compile", "the fastest other"], rows) + source(path)
+
+
+def over(ratios: list[dict], who: str) -> str:
+    found = sorted(row[who] for row in ratios if who in row)
+    if not found or found[0] == found[-1]:
+        return f"{found[0]:.2f}x" if found else ""
+    return f"{found[0]:.2f}x to {found[-1]:.2f}x"
 
 
 def build(result: dict) -> str:
@@ -251,6 +280,21 @@ def blocks() -> str:
     return table(head, cells) + source(path)
 
 
+def blocks_in_brief() -> str:
+    path, result = RESULTS / "gpu_code.json", json.loads((RESULTS / "gpu_code.json").read_text())
+    by_block: dict[str, dict] = {}
+    for row in result["results"]:
+        by_block.setdefault(row["block"], {})[row["who"]] = row
+    cells = []
+    for block, by_who in by_block.items():
+        pair = [by_who["diffusers"], by_who["ours"]]
+        launches = [str(row["forward_launches"] + row["backward_launches"]) for row in pair]
+        mebibytes = [row["forward_mebibytes"] + row["backward_mebibytes"] for row in pair]
+        cells.append([block, *launches, *(f"{size:,.0f}" for size in mebibytes), f"{mebibytes[1] / mebibytes[0]:.2f}"])
+    head = ["block", "launches, diffusers", "launches, ours", "MiB, diffusers", "MiB, ours", "ratio of bytes"]
+    return table(head, cells) + source(path)
+
+
 def optimizers() -> str:
     path, result = RESULTS / "optimizers.json", json.loads((RESULTS / "optimizers.json").read_text())
     used, rows = result["core_seconds"], result["rows"]
@@ -300,7 +344,19 @@ def setting_of(result: dict) -> str:
 
 
 PAGES = {
-    "README.md": {"demo": demo, "kernels": kernels, "counts": counts, "blocks": blocks, "step": step, "loader": loader},
+    "README.md": {
+        "demo": demo,
+        "kernels_in_brief": kernels_in_brief,
+        "blocks_in_brief": blocks_in_brief,
+        "loader": loader,
+    },
+    "docs/kernels.md": {
+        "kernels": kernels,
+        "promised": promised,
+        "predicted": predicted,
+        "norms": norms,
+        "blocks": blocks,
+    },
     "docs/speed.md": {
         "counts": counts,
         "step": step,
@@ -309,10 +365,6 @@ PAGES = {
         "intervals": intervals,
         "confirmed": confirmed,
         "switches": switches,
-        "norms": norms,
-        "promised": promised,
-        "predicted": predicted,
-        "blocks": blocks,
         "optimizers": optimizers,
     },
     "docs/bugs.md": {"bugs": bugs, "bugs_in_training": bugs_in_training},

@@ -54,7 +54,7 @@ def main(recipe: Recipe, embedded: Recipe | None = None) -> None:
         tell(Refused(line))
         sys.exit(2)
     except RuntimeError as error:
-        from duotone.engine.zero import lost_a_rank
+        from duotone.engine.distributed.zero import lost_a_rank
 
         if lost_a_rank(error):
             # The launcher ends this rank for the other's fault, which alone is worth telling.

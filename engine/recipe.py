@@ -12,17 +12,18 @@ from duotone.engine.conditioning.image import ClassMap, Hole, LowResolution
 from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.temperature import Temperature
 from duotone.engine.conditioning.text import ByteText, ClipText, EncoderText
+from duotone.engine.distributed.zero import Zero
 from duotone.engine.log import Log
 from duotone.engine.model.unet import UNetConfig
-from duotone.engine.muon import Muon
 from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.objectives.flow import Flow
-from duotone.engine.optimizer import AdamW, Ema
+from duotone.engine.optimizers.adamw import AdamW
+from duotone.engine.optimizers.ema import Ema
+from duotone.engine.optimizers.muon import Muon
 from duotone.engine.preview import Previews
 from duotone.engine.speed import Speed
 from duotone.engine.validation import Validation
-from duotone.engine.zero import Zero
 
 Condition = ClipText | ByteText | EncoderText | Label | Attributes | ClassMap | LowResolution | Hole | Temperature
 Objectives = EDM | DDPM | Flow

@@ -1,31 +1,22 @@
-"""A run in progress: begun from a recipe, saved, and gone on with."""
+"""A run in progress: what it reads, saved as a checkpoint, and gone on with from one."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from duotone.data import captioned_shapes
 from duotone.data.refusal import Refused
 from duotone.data.shards import Dataset
-from duotone.data.whole_file import write_json
-from duotone.engine import agreement, artifact, checkpoint, draws, probe, run_folder, speed, validation, zero
+from duotone.engine import artifact, checkpoint, draws, speed
 from duotone.engine.conditioning.base import Facts
+from duotone.engine.distributed import zero
+from duotone.engine.distributed.sharded import Sharded
 from duotone.engine.evaluate.images import Images
-from duotone.engine.exchange.starting_weights import begin_from
-from duotone.engine.log import Logger, say
-from duotone.engine.memory import Estimate, estimate, fewest_micro_batches
+from duotone.engine.log import Logger
 from duotone.engine.model.network import Network
-from duotone.engine.preview import Examples, refuse_undrawable
-from duotone.engine.recipe import Objectives, Recipe
-from duotone.engine.recipe_json import differences, to_json
-from duotone.engine.sharded import Sharded
+from duotone.engine.preview import Examples
+from duotone.engine.recipe import Recipe
 from duotone.engine.whole_step import WholeStep
 from duotone.kernels import attention_backends
-from duotone.kernels.self_test import self_test
 
 
 @dataclass
@@ -78,267 +69,6 @@ class Run:
             "decoder": self.data.decoder,
         }
         return [*self.parts_before, *([here] if self.steps_here else [])]
-
-
-def set_up(recipe: Recipe, held: ExitStack) -> Run:
-    """Everything before the first step: what can be refused comes before what is written; what is opened is `held`."""
-    recipe = recipe.placed()
-    choice = speed.choose(recipe.speed, recipe.zero.stage)
-    speed.set_up(recipe.speed, choice)
-    stored = stored_recipe(recipe)
-    refuse_other_run(recipe, stored)
-    recipe.micro_batch(zero.world_size())
-    ranks = zero.join(choice.device)
-    stored = zero.from_rank_0(stored)
-    zero.refuse_precision(choice.precision)
-    agreement.check_recipe(recipe, choice, ranks)
-    faults = kernel_faults(ranks, recipe.speed)  # before a kernel is used, by the trial of a micro-batch as well
-    recipe, data, held_out = opened(recipe, stored, ranks, held)
-    unlike = agreement.check_data(data, ranks)
-    facts = Facts(classes=as_tuple(data.classes), attributes=as_tuple(data.attributes))
-    recipe.preview.check_names(facts)
-    network, found, begun = beginning(recipe, facts, ranks)
-    agreement.check_untrained(network, ranks)
-    examples = examples_of(data, recipe, network)  # before the reading thread: one decoder serves one reader
-    refuse_undrawable(recipe.preview, artifact.Model(network, recipe.objective, facts, recipe), examples)
-    measured = objective(recipe, data, found, ranks)
-    blocks = speed.make_ready(network.unet, recipe.speed, choice)
-    recipe = with_accumulation(recipe, stored, network, choice, ranks)
-    micro = recipe.micro_batch(ranks.count)
-    predicted = estimate(network, recipe, micro, choice, ranks.count)
-    with zero.rank_0_first(ranks):
-        if ranks.rank == 0:
-            begin_folder(recipe, stored, data.count, held, goes_on=found is not None)
-    unlike += agreement.check_folder(recipe.folder, ranks)
-    recipe = replace(recipe, objective=measured)
-    if blocks:
-        say(f"compiling {blocks} blocks on first use")
-    sharded = start_sharded(recipe, network, choice, micro)
-    held.push(sharded.close)
-    run = Run(recipe, choice, ranks, data, facts, network, sharded, held_out=held_out, examples=examples)
-    begun = [*begun, *unlike]
-    if found is not None:
-        begun = [*begun, resume(run, found), *goes_on_otherwise(run)]
-    run.began_at = run.images
-    run.log = Logger(
-        recipe.log, recipe.folder, recipe.images, run.images, speaks=ranks.rank == 0, recipe=to_json(recipe)
-    )
-    held.callback(run.log.close)
-    announce(run, predicted, begun, faults)
-    return run
-
-
-def opened(
-    recipe: Recipe, stored: dict | None, ranks: zero.Ranks, held: ExitStack
-) -> tuple[Recipe, Dataset, Images | None]:
-    """The recipe with its data, which is open, and on rank 0 the images that the loss is measured on."""
-    with zero.rank_0_first(ranks):
-        if ranks.rank == 0 and stored is not None:
-            claim(recipe, stored, held)  # before a checkpoint of it is chosen
-        recipe = with_embedded_data(recipe)
-        data = recipe.data.open(ranks.device, require_captions=recipe.wants_captions)
-        held.callback(data.close)
-        held_out = validation.held_out(recipe.validation, recipe.data) if ranks.rank == 0 else None
-    return recipe, data, held_out
-
-
-def beginning(recipe: Recipe, facts: Facts, ranks: zero.Ranks) -> tuple[Network, Path | None, list[str]]:
-    """The network as it is before the first step, the checkpoint that is to be put into it, and what is to be said of both."""
-    torch.manual_seed(recipe.seed)
-    network = artifact.build(recipe, facts)
-    found, said = newest_checkpoint(recipe, ranks)
-    if recipe.start is not None and found is None:
-        said = said + begin_from(network, recipe.start, recipe.model, recipe.objective, recipe.conditioning, facts)
-    return network.to(ranks.device), found, said
-
-
-def objective(recipe: Recipe, data: Dataset, found: Path | None, ranks: zero.Ranks) -> Objectives:
-    """With what it takes from the data: measured once, by rank 0, and from then on the run's own."""
-    if found is not None:
-        return artifact.recipe_of(found / "ema.safetensors").objective
-    with zero.rank_0_first(ranks):
-        fitted = recipe.objective.fitted(data) if ranks.rank == 0 else None
-    return zero.from_rank_0(fitted)
-
-
-def stored_recipe(recipe: Recipe) -> dict | None:
-    """The recipe of the run that this one goes on with."""
-    if recipe.fresh:
-        run_folder.refuse_strangers(recipe.folder)
-        return None
-    return run_folder.stored_recipe(recipe.folder)
-
-
-def newest_checkpoint(recipe: Recipe, ranks: zero.Ranks) -> tuple[Path | None, list[str]]:
-    """What the run goes on from, and a line for each checkpoint passed over: rank 0 chooses for all, who must see the same."""
-    if recipe.fresh:
-        return None, []
-    with zero.rank_0_first(ranks):
-        chosen = checkpoint.newest(recipe.folder / "checkpoints") if ranks.rank == 0 else None
-    found, passed_over = zero.from_rank_0(chosen)
-    fault = None if found is None or ranks.rank == 0 else checkpoint.verify(found)
-    if fault is not None:
-        raise Refused(f"{found} is not here what rank 0 sees ({fault}): all ranks need one --out that they share")
-    return found, passed_over
-
-
-def with_accumulation(recipe: Recipe, stored: dict | None, network: Network, choice, ranks: zero.Ranks) -> Recipe:
-    """The recipe with its number of micro-batches: its own, the interrupted run's, or the fewest that fit on every rank.
-
-    The estimate proposes, and two steps tried for real decide."""
-    if recipe.accumulation is not None:
-        return recipe
-    before = stored.get("accumulation") if stored is not None else None
-    if before and recipe.batch_size % (ranks.count * before) == 0:
-        return replace(recipe, accumulation=before)
-    if choice.device == "cpu":
-        return replace(recipe, accumulation=1)
-    room = min(zero.gathered([torch.cuda.get_device_properties(ranks.device).total_memory]))
-    times = fewest_micro_batches(network, recipe, choice, ranks.count, room)
-    while not all(zero.gathered([tried(network, recipe, times, choice, ranks.count)])):
-        times = fewest_micro_batches(network, recipe, choice, ranks.count, room, least=times + 1)
-    return replace(recipe, accumulation=times)
-
-
-def tried(network: Network, recipe: Recipe, times: int, choice: speed.Choice, ranks: int) -> bool:
-    micro = recipe.batch_size // ranks // times
-    needed = estimate(network, recipe, micro, choice, ranks)
-    return probe.fits(network.unet, recipe.data.size, micro, needed, recipe.speed, choice)
-
-
-def start_sharded(recipe: Recipe, network: Network, choice: speed.Choice, micro: int) -> Sharded:
-    for module in network.untrained:
-        module.to(choice.dtype)  # DeepSpeed casts what is trained, and that alone
-    return Sharded(
-        network,
-        recipe.optimizer.build(network),
-        zero.settings(
-            recipe.zero,
-            batch=recipe.batch_size,
-            micro=micro,
-            accumulation=recipe.accumulation,
-            precision=choice.precision,
-            clip=recipe.optimizer.clip,
-            recorded=speed.records_blocks(recipe.speed, choice),
-        ),
-    )
-
-
-def examples_of(data: Dataset, recipe: Recipe, network: Network) -> Examples:
-    """The first distinct captions of the data, and its first images where a condition is made of them."""
-    images_NHWC = None
-    if any(conditioner.spatial for conditioner in network.conditioners.values()):
-        positions_N = np.arange(min(data.count, recipe.preview.rows))
-        images_NHWC = data.read(draws.plan(recipe.seed, positions_N, data.count)).images_NHWC.cpu().numpy()
-    return Examples(captions=some_captions(data, recipe) if data.has_captions else (), images_NHWC=images_NHWC)
-
-
-def some_captions(data: Dataset, recipe: Recipe) -> tuple[str, ...]:
-    """A sample that cannot be read is passed over where others are trained on in its place."""
-    found: dict[str, None] = {}
-    for i in np.flatnonzero(data.good_N)[: 20 * recipe.preview.rows]:
-        try:
-            found.setdefault(data.captions_at(i)[0])
-        except Refused:
-            if recipe.data.on_bad == "refuse":
-                raise
-        if len(found) == recipe.preview.rows:
-            break
-    return tuple(found)
-
-
-def refuse_other_run(recipe: Recipe, stored: dict | None) -> None:
-    changed = [] if stored is None else differences(stored, recipe)
-    if changed:
-        raise Refused(
-            f"{recipe.folder} holds another run ({'; '.join(changed)}): give another --out, or --fresh to move it aside"
-        )
-
-
-def begin_folder(recipe: Recipe, stored: dict | None, samples: int, held: ExitStack, *, goes_on: bool) -> None:
-    if stored is None:
-        if recipe.fresh:
-            run_folder.move_aside(recipe.folder)
-        claim(recipe, stored, held)
-        write_json(recipe.folder / "recipe.json", to_json(replace(recipe, fresh=False)))  # by which a folder is a run's
-    if recipe.data.held_out and not (goes_on and (recipe.folder / "splits.json").exists()):
-        split = {"training": samples, "held_out": recipe.data.held_out_keys()}
-        write_json(recipe.folder / "splits.json", split)
-
-
-def claim(recipe: Recipe, stored: dict | None, held: ExitStack) -> None:
-    """From here on the folder is this process's: what was read of it before must still stand."""
-    held.enter_context(run_folder.claimed(run_folder.made(recipe.folder)))
-    if run_folder.stored_recipe(recipe.folder) != stored:
-        raise Refused(f"{recipe.folder}: another process began a run there while this one started; start it again")
-
-
-def with_embedded_data(recipe: Recipe) -> Recipe:
-    """Without shards, the embedded captioned shapes, written once as real shards beside the run's folder."""
-    if recipe.data.shards is not None:
-        return recipe
-    folder = recipe.folder.parent / f"captioned_shapes-{recipe.data.size}px"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            captioned_shapes.write(folder, count=4096, size=recipe.data.size, seed=0)
-        except Refused:
-            if not folder.is_dir():  # which another run, begun at the same time, has written meanwhile
-                raise
-    return replace(recipe, data=replace(recipe.data, shards=folder))
-
-
-def goes_on_otherwise(run: Run) -> list[str]:
-    """What changes the numbers of a run that goes on, and may be changed: its precision and its decoder."""
-    before, here = run.parts_before[-1:], {"precision": run.choice.precision, "decoder": run.data.decoder}
-    changed = [
-        f"{name} {part[name]} until here, {here[name]} from here on"
-        for part in before
-        for name in here
-        if part[name] != here[name]
-    ]
-    return [f"the run goes on otherwise than it was trained: {'; '.join(changed)}"] if changed else []
-
-
-def as_tuple(names: list[str] | None) -> tuple[str, ...] | None:
-    return None if names is None else tuple(names)
-
-
-def kernel_faults(ranks: zero.Ranks, switches: speed.Speed) -> list[str]:
-    """On a GPU every kernel is held against its definition once; one that disagrees is switched off, with a line."""
-    if ranks.device.type == "cpu":
-        return []
-    mine = self_test(ranks.device, switches.norms_in_turns, switches.norms_join_skips)
-    return sorted(set(zero.gathered(mine)))
-
-
-def announce(run: Run, predicted: Estimate, begun: list[str], faults: list[str]) -> None:
-    """The plan in one line, then every substitution in one line each."""
-    recipe, choice = run.recipe, run.choice
-    parameters = sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in run.network.parameters())
-    micro = recipe.micro_batch(run.ranks.count)
-    stage, why = zero.stage_taken(
-        recipe.zero, choice.precision, recipe.accumulation, speed.records_blocks(recipe.speed, choice)
-    )
-    fused, sites = speed.kernel_sites(run.network, run.ranks.device)
-    run.log.say(
-        f"{recipe.name}: {parameters / 1e6:.1f} M parameters, {choice}, batch {recipe.batch_size} = {micro} x {recipe.accumulation} "
-        f"accumulations x {run.ranks.count} ranks, ZeRO-{stage}, about {predicted.gib:.1f} GiB per rank, "
-        f"fused kernels at {fused} of {sites} sites, {run.data.count:,} samples decoded by {run.data.decoder}, {recipe.images:,} images = {recipe.images // recipe.batch_size:,} steps"
-    )
-    substituted = [why, run.data.decoder_note, *run.data.notes, *speed.substitutions(recipe.speed, choice), *faults]
-    substituted.append(unguided(run))
-    run.notes = [line for line in substituted if line]
-    for line in [*begun, *run.notes]:
-        run.log.say(line)
-
-
-def unguided(run: Run) -> str | None:
-    """Why previews are not drawn with the guidance that was asked for."""
-    model = artifact.Model(run.network, run.recipe.objective, run.facts, run.recipe)
-    if run.recipe.preview.guidance == 1 or not run.recipe.conditioning or model.can_be_guided:
-        return None
-    return f"pictures are drawn unguided, not with preview.guidance = {run.recipe.preview.guidance:g}: no null state is trained"
 
 
 def plans(run: Run, begin: int) -> Iterator:
@@ -394,3 +124,15 @@ def resume(run: Run, path: Path) -> str:
     run.unread_before, run.parts_before = tuple(manifest.get("unread", ())), tuple(manifest.get("parts", ()))
     run.images = run.saved = manifest["images"]
     return f"resumed from {path} at {run.images:,} images"
+
+
+def goes_on_otherwise(run: Run) -> list[str]:
+    """What changes the numbers of a run that goes on, and may be changed: its precision and its decoder."""
+    before, here = run.parts_before[-1:], {"precision": run.choice.precision, "decoder": run.data.decoder}
+    changed = [
+        f"{name} {part[name]} until here, {here[name]} from here on"
+        for part in before
+        for name in here
+        if part[name] != here[name]
+    ]
+    return [f"the run goes on otherwise than it was trained: {'; '.join(changed)}"] if changed else []

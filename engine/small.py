@@ -12,9 +12,9 @@ from duotone.engine.conditioning.image import ClassMap
 from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.text import ByteText
 from duotone.engine.model.unet import UNetConfig
-from duotone.engine.muon import Muon
 from duotone.engine.objectives.edm import EDM
-from duotone.engine.optimizer import Ema
+from duotone.engine.optimizers.ema import Ema
+from duotone.engine.optimizers.muon import Muon
 from duotone.engine.preview import Previews
 from duotone.engine.recipe import Recipe
 

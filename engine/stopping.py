@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from duotone.engine import meeting, zero
+from duotone.engine.distributed import meeting, zero
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """Ctrl-C; what queues and launchers send before they take the machine back."""

@@ -17,13 +17,15 @@ from torch import Tensor
 from duotone.data.batch import Batch, sent
 from duotone.data.refusal import Refused
 from duotone.data.whole_file import write_json
-from duotone.engine import artifact, draws, model_card, preview, speed, validation, zero
+from duotone.engine import artifact, draws, model_card, preview, speed, validation
 from duotone.engine.checkpoint import name_of
 from duotone.engine.conditioning.dropout import conditioned
+from duotone.engine.distributed import zero
 from duotone.engine.objectives.base import Objective
 from duotone.engine.recipe import Recipe
 from duotone.engine.recipe_json import refuse_unstorable
-from duotone.engine.run import Run, plans, save, set_up, unread_samples
+from duotone.engine.run import Run, plans, save, unread_samples
+from duotone.engine.set_up import set_up
 from duotone.engine.stopping import Interrupted, Stop
 from duotone.engine.whole_step import WholeStep
 from duotone.kernels import attention_backends

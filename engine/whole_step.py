@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from duotone.engine import zero
 from duotone.engine.cuda_graph import Recorded
-from duotone.engine.sharded import Sharded
+from duotone.engine.distributed import zero
+from duotone.engine.distributed.sharded import Sharded
 
 # Of what the eager step changed, in the norm. Sums in another order move gradients a little, and Adam's first steps, which
 # look at their signs, more; an update that is not made, made twice or made with other inputs is off by 1.

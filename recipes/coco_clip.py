@@ -14,7 +14,8 @@ from duotone.engine.checkpoint import Checkpoints
 from duotone.engine.conditioning.text import ClipText
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.ddpm import DDPM
-from duotone.engine.optimizer import AdamW, Ema
+from duotone.engine.optimizers.adamw import AdamW
+from duotone.engine.optimizers.ema import Ema
 from duotone.engine.preview import Previews
 from duotone.engine.small import small_text
 

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "bench": {"engine", "kernels", "data", "recipes"},
 }
 ONLY_IN = {
-    "deepspeed": ["engine/zero.py"],
+    "deepspeed": ["engine/distributed/zero.py"],
     "nvidia": ["data/dali.py", "bench/"],
     "triton": ["kernels/", "bench/"],
     "xformers": ["kernels/attention_backends.py", "bench/"],

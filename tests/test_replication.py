@@ -21,14 +21,16 @@ import torch
 from torch import nn
 
 from duotone.data.shards import Shards
-from duotone.engine import artifact, draws, zero
+from duotone.engine import artifact, draws
 from duotone.engine.conditioning.base import Facts
-from duotone.engine.exchange import diffusers_folder
+from duotone.engine.distributed import zero
+from duotone.engine.exchange import diffusers_unet
 from duotone.engine.log import Log
 from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.preview import Previews
 from duotone.engine.recipe import Recipe
-from duotone.engine.run import Run, plans, set_up
+from duotone.engine.run import Run, plans
+from duotone.engine.set_up import set_up
 from duotone.engine.train import train, train_step
 
 ROOT = Path(__file__).parent.parent
@@ -105,7 +107,7 @@ def initial(recipe: Recipe) -> artifact.Network:
 def their_unet(recipe: Recipe, classes: int | None, layout: torch.memory_format):
     from diffusers import UNet2DModel
 
-    theirs = diffusers_folder.to_config(recipe.model, recipe.data.size, classes)
+    theirs = diffusers_unet.to_config(recipe.model, recipe.data.size, classes)
     assert theirs.pop("_class_name") == "UNet2DModel"
     return UNet2DModel(**theirs).to(memory_format=layout)
 

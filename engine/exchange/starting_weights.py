@@ -13,7 +13,7 @@ from duotone.data.refusal import Refused
 from duotone.engine import artifact
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.label import Label
-from duotone.engine.exchange import diffusers_folder, original_layout
+from duotone.engine.exchange import diffusers_folder, diffusers_unet, original_layout
 from duotone.engine.model.network import Network
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.base import Objective
@@ -35,7 +35,7 @@ def begin_from(
     given, metadata = artifact.read(file)
     recipe = from_json(json.loads(metadata["duotone.recipe"])) if "duotone.recipe" in metadata else None
     told = told_config(file)
-    shape = told and diffusers_folder.from_config(told) if recipe is None else recipe.model
+    shape = told and diffusers_unet.from_config(told) if recipe is None else recipe.model
     refuse_other_shape(file, shape, config)
     taught = told_objective(file) if recipe is None else meaning(recipe.objective)
     own = dict(network.named_parameters())
@@ -140,7 +140,7 @@ def scheduled(objective: Objective) -> dict:
     """What diffusers' scheduler would say of an objective; nothing of one that it does not have."""
     try:
         return diffusers_folder.scheduler_config(objective)
-    except diffusers_folder.Inexpressible:
+    except diffusers_unet.Inexpressible:
         return {}
 
 

@@ -20,8 +20,9 @@ import torch
 
 from duotone.data import captioned_shapes
 from duotone.data.refusal import Refused
-from duotone.engine import checkpoint, meeting
+from duotone.engine import checkpoint
 from duotone.engine.command_line import parse
+from duotone.engine.distributed import meeting
 from duotone.engine.recipe import Recipe
 from duotone.engine.train import train
 
@@ -227,10 +228,10 @@ def test_ranks_on_unlike_devices_are_refused_before_they_wait_for_each_other():
 STARTS = """
 import sys, torch
 from types import SimpleNamespace
-from duotone.engine import agreement, zero
+from duotone.engine.distributed import agreement, zero
 from duotone.data.refusal import Refused
-from duotone.engine.optimizer import AdamW
-from duotone.engine.sharded import Sharded
+from duotone.engine.optimizers.adamw import AdamW
+from duotone.engine.distributed.sharded import Sharded
 ranks = zero.join("cpu")
 torch.manual_seed(ranks.rank)
 network = torch.nn.Linear(9, 33)

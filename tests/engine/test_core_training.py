@@ -34,7 +34,7 @@ from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.objectives.flow import Flow
 from duotone.engine.objectives.sigma_data import measured_sigma_data
-from duotone.engine.optimizer import AdamW
+from duotone.engine.optimizers.adamw import AdamW
 from duotone.engine.preview import Previews
 from duotone.engine.recipe import Recipe
 from duotone.engine.sample import sample

@@ -25,7 +25,8 @@ from duotone.engine.log import Log
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
-from duotone.engine.optimizer import AdamW, Ema
+from duotone.engine.optimizers.adamw import AdamW
+from duotone.engine.optimizers.ema import Ema
 from duotone.engine.preview import Previews
 from duotone.engine.recipe import Recipe
 from duotone.engine.recipe_file import recipe_at

@@ -14,7 +14,7 @@ from duotone.data.shards import Shards
 from duotone.engine import artifact, cli, model_card, small
 from duotone.engine.artifact import Model
 from duotone.engine.conditioning.base import Facts
-from duotone.engine.exchange import diffusers_folder
+from duotone.engine.exchange import diffusers_folder, diffusers_unet
 from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.objectives.flow import Flow
@@ -57,7 +57,7 @@ def test_what_is_said_is_what_the_export_does(name, tmp_path):
             namespace[name].from_pretrained(tmp_path / "folder", subfolder=part)
         assert "ema.safetensors" not in told and "library_name: diffusers" in told
     else:
-        with pytest.raises(diffusers_folder.Inexpressible, match=why):
+        with pytest.raises(diffusers_unet.Inexpressible, match=why):
             diffusers_folder.export(model, tmp_path / "folder")
         assert f"| as a diffusers folder | no, only as this single file: {why} |" in card
         assert list(tmp_path.iterdir()) == []

@@ -16,16 +16,17 @@ from torch import nn
 
 from duotone.data import captioned_shapes
 from duotone.data.refusal import Refused
-from duotone.engine import checkpoint, meeting, memory, train, zero
+from duotone.engine import checkpoint, memory, train
 from duotone.engine.artifact import build
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.label import Label
-from duotone.engine.matrices import Matrices
+from duotone.engine.distributed import meeting, zero
+from duotone.engine.distributed.sharded import Sharded
 from duotone.engine.model.unet import UNetConfig
-from duotone.engine.muon import Muon, matrices_of, orthogonalised, step_of
-from duotone.engine.optimizer import AdamW
+from duotone.engine.optimizers.adamw import AdamW
+from duotone.engine.optimizers.matrices import Matrices
+from duotone.engine.optimizers.muon import Muon, matrices_of, orthogonalised, step_of
 from duotone.engine.recipe import Recipe
-from duotone.engine.sharded import Sharded
 from duotone.engine.speed import Choice
 
 ROWS, BIN = 8, Path(sys.executable).parent
@@ -177,7 +178,7 @@ def test_shards_put_together_what_is_cut(ranks, monkeypatch):
 
 SCRIPT = """
 import json, sys
-from duotone.engine import zero
+from duotone.engine.distributed import zero
 sys.path.insert(0, {folder!r})
 import test_muon as t
 zero.join("cpu")

@@ -28,10 +28,11 @@ from safetensors.torch import load_file
 from duotone.data import captioned_shapes
 from duotone.data.refusal import Refused, SampleReplaced
 from duotone.data.shards import Shards
-from duotone.engine import artifact, checkpoint, cli, draws, pictures, run_folder, stopping, zero
+from duotone.engine import artifact, checkpoint, cli, draws, pictures, run_folder, stopping
 from duotone.engine.command_line import parse
+from duotone.engine.distributed import zero
 from duotone.engine.recipe import Recipe
-from duotone.engine.run import set_up, with_embedded_data
+from duotone.engine.set_up import set_up, with_embedded_data
 from duotone.engine.train import train
 from duotone.kernels import attention_backends
 

@@ -12,13 +12,14 @@ import torch
 
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
-from duotone.engine import artifact, probe, speed, zero
+from duotone.engine import artifact, probe, speed
 from duotone.engine.conditioning.attributes import Attributes
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.image import ClassMap
 from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.text import ByteText
 from duotone.engine.cuda_graph import Recordings
+from duotone.engine.distributed import zero
 from duotone.engine.memory import Estimate, estimate
 from duotone.engine.model import blocks
 from duotone.engine.model.blocks import GroupNormSiLU

@@ -13,15 +13,18 @@ import torch
 
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
-from duotone.engine import main, memory, run_folder, zero
+from duotone.engine import main, memory, run_folder
+from duotone.engine.distributed import zero
 from duotone.engine.entry import base_of
 from duotone.engine.log import Log, Logger, duration
 from duotone.engine.model.network import Network
 from duotone.engine.model.unet import UNetConfig
-from duotone.engine.optimizer import AdamW, AdamWEma, Ema, parameter_groups
+from duotone.engine.optimizers.adamw import AdamW, AdamWEma
+from duotone.engine.optimizers.base import parameter_groups
+from duotone.engine.optimizers.ema import Ema
 from duotone.engine.preview import Previews
 from duotone.engine.recipe import Recipe
-from duotone.engine.run import with_accumulation
+from duotone.engine.set_up import with_accumulation
 from duotone.engine.speed import Choice
 
 ROOT = Path(__file__).parent.parent.parent

@@ -18,7 +18,7 @@ from duotone.engine.conditioning.attributes import Attributes
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.text import ByteText
-from duotone.engine.exchange import diffusers_folder, original_layout
+from duotone.engine.exchange import diffusers_folder, diffusers_unet, original_layout
 from duotone.engine.exchange.starting_weights import begin_from, weights_file
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.ddpm import DDPM
@@ -42,7 +42,7 @@ def fresh(recipe: Recipe = RECIPE, seed: int = 1):
 def theirs(tmp_path):
     """A diffusers UNet with classes, saved by diffusers."""
     torch.manual_seed(7)
-    config = diffusers_folder.to_config(MODEL, 16, classes=3)
+    config = diffusers_unet.to_config(MODEL, 16, classes=3)
     config.pop("_class_name")
     unet = diffusers.UNet2DModel(**config)
     unet.save_pretrained(tmp_path / "theirs")
@@ -89,8 +89,8 @@ def predicted(network, x_NCHW, time_N, labels_N) -> torch.Tensor:
 def numbered(request, tmp_path):
     """A diffusers UNet that takes the class number as it takes the time, and a recipe of its shape."""
     torch.manual_seed(8)
-    config = diffusers_folder.to_config(MODEL, 16) | {"class_embed_type": "timestep"} | request.param
-    theirs = diffusers_folder.from_config(config)
+    config = diffusers_unet.to_config(MODEL, 16) | {"class_embed_type": "timestep"} | request.param
+    theirs = diffusers_unet.from_config(config)
     config.pop("_class_name")
     unet = diffusers.UNet2DModel(**config)
     unet.save_pretrained(tmp_path / "numbered")
@@ -265,7 +265,7 @@ def test_stable_diffusions_single_file_is_known_name_by_name():
 
     with torch.device("meta"):
         model = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-        ours = diffusers_folder.from_config({**model.config, "_class_name": "UNet2DConditionModel"}).build()
+        ours = diffusers_unet.from_config({**model.config, "_class_name": "UNet2DConditionModel"}).build()
     file = in_original_layout(ours)
     assert len(file) == 686 + 2 and "model.diffusion_model.output_blocks.8.2.conv.weight" in file
     assert convert_ldm_unet_checkpoint(dict(file), model.config).keys() == ours.state_dict().keys()
@@ -332,7 +332,7 @@ def test_other_heads_in_the_middle_are_another_network(tmp_path):
     """Heads change no shape of any weight: only their config.json tells, also of a middle below a level without attention."""
     shape = dict(channels=(16, 32), attention=("none", "none"), middle="self", blocks=(1, 1), depth=(1, 1), groups=8)
     ours, theirs = UNetConfig(heads=(1, 4), **shape), UNetConfig(heads=(1, 2), **shape)
-    config = diffusers_folder.to_config(theirs, 16)
+    config = diffusers_unet.to_config(theirs, 16)
     config.pop("_class_name")
     diffusers.UNet2DModel(**config).save_pretrained(tmp_path / "theirs")
     with pytest.raises(Refused, match=r"--model.heads 1 2"):
@@ -361,7 +361,7 @@ def test_weights_that_were_taught_another_objective_are_named(theirs, objective,
 @pytest.mark.parametrize("told", [False, True], ids=["a network alone", "a pipeline"])
 def test_an_objective_that_diffusers_does_not_have_begins_from_any_weights(told, theirs, tmp_path, monkeypatch):
     def none(objective):
-        raise diffusers_folder.Inexpressible("an objective of one's own")
+        raise diffusers_unet.Inexpressible("an objective of one's own")
 
     monkeypatch.setattr(diffusers_folder, "scheduler_config", none)
     (tmp_path / "pipeline").mkdir()

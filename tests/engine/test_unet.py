@@ -13,7 +13,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 from duotone.data.refusal import Refused
-from duotone.engine.exchange import diffusers_folder
+from duotone.engine.exchange import diffusers_unet
 from duotone.engine.model.blocks import ResBlock
 from duotone.engine.model.unet import UNet, UNetConfig
 
@@ -25,8 +25,8 @@ def random_config(seed: int) -> UNetConfig:
     draw = random.Random(seed)
     while True:
         config = any_config(draw)
-        with contextlib.suppress(diffusers_folder.Inexpressible):
-            diffusers_folder.to_config(config, 16)
+        with contextlib.suppress(diffusers_unet.Inexpressible):
+            diffusers_unet.to_config(config, 16)
             return replace(config, down_pads_ends=seed % 3 == 0)
 
 
@@ -68,7 +68,7 @@ def any_config(draw: random.Random) -> UNetConfig:
 
 
 def theirs_of(config: UNetConfig, size: int, classes: int | None = None):
-    theirs = diffusers_folder.to_config(config, size, classes)
+    theirs = diffusers_unet.to_config(config, size, classes)
     cls = CLASSES[theirs.pop("_class_name")]
     return cls(**theirs).eval()
 
@@ -219,8 +219,8 @@ def network_of_recipe(name: str) -> UNetConfig:
 def test_every_recipes_network_equals_diffusers(name):
     """The other recipes' own networks at the smallest sides that keep their levels; the three above stand in SEEDS."""
     if name in NEAREST:
-        with pytest.raises(diffusers_folder.Inexpressible):
-            diffusers_folder.to_config(network_of_recipe(name), 32)
+        with pytest.raises(diffusers_unet.Inexpressible):
+            diffusers_unet.to_config(network_of_recipe(name), 32)
     config = replace(network_of_recipe(name), zero_init=False, **NEAREST.get(name, {}))
     size = AT.get(name, 16)
     torch.manual_seed(0)
@@ -248,7 +248,7 @@ def test_stable_diffusion_has_the_same_names_and_count(version):
     theirs, count = STABLE_DIFFUSION[version]
     with torch.device("meta"):
         model = UNet2DConditionModel(sample_size=64, **theirs)
-        unet = diffusers_folder.from_config({**model.config, "_class_name": "UNet2DConditionModel"}).build()
+        unet = diffusers_unet.from_config({**model.config, "_class_name": "UNet2DConditionModel"}).build()
     shapes = {name: tuple(p.shape) for name, p in unet.named_parameters()}
     assert shapes == {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert sum(p.numel() for p in unet.parameters()) == count
@@ -281,7 +281,7 @@ def test_ho_et_als_network_equals_diffusers():
     """35.7 M parameters; it pads its downsamples at the ends alone."""
     torch.manual_seed(0)
     model = UNet2DModel(**{key: v for key, v in HO.items() if not key.startswith("_")}).eval()
-    unet = diffusers_folder.from_config(HO).build().eval()
+    unet = diffusers_unet.from_config(HO).build().eval()
     assert sum(p.numel() for p in unet.parameters()) == 35_746_307
     unet.load_state_dict(model.state_dict())
     assert_same(unet, model, inputs_of(unet.config, 16, 0))
@@ -291,7 +291,7 @@ def test_ho_et_als_network_equals_diffusers():
 def test_configuration_survives_the_round_trip(seed):
     config = random_config(seed)
     model = theirs_of(config, 16)
-    back = diffusers_folder.from_config({**model.config, "_class_name": type(model).__name__})
+    back = diffusers_unet.from_config({**model.config, "_class_name": type(model).__name__})
     with torch.device("meta"):
         a, b = config.build(), back.build()
     assert {n: p.shape for n, p in a.named_parameters()} == {n: p.shape for n, p in b.named_parameters()}
@@ -315,16 +315,16 @@ def test_a_feature_that_is_not_supported_is_named(feature):
     with pytest.raises(
         Refused, match=value[0] if isinstance(value, list) else (str(value) if key == "_class_name" else key)
     ):
-        diffusers_folder.from_config(model)
+        diffusers_unet.from_config(model)
 
 
 def test_a_feature_that_no_level_has_is_no_feature():
     model = {"_class_name": "UNet2DConditionModel", "block_out_channels": [32] * 2, "layers_per_block": 1}
     model |= {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
-    config = diffusers_folder.from_config(model | {"only_cross_attention": [False, False]})
-    assert config == diffusers_folder.from_config(model)
+    config = diffusers_unet.from_config(model | {"only_cross_attention": [False, False]})
+    assert config == diffusers_unet.from_config(model)
     with pytest.raises(Refused, match="only_cross_attention"):
-        diffusers_folder.from_config(model | {"only_cross_attention": [False, True]})
+        diffusers_unet.from_config(model | {"only_cross_attention": [False, True]})
 
 
 BASE = {
@@ -414,7 +414,7 @@ def test_every_field_of_theirs_is_obeyed_or_refused_by_name(cls, name):
     torch.manual_seed(0)
     settings = BASE[cls] | {name: OTHERWISE[name]}
     try:
-        config = diffusers_folder.from_config({**settings, "_class_name": cls.__name__})
+        config = diffusers_unet.from_config({**settings, "_class_name": cls.__name__})
     except Refused as refusal:
         value = OTHERWISE[name]
         assert name in str(refusal) or (isinstance(value, tuple) and value[-1] in str(refusal))
@@ -442,12 +442,12 @@ def test_every_field_of_theirs_is_obeyed_or_refused_by_name(cls, name):
 )
 def test_what_would_be_ignored_or_would_break_is_refused(change, says):
     with pytest.raises(Refused, match=says):
-        diffusers_folder.from_config({**BASE[UNet2DModel], "_class_name": "UNet2DModel", **change})
+        diffusers_unet.from_config({**BASE[UNet2DModel], "_class_name": "UNet2DModel", **change})
 
 
 def test_a_config_that_lacks_its_blocks_is_refused():
     with pytest.raises(Refused, match="without block_out_channels in its config.json"):
-        diffusers_folder.from_config({"_class_name": "UNet2DModel"})
+        diffusers_unet.from_config({"_class_name": "UNet2DModel"})
 
 
 @pytest.mark.parametrize("heads,held", [(2, True), (1, False), (4, False)])
@@ -460,11 +460,11 @@ def test_a_middle_that_would_count_other_heads_is_refused_both_ways(heads, held)
         model.load_state_dict(unet.state_dict())
         assert_same(unet, model, inputs_of(config, 16, 0))
         return
-    with pytest.raises(diffusers_folder.Inexpressible, match="as many heads as a head of the last level"):
-        diffusers_folder.to_config(config, 16)
-    theirs = diffusers_folder.to_config(replace(config, heads=(2, 2)), 16) | {"attention_head_dim": [4 // heads] * 2}
+    with pytest.raises(diffusers_unet.Inexpressible, match="as many heads as a head of the last level"):
+        diffusers_unet.to_config(config, 16)
+    theirs = diffusers_unet.to_config(replace(config, heads=(2, 2)), 16) | {"attention_head_dim": [4 // heads] * 2}
     with pytest.raises(Refused, match="middle has other heads than its last level"):
-        diffusers_folder.from_config(theirs)
+        diffusers_unet.from_config(theirs)
 
 
 def test_odd_sizes_come_back_as_they_went_in():
@@ -583,7 +583,7 @@ def test_a_shared_film_projection_is_every_blocks_own():
 
 
 def test_diffusers_is_said_not_to_hold_a_shared_projection():
-    with pytest.raises(diffusers_folder.Inexpressible, match="one FiLM projection for all blocks"):
-        diffusers_folder.to_config(film_pair()[0].config, 8)
+    with pytest.raises(diffusers_unet.Inexpressible, match="one FiLM projection for all blocks"):
+        diffusers_unet.to_config(film_pair()[0].config, 8)
     with pytest.raises(Refused, match="model.film_shared"):
         UNetConfig(film_shared=True).check()

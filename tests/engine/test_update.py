@@ -8,9 +8,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from duotone.data.refusal import Refused
-from duotone.engine import checkpoint, zero
-from duotone.engine.optimizer import AdamW, AdamWEma, parameter_groups
-from duotone.engine.sharded import Sharded
+from duotone.engine import checkpoint
+from duotone.engine.distributed import zero
+from duotone.engine.distributed.sharded import Sharded
+from duotone.engine.optimizers.adamw import AdamW, AdamWEma
+from duotone.engine.optimizers.base import parameter_groups
 
 ROWS = 8
 CONFIG = AdamW(lr=1e-2, weight_decay=0.1, clip=0.5, warmup=0)
@@ -240,8 +242,10 @@ def whole_passes(ours: bool) -> list[str]:
 
 
 def test_deepspeeds_cast_clip_and_copy_passes_are_gone(monkeypatch):
-    monkeypatch.setattr("duotone.engine.optimizer.adamw_ema_", lambda *_, **__: None)
-    monkeypatch.setattr("duotone.engine.update.squared_norm", lambda grad_P: torch.ones((), dtype=torch.float64))
+    monkeypatch.setattr("duotone.engine.optimizers.adamw.adamw_ema_", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "duotone.engine.distributed.update.squared_norm", lambda grad_P: torch.ones((), dtype=torch.float64)
+    )
     mine, theirs = whole_passes(True), whole_passes(False)
     assert mine == ["aten.cat"], mine
     assert len(theirs) >= 4, theirs  # two casts, the clip, the copy

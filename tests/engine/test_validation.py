@@ -16,7 +16,8 @@ from duotone.engine.evaluate.images import read_images
 from duotone.engine.evaluate.loss_table import loss_table
 from duotone.engine.log import Log
 from duotone.engine.model.unet import UNetConfig
-from duotone.engine.optimizer import AdamW, Ema
+from duotone.engine.optimizers.adamw import AdamW
+from duotone.engine.optimizers.ema import Ema
 from duotone.engine.preview import Previews
 from duotone.engine.recipe import Recipe
 from duotone.engine.speed import Speed

@@ -1,5 +1,6 @@
 """A step recorded whole is the eager step: with a recording that runs again what it recorded, and holds it to what a replay can do."""
 
+import gc
 import importlib
 import json
 import os
@@ -16,13 +17,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from duotone.engine import checkpoint, meeting, speed, zero
-from duotone.engine import optimizer as optimizer_module
+from duotone.engine import checkpoint, speed
 from duotone.engine.cuda_graph import Recorded
+from duotone.engine.distributed import meeting, zero
+from duotone.engine.distributed.sharded import Sharded
 from duotone.engine.log import Log
-from duotone.engine.muon import Muon
-from duotone.engine.optimizer import AdamW, OptimizerConfig
-from duotone.engine.sharded import Sharded
+from duotone.engine.optimizers import adamw
+from duotone.engine.optimizers.adamw import AdamW
+from duotone.engine.optimizers.base import OptimizerConfig
+from duotone.engine.optimizers.muon import Muon
 from duotone.engine.speed import Choice, Speed
 from duotone.engine.whole_step import WholeStep
 
@@ -34,7 +37,10 @@ MUON = Muon(lr=1e-2, weight_decay=0.1, clip=0.5, warmup=0)
 
 
 class Operators(TorchDispatchMode):
-    """Every operator with all that it was given beside tensors: what a CUDA graph keeps for ever."""
+    """Every operator with all that it was given beside tensors: what a CUDA graph keeps for ever.
+
+    Meanwhile nothing is collected: an earlier test's engine calls operators of its own when it goes.
+    """
 
     now: "Operators | None" = None
 
@@ -43,11 +49,13 @@ class Operators(TorchDispatchMode):
         self.seen = []
 
     def __enter__(self):
+        gc.disable()
         Operators.now = self
         return super().__enter__()
 
     def __exit__(self, *raised):
         Operators.now = None
+        gc.enable()
         return super().__exit__(*raised)
 
     def note(self, name, arguments, options):
@@ -102,7 +110,7 @@ def group_of_one():
 @pytest.fixture(autouse=True)
 def update_in_one_operator(monkeypatch):
     """As on a GPU: the kernel's definition, which a CPU runs, looks at the skipped step's mark itself."""
-    update_ = optimizer_module.adamw_ema_
+    update_ = adamw.adamw_ema_
 
     def noted(*tensors, **options):
         if Operators.now is None:
@@ -111,7 +119,7 @@ def update_in_one_operator(monkeypatch):
         with _disable_current_modes():
             return update_(*tensors, **options)
 
-    monkeypatch.setattr(optimizer_module, "adamw_ema_", noted)
+    monkeypatch.setattr(adamw, "adamw_ema_", noted)
 
 
 def sharded(stage: int, precision: str, optimizer: OptimizerConfig = CONFIG) -> Sharded:

@@ -8,7 +8,8 @@ from duotone.engine.conditioning.text import ByteText
 from duotone.engine.log import Log
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.edm import EDM
-from duotone.engine.optimizer import AdamW, Ema
+from duotone.engine.optimizers.adamw import AdamW
+from duotone.engine.optimizers.ema import Ema
 from duotone.engine.preview import Previews
 
 recipe = Recipe(

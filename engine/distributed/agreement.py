@@ -9,7 +9,7 @@ from torch import nn
 
 from duotone.data.dataset import Dataset
 from duotone.data.refusal import Refused
-from duotone.engine import zero
+from duotone.engine.distributed import zero
 from duotone.engine.model.network import Network
 from duotone.engine.recipe import Recipe
 from duotone.engine.recipe_json import changed, flat, to_json

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from duotone.data.refusal import Refused
-from duotone.engine import zero
-from duotone.engine.optimizer import AdamWEma
-from duotone.engine.update import Update
+from duotone.engine.distributed import zero
+from duotone.engine.distributed.update import Update
+from duotone.engine.optimizers.adamw import AdamWEma
 
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """The state of DeepSpeed's dynamic loss scaler."""
@@ -178,7 +178,7 @@ def refuse_other_steps(optimizer: torch.optim.Optimizer) -> None:
     if not isinstance(optimizer, AdamWEma) or own is not inspect.unwrap(AdamWEma.step):
         raise Refused(
             f"optimizer: {type(optimizer).__name__} would not be stepped: make it an AdamWEma with a `move` of its own "
-            "(engine/optimizer.py)"
+            "(engine/optimizers/adamw.py)"
         )
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from duotone.data.refusal import Refused
-from duotone.engine.matrices import Matrices
 from duotone.engine.model.blocks import EmbeddingLinear, EndConv
-from duotone.engine.optimizer import AdamWEma, OptimizerConfig, parameter_groups
+from duotone.engine.optimizers.adamw import AdamWEma
+from duotone.engine.optimizers.base import OptimizerConfig, parameter_groups
+from duotone.engine.optimizers.matrices import Matrices
 
 SCALE = 0.2
 """Root mean square of AdamW's steps, about."""

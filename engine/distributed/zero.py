@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from duotone.data.batch import sent
 from duotone.data.refusal import Refused
-from duotone.engine.meeting import PATIENCE, forget, meet, single_process_defaults
+from duotone.engine.distributed.meeting import PATIENCE, forget, meet, single_process_defaults
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from duotone.engine import zero
-from duotone.engine.matrices import Matrices
-from duotone.engine.optimizer import AdamWEma
+from duotone.engine.distributed import zero
+from duotone.engine.optimizers.adamw import AdamWEma
+from duotone.engine.optimizers.matrices import Matrices
 from duotone.kernels.squared_norm import squared_norm
 
 

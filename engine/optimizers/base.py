@@ -1,0 +1,62 @@
+"""What every optimizer takes: its settings, a learning rate that is a function of the images seen, and parameters in groups."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from duotone.data.refusal import Refused, above, at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """What optimizers share: AdamW's settings, which also those take that move some parameters otherwise, and the schedule."""
+
+    lr: float = 1e-4
+    """Learning rate after the warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+    """Decay of matrices and convolutions; biases and norm weights have none."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 = no clipping."""
+    warmup: int = 10_000
+    """Images over which the learning rate rises from 0."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """What follows the warm-up: constant, or half a cosine down to 0 at the end of the run."""
+
+    largest_stage = 3
+    """Of ZeRO, at which it can step."""
+
+    def check(self) -> None:
+        for name in ("lr", "eps"):
+            above(f"optimizer.{name}", getattr(self, name), 0)
+        for name in ("weight_decay", "clip", "warmup"):
+            at_least(f"optimizer.{name}", getattr(self, name), 0)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise Refused(f"optimizer.betas = {self.betas}: each must lie in [0, 1)")
+
+    def lr_at(self, images: int, total: int) -> float:
+        """Learning rate of the step that begins at `images` of `total`."""
+        if images < self.warmup:
+            return self.lr * images / self.warmup
+        if self.schedule == "constant":
+            return self.lr
+        progress = (images - self.warmup) / max(1, total - self.warmup)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    def state_elements(self, network: nn.Module) -> int:
+        """Numbers in fp32 that all ranks together keep: weights, both moments, EMA."""
+        return 4 * sum(p.numel() for p in network.parameters())
+
+
+def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
+    """The trained ones in two groups: decayed (matrices, convolutions) and not (vectors)."""
+    trained = [p for p in parameters if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
