@@ -6,13 +6,14 @@ import warnings
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import numpy as np
 import torch
 
 from duotone.data.ahead import Ahead
 from duotone.data.batch import Batch, Plan, sent
+from duotone.data.framing import Frame
 from duotone.data.guarded import BadSample, GuardedBytes
 from duotone.data.manifest import Manifest
 from duotone.data.refusal import Refused, SampleReplaced
@@ -20,9 +21,7 @@ from duotone.data.sample_text import SampleText
 from duotone.data.squares import STORED, Squares
 from duotone.data.tar_index import COLUMNS, TarIndex
 
-if TYPE_CHECKING:
-    from duotone.data.shards import Shards
-
+OnBad = Literal["refuse", "replace"]
 REMEDY = "write or download it again, or pass --data.on-bad replace to read the next sample instead"
 
 
@@ -33,10 +32,17 @@ class Dataset:
     """
 
     def __init__(
-        self, shards: "Shards", device: torch.device, paths: list[Path], indexes: list[TarIndex], manifest: Manifest
+        self,
+        frame: Frame,
+        device: torch.device,
+        paths: list[Path],
+        indexes: list[TarIndex],
+        manifest: Manifest,
+        *,
+        on_bad: OnBad,
     ):
         counts = [len(index.keys) for index in indexes]
-        self.shards, self.device, self.paths, self.count = shards, device, paths, sum(counts)
+        self.on_bad, self.device, self.paths, self.count = on_bad, device, paths, sum(counts)
         self.classes, self.attributes = manifest.classes, manifest.attributes
         self.keys = [key for index in indexes for key in index.keys]
         self.shard_N = np.repeat(np.arange(len(paths)), counts)
@@ -49,7 +55,7 @@ class Dataset:
             self.notes.append(f"the next sample is read instead of {self.unread()[0]}{more}")
         self.decoder_note: str | None = None
         self._bytes = GuardedBytes(paths, self.shard_N, self.columns)
-        self._squares = Squares(shards, self.columns, decoder=None)
+        self._squares = Squares(frame, self.columns, decoder=None)
 
     def decode_with(self, decoder, note: str | None) -> None:
         """Takes the decoder of encoded images, and what is to be said about that choice."""
@@ -104,7 +110,7 @@ class Dataset:
             try:
                 return self._batch(plan, samples_N, skipped)
             except BadSample as bad:
-                if self.shards.on_bad == "refuse":
+                if self.on_bad == "refuse":
                     raise Refused(f"{self.where(bad.sample)}: {bad.reason}; {REMEDY}") from None
                 self.bad[bad.sample] = bad.reason
                 told = f"{self.where(bad.sample)}: {bad.reason}; the next sample is read instead"

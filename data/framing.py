@@ -1,15 +1,45 @@
-"""Which rectangle of a stored image becomes the square that is trained on, and how it is turned upright.
+"""The square that is trained on: which rectangle of a stored image becomes it, and how it is turned upright.
 
 Boxes are whole pixels (top, left, height, width) of the image as stored; EXIF orientation is applied to the finished
 square, so every decoder only cuts and resizes.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from duotone.data.refusal import Refused
+
 Resize = Literal["crop", "squash", "none"]
 Crop = Literal["random", "center"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """How an image becomes a square of pixels."""
+
+    size: int = 128
+    """Side of the training images, pixels."""
+    channels: int = 3
+    """3 colour, 1 gray."""
+    resize: Resize = "crop"
+    """crop: short side to size, then a square; squash: the whole frame; none: stored at this size already."""
+    crop: Crop = "center"
+    """Which square is cut where one side is longer."""
+    pad: int = 0
+    """Black border inside `size`, pixels a side: size 32 and pad 2 hold images of 28."""
+
+    def __post_init__(self):
+        if self.channels not in (1, 3):
+            raise Refused(f"data.channels is {self.channels}: use 3 (colour) or 1 (gray)")
+        if self.size < 1 or self.pad < 0 or self.side < 1:
+            raise Refused(f"data.size is {self.size} with data.pad {self.pad}: at least one pixel must remain")
+
+    @property
+    def side(self) -> int:
+        """Side of the image inside its border, pixels."""
+        return self.size - 2 * self.pad
 
 
 def boxes(sides_N2: np.ndarray, orientations_N: np.ndarray, crops_N2: np.ndarray | None, resize: Resize) -> np.ndarray:

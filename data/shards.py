@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from duotone.data.dataset import REMEDY, Dataset
-from duotone.data.framing import Crop, Resize
+from duotone.data.dataset import REMEDY, Dataset, OnBad
+from duotone.data.framing import Frame
 from duotone.data.held_out import Part, is_held_out, parted
 from duotone.data.manifest import NAME, read_manifest
 from duotone.data.pillow import PillowDecoder
@@ -21,26 +21,16 @@ UNPACK = {".tar.gz": "gunzip", ".tgz": "gunzip", ".tar.bz2": "bunzip2", ".tar.xz
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shards:
+class Shards(Frame):
     """Where the training images are and how each becomes a square of pixels."""
 
     shards: Path | None = None
     """Folder of WebDataset shards (*.tar), made by `duotone prepare`, img2dataset or tar."""
-    size: int = 128
-    """Side of the training images, pixels."""
-    channels: int = 3
-    """3 colour, 1 gray."""
-    resize: Resize = "crop"
-    """crop: short side to size, then a square; squash: the whole frame; none: stored at this size already."""
-    crop: Crop = "center"
-    """Which square is cut where one side is longer."""
-    pad: int = 0
-    """Black border inside `size`, pixels a side: size 32 and pad 2 hold images of 28."""
     decoder: Literal["auto", "dali", "pillow"] = "auto"
     """What decodes JPEG, PNG and WebP; auto takes DALI where it is installed."""
     threads: int = 2
     """Threads that decode on the CPU."""
-    on_bad: Literal["refuse", "replace"] = "refuse"
+    on_bad: OnBad = "refuse"
     """An image that cannot be read: stop, or take the next sample, with a line and in the run's record."""
     held_out: float = 0.0
     """Share of the images that is never trained on, chosen by their keys; `duotone evaluate` measures against it too."""
@@ -48,21 +38,13 @@ class Shards:
     def __post_init__(self):
         if isinstance(self.shards, str):  # as one writes it in a script
             object.__setattr__(self, "shards", Path(self.shards))
-        if self.channels not in (1, 3):
-            raise Refused(f"data.channels is {self.channels}: use 3 (colour) or 1 (gray)")
-        if self.size < 1 or self.pad < 0 or self.side < 1:
-            raise Refused(f"data.size is {self.size} with data.pad {self.pad}: at least one pixel must remain")
+        super().__post_init__()
         if self.threads < 1:
             raise Refused(f"data.threads is {self.threads}: use at least 1")
         if not 0 <= self.held_out < 1:
             raise Refused(f"data.held_out is {self.held_out}: it is a share of the images, at least 0 and below 1")
 
-    @property
-    def side(self) -> int:
-        """Side of the image inside its border, pixels."""
-        return self.size - 2 * self.pad
-
-    def open(self, device: torch.device, require_captions: bool = False, part: Part = "training") -> "Dataset":
+    def open(self, device: torch.device, require_captions: bool = False, part: Part = "training") -> Dataset:
         """Checks every shard and indexes those without an index; raises Refused naming shard, key and remedy.
 
         Only the samples of one part can be read: those that are trained on, those that are held out, or all.
@@ -72,9 +54,9 @@ class Shards:
         indexes = _open_indexes(paths)
         manifest.check(paths, indexes)
         indexes = _parted(indexes, self, part)
-        dataset = Dataset(self, torch.device(device), paths, indexes, manifest)
-        _check(dataset, require_captions)
-        dataset.notes += _enlarged(dataset)
+        dataset = Dataset(self, torch.device(device), paths, indexes, manifest, on_bad=self.on_bad)
+        _check(dataset, self, require_captions)
+        dataset.notes += _enlarged(dataset, self)
         if not dataset.all_stored:
             dataset.decode_with(*_decoder(self, dataset.device))
         return dataset
@@ -122,18 +104,18 @@ def _parted(indexes: list[TarIndex], shards: Shards, part: Part) -> list[TarInde
     return kept
 
 
-def _check(dataset: Dataset, require_captions: bool) -> None:
+def _check(dataset: Dataset, shards: Shards, require_captions: bool) -> None:
     """Raises Refused for the first sample that training would stumble over."""
     if not dataset.count:
         raise Refused(f"{dataset.paths[0].parent}: it holds no images (jpg, jpeg, png, webp, npy); check the folder")
-    if dataset.bad and dataset.shards.on_bad == "refuse":
+    if dataset.bad and shards.on_bad == "refuse":
         sample = min(dataset.bad)
         raise Refused(f"{dataset.where(sample)}: {dataset.bad[sample]}; {REMEDY}")
     if require_captions:
         _check_captions(dataset)
     _check_labels(dataset)
     _check_attributes(dataset)
-    _check_sides(dataset)
+    _check_sides(dataset, shards)
 
 
 def _first(dataset: Dataset, failing_N: np.ndarray) -> int | None:
@@ -172,13 +154,13 @@ def _check_attributes(dataset: Dataset) -> None:
         raise Refused(f"{dataset.where(sample)}: it has {found_N[sample]} attributes where {NAME} names {named}")
 
 
-def _check_sides(dataset: Dataset) -> None:
-    side, heights_N, widths_N = dataset.shards.side, dataset.columns["height"], dataset.columns["width"]
+def _check_sides(dataset: Dataset, shards: Shards) -> None:
+    side, heights_N, widths_N = shards.side, dataset.columns["height"], dataset.columns["width"]
     wrong_N = (heights_N != side) | (widths_N != side)
-    sample = _first(dataset, wrong_N) if dataset.shards.resize == "none" else None
+    sample = _first(dataset, wrong_N) if shards.resize == "none" else None
     if sample is not None:
         found = f"the image is {widths_N[sample]} x {heights_N[sample]}, not {side} x {side}"
-        remedy = _remedy(dataset.shards, heights_N[sample], widths_N[sample])
+        remedy = _remedy(shards, heights_N[sample], widths_N[sample])
         raise Refused(f"{dataset.where(sample)}: {found}; use {remedy}")
 
 
@@ -187,9 +169,8 @@ def _remedy(shards: Shards, height: int, width: int) -> str:
     return "--data.pad 0" if height == width == shards.size else "--data.resize crop, or another --data.size"
 
 
-def _enlarged(dataset: Dataset) -> list[str]:
+def _enlarged(dataset: Dataset, shards: Shards) -> list[str]:
     """A line where images are smaller than the square they become; the shorter side decides, upright or turned."""
-    shards = dataset.shards
     shorter_N = np.minimum(dataset.columns["height"], dataset.columns["width"])
     count = int(((shorter_N < shards.side) & dataset.good_N).sum())
     wanted = f"data.size = {shards.size}" + (f" less data.pad = {shards.pad} on either side" if shards.pad else "")

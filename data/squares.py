@@ -1,17 +1,12 @@
 """Images as stored -> the square uint8 images of a batch: slices of decoded ones, a decoder for the others, a border."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 
-from duotone.data.framing import boxes
+from duotone.data.framing import Frame, boxes
 from duotone.data.guarded import BadSample
 from duotone.data.pillow import Undecodable, cut_stored
 from duotone.data.tar_index import KINDS
-
-if TYPE_CHECKING:
-    from duotone.data.shards import Shards
 
 STORED = KINDS.index("npy")
 
@@ -19,8 +14,8 @@ STORED = KINDS.index("npy")
 class Squares:
     """Cuts, resizes and frames images as the configuration says; `columns` is what the index knows of every sample."""
 
-    def __init__(self, shards: "Shards", columns: dict[str, np.ndarray], decoder):
-        self.shards, self.columns, self.decoder = shards, columns, decoder
+    def __init__(self, frame: Frame, columns: dict[str, np.ndarray], decoder):
+        self.frame, self.columns, self.decoder = frame, columns, decoder
 
     def images(self, samples_N: np.ndarray, encoded: list[np.ndarray], crops_N2: np.ndarray) -> torch.Tensor:
         """Images uint8 (N, size, size, channels) of N samples from their bytes; raises BadSample."""
@@ -28,10 +23,10 @@ class Squares:
         stored_N = self.columns["kind"][samples_N] == STORED
         if not stored_N.any():
             return self._bordered(self._decoded(samples_N, encoded, boxes_N4))
-        inner_NHWC = np.empty((len(encoded), self.shards.side, self.shards.side, self.shards.channels), dtype=np.uint8)
+        inner_NHWC = np.empty((len(encoded), self.frame.side, self.frame.side, self.frame.channels), dtype=np.uint8)
         for place in np.flatnonzero(stored_N).tolist():
             image_HWC = self._pixels(samples_N[place], encoded[place])
-            inner_NHWC[place] = cut_stored(image_HWC, boxes_N4[place], self.shards.side, self.shards.channels)
+            inner_NHWC[place] = cut_stored(image_HWC, boxes_N4[place], self.frame.side, self.frame.channels)
         if not stored_N.all():
             others = np.flatnonzero(~stored_N)
             decoded = self._decoded(samples_N[others], [encoded[place] for place in others], boxes_N4[others])
@@ -40,8 +35,8 @@ class Squares:
 
     def _boxes(self, samples_N: np.ndarray, crops_N2: np.ndarray) -> np.ndarray:
         sides_N2 = np.stack([self.columns["height"][samples_N], self.columns["width"][samples_N]], axis=1)
-        drawn_N2 = crops_N2 if self.shards.crop == "random" else None
-        return boxes(sides_N2, self.columns["orientation"][samples_N], drawn_N2, self.shards.resize)
+        drawn_N2 = crops_N2 if self.frame.crop == "random" else None
+        return boxes(sides_N2, self.columns["orientation"][samples_N], drawn_N2, self.frame.resize)
 
     def _decoded(self, samples_N: np.ndarray, encoded: list[np.ndarray], boxes_N4: np.ndarray) -> torch.Tensor:
         try:
@@ -55,8 +50,8 @@ class Squares:
         return encoded_B[-height * width * channels :].reshape(height, width, channels)
 
     def _bordered(self, inner_NHWC: torch.Tensor) -> torch.Tensor:
-        pad, size, side = self.shards.pad, self.shards.size, self.shards.side
-        shape = (len(inner_NHWC), size, size, self.shards.channels)
+        pad, size, side = self.frame.pad, self.frame.size, self.frame.side
+        shape = (len(inner_NHWC), size, size, self.frame.channels)
         if not pad:
             return inner_NHWC
         if inner_NHWC.device.type == "cpu":  # numpy: torch would wake its thread team for a quarter of a megabyte

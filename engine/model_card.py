@@ -4,7 +4,7 @@ from pathlib import Path
 
 from duotone.data.whole_file import write_whole
 from duotone.engine.conditioning.base import Facts
-from duotone.engine.exchange import diffusers_folder
+from duotone.engine.exchange import diffusers_config
 from duotone.engine.recipe import Recipe
 
 LIMITS = """\
@@ -85,7 +85,7 @@ def named(objective) -> str:
 
 
 def exported(recipe: Recipe) -> str:
-    reason = diffusers_folder.why_not(recipe)
+    reason = diffusers_config.why_not(recipe)
     return "`duotone export`" if reason is None else f"no, only as this single file: {reason}"
 
 

@@ -10,10 +10,10 @@ from duotone.engine import artifact, checkpoint, draws, speed
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.distributed import zero
 from duotone.engine.distributed.sharded import Sharded
+from duotone.engine.drawing import Examples
 from duotone.engine.evaluate.images import Images
 from duotone.engine.log import Logger
 from duotone.engine.model.network import Network
-from duotone.engine.preview import Examples
 from duotone.engine.recipe import Recipe
 from duotone.engine.whole_step import WholeStep
 from duotone.kernels import attention_backends

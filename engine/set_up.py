@@ -11,16 +11,16 @@ from duotone.data import captioned_shapes
 from duotone.data.refusal import Refused
 from duotone.data.shards import Dataset
 from duotone.data.whole_file import write_json
-from duotone.engine import artifact, checkpoint, draws, probe, run_folder, speed, validation
+from duotone.engine import artifact, checkpoint, draws, probe, run_folder, speed
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.distributed import agreement, zero
 from duotone.engine.distributed.sharded import Sharded
-from duotone.engine.evaluate.images import Images
+from duotone.engine.drawing import Examples, refuse_undrawable
+from duotone.engine.evaluate.images import Images, read_images
 from duotone.engine.exchange.starting_weights import begin_from
 from duotone.engine.log import Logger, say
 from duotone.engine.memory import Estimate, estimate, fewest_micro_batches
 from duotone.engine.model.network import Network
-from duotone.engine.preview import Examples, refuse_undrawable
 from duotone.engine.recipe import Objectives, Recipe
 from duotone.engine.recipe_json import differences, to_json
 from duotone.engine.run import Run, goes_on_otherwise, resume
@@ -85,8 +85,15 @@ def opened(
         recipe = with_embedded_data(recipe)
         data = recipe.data.open(ranks.device, require_captions=recipe.wants_captions)
         held.callback(data.close)
-        held_out = validation.held_out(recipe.validation, recipe.data) if ranks.rank == 0 else None
+        held_out = measured_on(recipe) if ranks.rank == 0 else None
     return recipe, data, held_out
+
+
+def measured_on(recipe: Recipe) -> Images | None:
+    """The images of every validation; raises Refused where the data holds none out."""
+    if not recipe.validation.every:
+        return None
+    return read_images(recipe.data, recipe.validation.images, "validation set", "held out")
 
 
 def beginning(recipe: Recipe, facts: Facts, ranks: zero.Ranks) -> tuple[Network, Path | None, list[str]]:

@@ -17,10 +17,11 @@ from torch import Tensor
 from duotone.data.batch import Batch, sent
 from duotone.data.refusal import Refused
 from duotone.data.whole_file import write_json
-from duotone.engine import artifact, draws, model_card, preview, speed, validation
+from duotone.engine import artifact, drawing, draws, model_card, speed
 from duotone.engine.checkpoint import name_of
 from duotone.engine.conditioning.dropout import conditioned
 from duotone.engine.distributed import zero
+from duotone.engine.evaluate.loss_table import loss_table, summary
 from duotone.engine.objectives.base import Objective
 from duotone.engine.recipe import Recipe
 from duotone.engine.recipe_json import refuse_unstorable
@@ -273,7 +274,7 @@ def finish(run: Run) -> None:
         model = averaged(run, ema)
         written = draw(run, model)
         if run.recipe.preview.sheets:
-            written += preview.draw_sheets(run.recipe.preview, model, written[0].parent)
+            written += drawing.draw_sheets(run.recipe.preview, model, written[0].parent)
         measure(run, model)
         run.log.say(f"done: EMA weights in {path}, pictures in {written[0].parent}")
     zero.wait()
@@ -312,15 +313,16 @@ def look(run: Run, drawn: bool, measured: bool) -> None:
 
 def draw(run: Run, model: artifact.Model) -> list[Path]:
     folder = run.recipe.folder / "previews"
-    written = preview.draw(run.recipe.preview, model, run.examples, folder, name_of(run.images))
-    preview.film_of_grids(folder)
+    written = drawing.draw(run.recipe.preview, model, run.examples, folder, name_of(run.images))
+    drawing.film_of_grids(folder)
     run.log.drawn(run.images, written)
     return written
 
 
 def measure(run: Run, model: artifact.Model) -> None:
     if run.held_out is not None:
-        run.log.validated(validation.measured(run.recipe.validation, model, run.held_out))
+        cells = loss_table(model, run.held_out, levels=run.recipe.validation.levels)
+        run.log.validated({"images": run.images, **summary(cells)})
 
 
 def averaged(run: Run, ema: dict[str, Tensor]) -> artifact.Model:

@@ -52,6 +52,23 @@ def test_a_library_is_imported_in_one_place(library):
             assert not uses or place.startswith(tuple(ONLY_IN[library])), place
 
 
+def modules_imported(path: Path, modules: set[str]) -> set[str]:
+    """The project's own, those imported within functions and for type checkers too."""
+    return {part for name in imported(path) for part in (name, name.rpartition(".")[0]) if part in modules}
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """A name's home is below those who use it; what only hands names on, `__init__.py`, stands above all."""
+    paths = [path for folder in ("engine", "kernels", "data") for path in (ROOT / folder).rglob("*.py")]
+    modules = {f"duotone.{path.relative_to(ROOT).with_suffix('').as_posix().replace('/', '.')}": path for path in paths}
+    waiting = {name: modules_imported(path, set(modules)) - {name} for name, path in modules.items()}
+    assert sum(map(len, waiting.values())) > 300
+    while free := [name for name, needs in waiting.items() if not needs & waiting.keys()]:
+        for name in free:
+            del waiting[name]
+    assert not waiting, f"these stand in circles, or above one: {', '.join(sorted(waiting))}"
+
+
 def test_leaves_are_namespace_folders():
     assert not (ROOT / "kernels" / "__init__.py").exists() and not (ROOT / "data" / "__init__.py").exists()
 

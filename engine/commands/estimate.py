@@ -12,7 +12,7 @@ def run(path: Path, flags: list[str]) -> None:
     """Prints the estimate of a recipe as this machine would run it, and what fits on common cards in bf16."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded for an estimate
     from duotone.engine import speed
-    from duotone.engine.doctor.examination import Patient
+    from duotone.engine.doctor.patient import Patient
     from duotone.engine.model.network import Network
     from duotone.engine.recipe_file import recipe_at
 

@@ -13,7 +13,7 @@ from duotone.data.batch import Batch
 from duotone.engine.conditioning.base import Conditioner, Conditioning
 from duotone.engine.conditioning.dropout import conditioned
 from duotone.engine.conditioning.label import Label
-from duotone.engine.doctor.examination import ROWS, Finding, Patient
+from duotone.engine.doctor.patient import ROWS, Finding, Patient
 
 PART = 16  # rows at a time: tokens of all would fill gigabytes
 

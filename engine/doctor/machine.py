@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from duotone.data.refusal import Refused
 from duotone.engine import speed
 from duotone.engine.distributed import zero
-from duotone.engine.doctor.examination import Finding, Patient
+from duotone.engine.doctor.patient import Finding, Patient
 from duotone.kernels.attention_backends import xformers
 
 

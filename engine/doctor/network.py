@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from duotone.engine.doctor.examination import Finding, Patient
+from duotone.engine.doctor.patient import Finding, Patient
 
 
 def batch_statistics(patient: Patient) -> Iterator[Finding]:

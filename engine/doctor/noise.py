@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from duotone.engine.doctor.examination import Finding, Patient
+from duotone.engine.doctor.patient import Finding, Patient
 from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.objectives.sigma_data import measured_sigma_data

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from duotone.engine.conditioning.image import ClassMap
-from duotone.engine.doctor.examination import Finding, Patient
+from duotone.engine.doctor.patient import Finding, Patient
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.ddpm import DDPM
 

@@ -3,6 +3,7 @@
 N images of H x W pixels and C channels, L noise levels.
 """
 
+import statistics
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,3 +110,14 @@ def cell(sigma: float, name: str, loss_N: np.ndarray) -> Loss:
         return Loss(sigma=sigma, name=name, loss=mean, low=None, high=None, images=n)
     half = quantile * float(loss_N.std(ddof=1)) / n**0.5
     return Loss(sigma=sigma, name=name, loss=mean, low=mean - half, high=mean + half, images=n)
+
+
+def summary(cells: list[Loss]) -> dict:
+    """The mean loss, its levels with their 95 % intervals over images, and the mean of each class: a row of validation.jsonl."""
+    levels = [cell for cell in cells if cell.name == WHOLE]
+    names = dict.fromkeys(cell.name for cell in cells if cell.name != WHOLE)
+    return {
+        "loss": statistics.mean(cell.loss for cell in levels),
+        "levels": [{name: getattr(cell, name) for name in ("sigma", "loss", "low", "high")} for cell in levels],
+        "classes": {name: statistics.mean(cell.loss for cell in cells if cell.name == name) for name in names},
+    }

@@ -13,7 +13,7 @@ from duotone.data.refusal import Refused
 from duotone.engine import artifact
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.label import Label
-from duotone.engine.exchange import diffusers_folder, diffusers_unet, original_layout
+from duotone.engine.exchange import diffusers_config, diffusers_folder, diffusers_unet, original_layout
 from duotone.engine.model.network import Network
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.base import Objective
@@ -139,7 +139,7 @@ def taught_otherwise(theirs: dict, objective: Objective) -> list[str]:
 def scheduled(objective: Objective) -> dict:
     """What diffusers' scheduler would say of an objective; nothing of one that it does not have."""
     try:
-        return diffusers_folder.scheduler_config(objective)
+        return diffusers_config.scheduler_config(objective)
     except diffusers_unet.Inexpressible:
         return {}
 

@@ -221,7 +221,7 @@ def test_bad_images_can_be_replaced(tmp_path, cpu, write_tar, members_of, plan_f
     assert batch.captions == ["picture 0", "picture 3", "picture 3", "picture 3"]
     with pytest.raises(Refused, match="'00002'"):
         strict = opened(tmp_path / "s", cpu, on_bad="replace", decoder=decoder)
-        object.__setattr__(strict.shards, "on_bad", "refuse")
+        strict.on_bad = "refuse"
         strict.read(plan_for([0, 2]))
 
 

@@ -24,8 +24,11 @@ def folders(tmp_path_factory):
 
 
 def opened(folder, part, share=0.2):
-    shards = Shards(shards=folder, size=8, channels=1, resize="none", held_out=share)
-    return shards.open(torch.device("cpu"), part=part)
+    return shards_of(folder, share).open(torch.device("cpu"), part=part)
+
+
+def shards_of(folder, share):
+    return Shards(shards=folder, size=8, channels=1, resize="none", held_out=share)
 
 
 def test_parts_are_apart_and_complete(folders):
@@ -33,7 +36,7 @@ def test_parts_are_apart_and_complete(folders):
     assert not set(training.keys) & set(held_out.keys)
     assert sorted(training.keys + held_out.keys) == sorted(both.keys) and both.count == COUNT
     assert abs(held_out.count / COUNT - 0.2) < 4 * (0.2 * 0.8 / COUNT) ** 0.5
-    assert both.shards.held_out_keys() == held_out.keys
+    assert shards_of(folders[0], 0.2).held_out_keys() == held_out.keys
 
 
 def test_what_is_held_out_does_not_depend_on_the_shards(folders):

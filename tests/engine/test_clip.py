@@ -153,7 +153,8 @@ def test_the_doctor_gives_the_encoder_each_caption_once(clip, monkeypatch):
     from transformers import CLIPTextModel
 
     from duotone.engine import draws
-    from duotone.engine.doctor import conditions, examination
+    from duotone.engine.doctor import conditions
+    from duotone.engine.doctor import patient as patients
 
     uniform, forward, seen = draws.uniform, CLIPTextModel.forward, []
 
@@ -167,9 +168,9 @@ def test_the_doctor_gives_the_encoder_each_caption_once(clip, monkeypatch):
 
     monkeypatch.setattr(draws, "uniform", normal)
     monkeypatch.setattr(CLIPTextModel, "forward", watched)
-    for module in (conditions, examination):
+    for module in (conditions, patients):
         monkeypatch.setattr(module, "ROWS", 512)
-    patient = examination.Patient(recipe_of(["--conditioning.0.encoder", str(clip)]))
+    patient = patients.Patient(recipe_of(["--conditioning.0.encoder", str(clip)]))
     dropout, says = *conditions.drop_rates(patient), *conditions.says_something(patient)
     assert dropout.level == "fault" and "measured at the network's input 5" in dropout.says and says.level == "fine"
     assert len(seen) == len(set(map(tuple, seen))) == len(set(patient.batch.captions)) == 16

@@ -14,7 +14,7 @@ from duotone.data import captioned_shapes
 from duotone.data.batch import Batch
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
-from duotone.engine import artifact, cli, pictures, preview
+from duotone.engine import artifact, cli, drawing, pictures, preview
 from duotone.engine.artifact import Model, build
 from duotone.engine.conditioning.attributes import Attributes, attribute_row
 from duotone.engine.conditioning.base import Facts
@@ -23,7 +23,7 @@ from duotone.engine.conditioning.image import ClassMap, Hole, LowResolution, rec
 from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.temperature import Temperature
 from duotone.engine.conditioning.text import ByteText, EncoderText
-from duotone.engine.exchange import diffusers_folder
+from duotone.engine.exchange import diffusers_config, diffusers_folder
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.recipe import Recipe
 from duotone.engine.sample import sample
@@ -205,7 +205,7 @@ def test_a_label_as_a_token_is_read_by_attention_alone(encoding):
     assert found.vector_NE is None and found.tokens_NMD.shape == (2, 1, CROSS.context_width)
     drawn = sample(model, labels=["cat", "dog"], steps=2, guidance=2.0, seed=[0, 0])
     assert (drawn[0] != drawn[1]).any()
-    assert "a label as a token" in diffusers_folder.why_not(model.recipe)
+    assert "a label as a token" in diffusers_config.why_not(model.recipe)
 
 
 @pytest.mark.parametrize("encoding", ["one_hot", "sinusoid"])
@@ -385,10 +385,10 @@ def test_every_condition_samples_without_being_given(config):
 def test_previews_ask_for_what_the_model_is_conditioned_on(config, tmp_path):
     model = model_of(config, drop_together=0.1)
     settings = preview.Previews(columns=2, rows=2, steps=1, sampler="euler", strips=True)
-    rows = preview.asked_for(settings, model, preview.Examples())
+    rows = drawing.asked_for(settings, model, drawing.Examples())
     assert rows in ({"labels": [0, 1, 2]}, {"attributes": [{"Bald": 1}, {"Male": 1}]})
     assert model.can_be_guided, "dropped together, they have a null state"
-    drawn = [path.name for path in preview.draw(settings, model, preview.Examples(), tmp_path, "p")]
+    drawn = [path.name for path in drawing.draw(settings, model, drawing.Examples(), tmp_path, "p")]
     assert drawn == ["p.png", "p-conditional.png", "p-unconditional.png", "p.gif"]
 
 
@@ -396,7 +396,7 @@ def test_previews_draw_the_sets_of_attributes_that_are_asked_for(tmp_path):
     settings = preview.Previews(
         columns=2, rows=2, steps=1, sampler="euler", attributes=("Bald,Male=0", "Smiling", "Male")
     )
-    rows = preview.asked_for(settings, model_of(Attributes()), preview.Examples())
+    rows = drawing.asked_for(settings, model_of(Attributes()), drawing.Examples())
     assert rows == {"attributes": [{"Bald": 1, "Male": 0}, {"Smiling": 1}]}
     settings.check_names(FACTS)
     with pytest.raises(Refused, match="preview.attributes: attribute 'Old' is none of this model's"):
@@ -408,11 +408,11 @@ def test_every_class_has_a_sheet_of_its_own(tmp_path):
     settings = preview.Previews(columns=3, rows=2, steps=1, sampler="euler")
     model = model_of(Label())
     model = replace(model, facts=replace(model.facts, classes=("cat", "a/b: c", "bird")))
-    written = preview.draw_sheets(settings, model, tmp_path)
+    written = drawing.draw_sheets(settings, model, tmp_path)
     assert [path.name for path in written] == ["class-000-cat.png", "class-001-a-b-c.png", "class-002-bird.png"]
     with Image.open(written[1]) as sheet:
         assert sheet.size == (8 * (3 * 10 + 2), 8 * (2 * 10 + 2)), "small images are enlarged"
-    assert preview.draw_sheets(settings, model_of(Attributes()), tmp_path) == []
+    assert drawing.draw_sheets(settings, model_of(Attributes()), tmp_path) == []
 
 
 def test_a_picture_is_read_as_it_was_prepared(tmp_path):
@@ -438,7 +438,7 @@ def test_strips_show_how_the_first_picture_of_each_row_came_about(monkeypatch, t
         monkeypatch.setattr(
             importlib.import_module("duotone.engine.sample"), "rows_that_fit", lambda *_, fitting=fitting: fitting
         )
-        preview.draw(config, model_of(Label()), preview.Examples(), tmp_path, f"p{fitting}")
+        drawing.draw(config, model_of(Label()), drawing.Examples(), tmp_path, f"p{fitting}")
         names = [f"p{fitting}{kind}.png" for kind in ("", "-conditional", "-unconditional")]
         found.append([cells(tmp_path / name, 4) for name in names])
     sheet, strip, unasked = found[0]
@@ -449,14 +449,14 @@ def test_strips_show_how_the_first_picture_of_each_row_came_about(monkeypatch, t
     assert np.abs(unasked[:, -1] - alone).max() <= 1
     for others in found[1:]:
         assert all(np.abs(one - other).max() <= 1 for one, other in zip(found[0], others))
-    preview.draw(replace(config, noisy=True), model, preview.Examples(), tmp_path, "noisy")
+    drawing.draw(replace(config, noisy=True), model, drawing.Examples(), tmp_path, "noisy")
     far = np.abs(cells(tmp_path / "noisy-conditional.png", 4) - strip).reshape(3, 4, -1).max(axis=2)
     assert (far[:, -1] <= 1).all() and (far[:, :2] > 50).all()  # the last but one has noise of 0.002
 
 
 def test_no_strip_shows_a_null_state_that_was_never_trained(tmp_path):
     settings = preview.Previews(columns=2, rows=2, steps=1, sampler="euler", strips=True)
-    drawn = preview.draw(settings, model_of(Label(dropout=0.0)), preview.Examples(), tmp_path, "p")
+    drawn = drawing.draw(settings, model_of(Label(dropout=0.0)), drawing.Examples(), tmp_path, "p")
     assert [path.name for path in drawn] == ["p.png", "p-conditional.png", "p.gif"]
 
 
@@ -477,7 +477,7 @@ def test_previews_begin_with_the_image_that_was_given(config, tmp_path):
     model = model_of(config)
     settings = preview.Previews(columns=2, rows=2, steps=1, sampler="euler", strips=True)
     images_NHWC = batch_of(3).images_NHWC.numpy()
-    drawn = preview.draw(settings, model, preview.Examples(images_NHWC=images_NHWC), tmp_path, "p")
+    drawn = drawing.draw(settings, model, drawing.Examples(images_NHWC=images_NHWC), tmp_path, "p")
     assert [path.name for path in drawn] == ["p.png", "p-conditional.png", "p-unconditional.png", "p.gif"]
     sheet = np.asarray(Image.open(drawn[0]))
     assert sheet.shape[:2] == (8 * (2 * 10 + 2), 8 * (3 * 10 + 2)), "two rows of three, eight times enlarged"

@@ -19,7 +19,8 @@ from duotone.engine.conditioning.image import ClassMap
 from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.text import ByteText, ByteTokens
 from duotone.engine.doctor.encoders import Once, reading_once
-from duotone.engine.doctor.examination import Finding, examine
+from duotone.engine.doctor.examination import examine
+from duotone.engine.doctor.patient import Finding
 from duotone.engine.doctor.settings import unread
 from duotone.engine.log import Log
 from duotone.engine.model.unet import UNetConfig

@@ -14,7 +14,7 @@ from duotone.data.shards import Shards
 from duotone.engine import artifact, cli, model_card, small
 from duotone.engine.artifact import Model
 from duotone.engine.conditioning.base import Facts
-from duotone.engine.exchange import diffusers_folder, diffusers_unet
+from duotone.engine.exchange import diffusers_config, diffusers_folder, diffusers_unet
 from duotone.engine.objectives.ddpm import DDPM
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.objectives.flow import Flow
@@ -32,7 +32,7 @@ def recipe_of(name: str):
 
 def test_the_gallery_says_of_every_recipe_what_it_exports_as():
     said = [line for line in (ROOT / "docs" / "gallery.md").read_text().splitlines() if line.startswith("| `")]
-    reasons = {name: diffusers_folder.why_not(recipe_of(name)) for name in sorted(RECIPES)}
+    reasons = {name: diffusers_config.why_not(recipe_of(name)) for name in sorted(RECIPES)}
     assert said == [f"| `{name}.py` | {f'no: {why}' if why else 'yes'} |" for name, why in reasons.items()]
 
 
@@ -42,7 +42,7 @@ def test_what_is_said_is_what_the_export_does(name, tmp_path):
     recipe = replace(getattr(small, name), data=Shards(size=16))
     torch.manual_seed(0)
     model = Model(artifact.build(recipe, FACTS), recipe.objective, FACTS, recipe)
-    why = diffusers_folder.why_not(recipe)
+    why = diffusers_config.why_not(recipe)
     assert (why is None) == (name in ("small_text", "small_label", "small_plain"))
     card = model_card.card(recipe, FACTS, 0)
     if why is None:

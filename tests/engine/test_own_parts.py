@@ -10,14 +10,14 @@ from torch import nn
 from duotone.data import captioned_shapes
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
-from duotone.engine import cli, load, model_card, preview, register, train
+from duotone.engine import cli, drawing, load, model_card, preview, register, train
 from duotone.engine.artifact import Model, build
 from duotone.engine.checkpoint import Checkpoints
 from duotone.engine.conditioning.base import Conditioner, Conditioning, Facts
 from duotone.engine.conditioning.image import Hole, LowResolution
 from duotone.engine.conditioning.label import Label
 from duotone.engine.doctor import conditions, noise
-from duotone.engine.doctor.examination import Patient
+from duotone.engine.doctor.patient import Patient
 from duotone.engine.evaluate import evaluation
 from duotone.engine.evaluate.images import Images
 from duotone.engine.model.unet import UNetConfig
@@ -91,16 +91,16 @@ def test_a_condition_of_ones_own_is_asked_for_by_its_name():
 def test_previews_show_its_examples_and_what_cannot_be_drawn_is_refused_before_the_first_step():
     config = preview.Previews(rows=4, guidance=2.0)
     shown, silent = model_of(Brightness(), Label()), model_of(Brightness(shown=()))
-    rows = preview.asked_for(config, shown, preview.Examples())
+    rows = drawing.asked_for(config, shown, drawing.Examples())
     assert rows == {"brightness": [0.2, 0.8], "labels": [0, 1]}
-    preview.refuse_undrawable(config, shown, preview.Examples())
-    rows = preview.asked_for(config, silent, preview.Examples())
-    assert rows == {"count": 4} and preview.settings_of(config, silent, rows)["guidance"] == 1.0
-    preview.refuse_undrawable(config, silent, preview.Examples())
+    drawing.refuse_undrawable(config, shown, drawing.Examples())
+    rows = drawing.asked_for(config, silent, drawing.Examples())
+    assert rows == {"count": 4} and drawing.settings_of(config, silent, rows)["guidance"] == 1.0
+    drawing.refuse_undrawable(config, silent, drawing.Examples())
     with pytest.raises(
         Refused, match="preview: .*never trained without its brightness.*`examples` would be: brightness"
     ):
-        preview.refuse_undrawable(config, model_of(Brightness(shown=(), dropout=0.0)), preview.Examples())
+        drawing.refuse_undrawable(config, model_of(Brightness(shown=(), dropout=0.0)), drawing.Examples())
 
 
 def test_an_evaluation_that_cannot_ask_for_it_says_so():

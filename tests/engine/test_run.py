@@ -298,7 +298,7 @@ def test_a_failing_picture_costs_no_training(shards, tmp_path, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("duotone.engine.preview.draw", full)
+    monkeypatch.setattr("duotone.engine.drawing.draw", full)
     with pytest.raises(OSError, match="No space"):
         run_here(shards, tmp_path / "run", "--preview.every", "16")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["images-000000000016"]

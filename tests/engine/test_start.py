@@ -148,7 +148,7 @@ def test_memory_is_counted_without_allocating():
 def test_previews_ask_for_what_the_model_takes():
     from types import SimpleNamespace
 
-    from duotone.engine.preview import Examples, asked_for, repeated
+    from duotone.engine.drawing import Examples, asked_for, repeated
 
     conditioner = SimpleNamespace(asked="prompts", spatial=False)
     model = SimpleNamespace(network=SimpleNamespace(conditioners={"text": conditioner}))

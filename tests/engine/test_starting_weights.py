@@ -18,7 +18,7 @@ from duotone.engine.conditioning.attributes import Attributes
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.label import Label
 from duotone.engine.conditioning.text import ByteText
-from duotone.engine.exchange import diffusers_folder, diffusers_unet, original_layout
+from duotone.engine.exchange import diffusers_config, diffusers_folder, diffusers_unet, original_layout
 from duotone.engine.exchange.starting_weights import begin_from, weights_file
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.ddpm import DDPM
@@ -363,7 +363,7 @@ def test_an_objective_that_diffusers_does_not_have_begins_from_any_weights(told,
     def none(objective):
         raise diffusers_unet.Inexpressible("an objective of one's own")
 
-    monkeypatch.setattr(diffusers_folder, "scheduler_config", none)
+    monkeypatch.setattr(diffusers_config, "scheduler_config", none)
     (tmp_path / "pipeline").mkdir()
     theirs[1].rename(tmp_path / "pipeline" / "unet")
     if told:
