@@ -28,7 +28,7 @@ class ImageHeader:
     kind: str  # "jpeg", "png", "webp" or "npy"
     height: int
     width: int
-    channels: int
+    channels: int  # as stored; PNG and WebP with transparent parts have 2 or 4
     orientation: int = 1
 
 
@@ -119,7 +119,8 @@ def _png(data: bytes) -> ImageHeader:
     if b"IEND" not in data[-64:] and b"IEND" not in data:
         raise Unreadable("it is truncated: the PNG end chunk is missing")
     exif = _png_chunk(data, b"eXIf")
-    return ImageHeader("png", height, width, PNG_CHANNELS[colour], _orientation(exif.removeprefix(EXIF)))
+    channels = 4 if colour == 3 and _png_chunk(data, b"tRNS") else PNG_CHANNELS[colour]
+    return ImageHeader("png", height, width, channels, _orientation(exif.removeprefix(EXIF)))
 
 
 def _png_chunk(data: bytes, wanted: bytes) -> bytes:
@@ -137,21 +138,23 @@ def _webp(data: bytes) -> ImageHeader:
     (riff_size,) = struct.unpack_from("<I", data, 4)
     if riff_size + 8 > len(data):
         raise Unreadable("it is truncated: fewer bytes than its WebP header says")
-    chunk = data[12:16]
+    chunk, alpha = data[12:16], False
     if chunk == b"VP8X":
         if data[20] & 2:
             raise Unreadable("it is an animated WebP")
         width = int.from_bytes(data[24:27], "little") + 1
         height = int.from_bytes(data[27:30], "little") + 1
+        alpha = bool(data[20] & 16)
     elif chunk == b"VP8L" and data[20] == 0x2F:
         word = int.from_bytes(data[21:25], "little")
         width, height = (word & 0x3FFF) + 1, (word >> 14 & 0x3FFF) + 1
+        alpha = bool(word >> 28 & 1)
     elif chunk == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
         width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
     else:
         raise Unreadable("its WebP header is damaged")
     exif = _webp_chunk(data, b"EXIF") if chunk == b"VP8X" else b""
-    return ImageHeader("webp", height, width, 3, _orientation(exif.removeprefix(EXIF)))
+    return ImageHeader("webp", height, width, 4 if alpha else 3, _orientation(exif.removeprefix(EXIF)))
 
 
 def _webp_chunk(data: bytes, wanted: bytes) -> bytes:

@@ -15,7 +15,7 @@ from duotone.data.held_out import Part, is_held_out, parted
 from duotone.data.manifest import NAME, read_manifest
 from duotone.data.pillow import PillowDecoder
 from duotone.data.refusal import Refused
-from duotone.data.tar_index import TarIndex, open_index
+from duotone.data.tar_index import KINDS, TarIndex, open_index
 
 UNPACK = {".tar.gz": "gunzip", ".tgz": "gunzip", ".tar.bz2": "bunzip2", ".tar.xz": "unxz", ".tar.zst": "unzstd"}
 
@@ -56,7 +56,7 @@ class Shards(Frame):
         indexes = _parted(indexes, self, part)
         dataset = Dataset(self, torch.device(device), paths, indexes, manifest, on_bad=self.on_bad)
         _check(dataset, self, require_captions)
-        dataset.notes += _enlarged(dataset, self)
+        dataset.notes += [*_enlarged(dataset, self), *_transparent(dataset)]
         if not dataset.all_stored:
             dataset.decode_with(*_decoder(self, dataset.device))
         return dataset
@@ -175,6 +175,17 @@ def _enlarged(dataset: Dataset, shards: Shards) -> list[str]:
     count = int(((shorter_N < shards.side) & dataset.good_N).sum())
     wanted = f"data.size = {shards.size}" + (f" less data.pad = {shards.pad} on either side" if shards.pad else "")
     return [f"images smaller than {wanted}, which are enlarged: {count:,} of {dataset.count:,}"] if count else []
+
+
+def _transparent(dataset: Dataset) -> list[str]:
+    """A line where images have an alpha channel, which no decoder looks at."""
+    kind_N, channels_N = dataset.columns["kind"], dataset.columns["channels"]
+    alpha_N = np.isin(kind_N, [KINDS.index("png"), KINDS.index("webp")]) & np.isin(channels_N, (2, 4))
+    count = int((alpha_N & dataset.good_N).sum())
+    if not count:
+        return []
+    remedy = "`duotone prepare folder` lays pictures on white"
+    return [f"images of which transparent parts show the colour beneath: {count:,} of {dataset.count:,}; {remedy}"]
 
 
 def _decoder(shards: Shards, device: torch.device):

@@ -1,6 +1,7 @@
 """Shards opened and read: what comes out, in which order, and what is refused in one line."""
 
 import gc
+import io
 import json
 import os
 import resource
@@ -194,6 +195,43 @@ def test_enlarged_images_are_noted(tmp_path, cpu, write_tar, encode, resize):
     assert noted(size=192) == ["images smaller than data.size = 192, which are enlarged: 3 of 4"]
     padded = "images smaller than data.size = 40 less data.pad = 2 on either side, which are enlarged: 2 of 4"
     assert noted(size=40, pad=2) == [padded]
+
+
+TRANSPARENT = [
+    ("RGBA", "png", {}),
+    ("LA", "png", {}),
+    ("P", "png", {"transparency": 0}),
+    ("RGBA", "webp", {}),
+    ("RGBA", "webp", {"lossless": True}),
+]
+OPAQUE = [
+    ("RGB", "png", {}),
+    ("L", "png", {}),
+    ("P", "png", {}),
+    ("RGB", "webp", {}),
+    ("RGB", "webp", {"lossless": True}),
+    ("CMYK", "jpg", {}),
+]
+
+
+def test_images_with_transparent_parts_are_noted(tmp_path, cpu, write_tar, plan_for):
+    """Nobody looks at their alpha: the colour beneath is what is trained on."""
+
+    def stored(mode, extension, options):
+        raw, image = io.BytesIO(), Image.new("RGBA", (32, 32), (200, 30, 30, 0))
+        image = image.convert(mode) if mode in ("RGBA", "LA") else image.convert("RGB").convert(mode)
+        image.save(raw, {"jpg": "jpeg"}.get(extension, extension), **options)
+        return extension, raw.getvalue()
+
+    for name, kinds in (("mixed", [*TRANSPARENT, *OPAQUE]), ("opaque", OPAQUE)):
+        images = [stored(*kind) for kind in kinds]
+        write_tar(tmp_path / name / "0.tar", [(f"{i}.{extension}", raw) for i, (extension, raw) in enumerate(images)])
+    dataset = opened(tmp_path / "mixed", cpu)
+    assert [note for note in dataset.notes if "transparent" in note] == [
+        "images of which transparent parts show the colour beneath: 5 of 11; `duotone prepare folder` lays pictures on white"
+    ]
+    assert abs(dataset.read(plan_for([0])).images_NHWC[0, 0, 0].int() - torch.tensor([200, 30, 30])).max() <= 1
+    assert opened(tmp_path / "opaque", cpu).notes == []
 
 
 def test_bad_images_are_refused_by_name(tmp_path, cpu, write_tar, members_of):
