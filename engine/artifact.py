@@ -19,8 +19,10 @@ from duotone.engine.model.network import Network
 from duotone.engine.model.uncertainty import Uncertainty
 from duotone.engine.objectives.base import Objective
 from duotone.engine.recipe import Recipe
-from duotone.engine.recipe_json import from_json, to_json
+from duotone.engine.recipe_json import from_json, to_json, unknown_fields
 from duotone.kernels.self_test import checked_once
+
+WHAT_IS_LEARNED = ("model.", "objective.", "conditioning.")
 
 
 @dataclass
@@ -124,7 +126,12 @@ def recipe_of(file: Path) -> Recipe:
 def recipe_in(metadata: dict[str, str], file: Path) -> Recipe:
     if "duotone.recipe" not in metadata:
         raise Refused(f"{file} was not written by duotone: its header has no duotone.recipe")
-    return from_json(json.loads(metadata["duotone.recipe"]))
+    stored = json.loads(metadata["duotone.recipe"])
+    recipe = from_json(stored)
+    for name, value in unknown_fields(stored, recipe).items():
+        if value and name.startswith(WHAT_IS_LEARNED):
+            raise Refused(f"{file} says {name} = {value!r}, which this version of duotone does not know: update duotone")
+    return recipe
 
 
 def instead_of(path: Path) -> str:

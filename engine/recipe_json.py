@@ -102,6 +102,12 @@ def flat(value, prefix: str = "") -> dict[str, object]:
     return {prefix[:-1]: value}
 
 
+def unknown_fields(stored: dict, recipe: Recipe) -> dict[str, object]:
+    """What a stored recipe says that this version has no field for, by dotted keys."""
+    known = flat(to_json(recipe))
+    return {name: value for name, value in flat(stored).items() if name not in known}
+
+
 FREE = (
     "data.shards",
     "out",

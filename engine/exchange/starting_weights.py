@@ -33,7 +33,7 @@ def begin_from(
     """Fills the network; returns what a reader should know. Raises Refused where the source does not fit."""
     file = weights_file(path)
     given, metadata = artifact.read(file)
-    recipe = from_json(json.loads(metadata["duotone.recipe"])) if "duotone.recipe" in metadata else None
+    recipe = artifact.recipe_in(metadata, file) if "duotone.recipe" in metadata else None
     told = told_config(file)
     shape = told and diffusers_unet.from_config(told) if recipe is None else recipe.model
     refuse_other_shape(file, shape, config)

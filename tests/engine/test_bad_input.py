@@ -145,6 +145,21 @@ def test_a_recipe_survives_json_and_builds_no_foreign_type():
             from_json({"type": name})
 
 
+@pytest.mark.parametrize("where", ["model", "objective", "conditioning"])
+def test_a_model_that_says_more_than_this_version_knows_is_refused(where):
+    """Left out without a word, a later version's field would draw other pictures; one that is off, or of the training, would not."""
+    header = artifact.header(tiny(), Facts(), 0)
+    stored = json.loads(header["duotone.recipe"])
+    part = stored["conditioning"][0] if where == "conditioning" else stored[where]
+    stored["optimizer"]["later"] = 1.5
+    part["later"] = False
+    written = header | {"duotone.recipe": json.dumps(stored)}
+    assert artifact.recipe_in(written, Path("a.safetensors")).model == tiny().model
+    part["later"] = 1.5
+    with pytest.raises(Refused, match=rf"a.safetensors says {where}.*later = 1.5, .* update duotone"):
+        artifact.recipe_in(header | {"duotone.recipe": json.dumps(stored)}, Path("a.safetensors"))
+
+
 def refused(*arguments: str, cwd: Path) -> str:
     """The one line of a command that must be refused, after checking that deepspeed was not loaded for it."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
