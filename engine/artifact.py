@@ -130,7 +130,9 @@ def recipe_in(metadata: dict[str, str], file: Path) -> Recipe:
     recipe = from_json(stored)
     for name, value in unknown_fields(stored, recipe).items():
         if value and name.startswith(WHAT_IS_LEARNED):
-            raise Refused(f"{file} says {name} = {value!r}, which this version of duotone does not know: update duotone")
+            raise Refused(
+                f"{file} says {name} = {value!r}, which this version of duotone does not know: update duotone"
+            )
     return recipe
 
 

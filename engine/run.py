@@ -58,6 +58,10 @@ class Run:
         """Steps that this process took."""
         return (self.images - self.began_at) // self.recipe.batch_size
 
+    def due(self, every: int) -> bool:
+        """Whether what comes every so many images comes now; at the run's end it comes anyway."""
+        return every > 0 and self.images % every == 0 and self.images < self.recipe.images
+
     @property
     def parts(self) -> list[dict]:
         """How its images were trained, this process's the last."""

@@ -3,7 +3,6 @@
 N images of a micro-batch, C channels, H x W pixels.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,22 +15,19 @@ from torch import Tensor
 
 from duotone.data.batch import Batch, sent
 from duotone.data.refusal import Refused
-from duotone.data.whole_file import write_json
-from duotone.engine import artifact, drawing, draws, model_card, speed
-from duotone.engine.checkpoint import name_of
+from duotone.engine import draws, speed
 from duotone.engine.conditioning.dropout import conditioned
 from duotone.engine.distributed import zero
-from duotone.engine.evaluate.loss_table import loss_table, summary
 from duotone.engine.objectives.base import Objective
+from duotone.engine.outcome import finish, look, missed
 from duotone.engine.recipe import Recipe
 from duotone.engine.recipe_json import refuse_unstorable
-from duotone.engine.run import Run, plans, save, unread_samples
+from duotone.engine.run import Run, plans, save
 from duotone.engine.set_up import set_up
 from duotone.engine.stopping import Interrupted, Stop
+from duotone.engine.trace import fingerprints, trace
 from duotone.engine.whole_step import WholeStep
-from duotone.kernels import attention_backends
 from duotone.kernels.diffuse import diffuse
-from duotone.kernels.dispatch import fallbacks
 
 
 def train(recipe: Recipe) -> Path:
@@ -69,9 +65,9 @@ def steps(run: Run, batches: Iterator[Batch], stop: Stop) -> None:
     while run.images < recipe.images:
         with keeping(run):
             train_step(run, batches)
-        if due(run, recipe.checkpoint.every):
+        if run.due(recipe.checkpoint.every):
             save(run)  # before pictures, which may fail
-        look(run, drawn=due(run, recipe.preview.every), measured=due(run, recipe.validation.every))
+        look(run, drawn=run.due(recipe.preview.every), measured=run.due(recipe.validation.every))
         if stop.due():
             return
 
@@ -214,120 +210,9 @@ def conditions(run: Run, batch: Batch) -> tuple[dict, dict]:
     return on_device, {kind: sent(keep_N, device) for kind, keep_N in keep.items()}
 
 
-def missed(run: Run) -> dict[str, bool]:
-    """What was due with the checkpoint that the run goes on from, and did not come about: it is written before they are."""
-    recipe, folder = run.recipe, run.recipe.folder
-    last = folder / "previews" / f"{name_of(run.images)}.{'gif' if recipe.preview.strips else 'png'}"
-    return {
-        "drawn": due(run, recipe.preview.every) and not last.exists(),
-        "measured": due(run, recipe.validation.every) and not run.log.measured(run.images),
-    }
-
-
-def due(run: Run, every: int) -> bool:
-    return every > 0 and run.images % every == 0 and run.images < run.recipe.images
-
-
-# ----------------------------------------------------------------------------------------------------------- trace
-
-
-def fingerprints(batch: Batch, input_NCHW: Tensor) -> list[tuple[int, str, str]]:
-    """Position, sample key and a hash of what the network saw, for each image."""
-    rows = input_NCHW.detach().float().cpu().permute(0, 2, 3, 1).contiguous().numpy()
-    texts = batch.captions or [""] * len(batch.keys)
-    return [
-        (int(position), key, hashlib.sha256(row.tobytes() + text.encode()).hexdigest())
-        for position, key, row, text in zip(batch.positions_N, batch.keys, rows, texts)
-    ]
-
-
-def trace(run: Run, mine: list[tuple[int, str, str]], loss: float) -> None:
-    """One row: the keys in the order of their positions, and one hash over every image's draws."""
-    rows = sorted(zero.gathered(mine))
-    digest = hashlib.sha256("".join(h for _, _, h in rows).encode()).hexdigest()
-    run.log.trace({"images": run.images, "loss": loss, "keys": [key for _, key, _ in rows], "draws": digest})
-
-
-# ------------------------------------------------------------------------------------------ pictures and the end
-
-
 def interrupt(run: Run, stop: Stop) -> None:
     """A checkpoint where the run stands, for the same command to go on from."""
     save(run)
     if not stop.heard:
         minutes, images = stop.minutes, f"{run.images:,} of {run.recipe.images:,} images"
         run.log.say(f"stopped after {minutes:g} minutes at {images}: {run.recipe.again} goes on from there")
-
-
-def finish(run: Run) -> None:
-    """After the last checkpoint: export, pictures and losses."""
-    ema = run.sharded.gather("ema")
-    unread = unread_samples(run)
-    if run.ranks.rank == 0:
-        path = run.recipe.folder / "ema.safetensors"
-        artifact.save(path, ema, run.recipe, run.facts, run.images)
-        if (
-            run.steps_here or not (run.recipe.folder / "record.json").exists()
-        ):  # which tells of its training, not of this look
-            write_json(run.recipe.folder / "record.json", record(run) | {"unread_samples": unread})
-        model_card.write(run.recipe.folder / "MODEL_CARD.md", run.recipe, run.facts, run.data, run.images)
-        model = averaged(run, ema)
-        written = draw(run, model)
-        if run.recipe.preview.sheets:
-            written += drawing.draw_sheets(run.recipe.preview, model, written[0].parent)
-        measure(run, model)
-        run.log.say(f"done: EMA weights in {path}, pictures in {written[0].parent}")
-    zero.wait()
-
-
-def record(run: Run) -> dict:
-    """What a run says of how it ran: every substitution, and whether compilation held."""
-    return {
-        "images": run.images,
-        "device": run.choice.device,
-        "precision": run.choice.precision,
-        "ranks": run.ranks.count,
-        "decoder": run.data.decoder,
-        "fallbacks": fallbacks(),
-        "attention_choices": attention_backends.choices(),
-        "parts": run.parts,
-        "notes": run.notes,
-        "graph_breaks": speed.graph_breaks(),
-        "recompiles_after_step_2": speed.compiled_graphs() - run.graphs_before if run.steps_here > 2 else 0,
-    }
-
-
-def look(run: Run, drawn: bool, measured: bool) -> None:
-    """Pictures and losses of the EMA weights, which are gathered once for both."""
-    if not drawn and not measured:
-        return
-    ema = run.sharded.gather("ema")
-    if run.ranks.rank == 0:
-        model = averaged(run, ema)
-        if drawn:
-            draw(run, model)
-        if measured:
-            measure(run, model)
-    zero.wait()
-
-
-def draw(run: Run, model: artifact.Model) -> list[Path]:
-    folder = run.recipe.folder / "previews"
-    written = drawing.draw(run.recipe.preview, model, run.examples, folder, name_of(run.images))
-    drawing.film_of_grids(folder)
-    run.log.drawn(run.images, written)
-    return written
-
-
-def measure(run: Run, model: artifact.Model) -> None:
-    if run.held_out is not None:
-        cells = loss_table(model, run.held_out, levels=run.recipe.validation.levels)
-        run.log.validated({"images": run.images, **summary(cells)})
-
-
-def averaged(run: Run, ema: dict[str, Tensor]) -> artifact.Model:
-    """The EMA weights in a copy of the network."""
-    network = artifact.build(run.recipe, run.facts)
-    artifact.fill(network, ema, run.recipe.folder)
-    network.eval().requires_grad_(False).to(run.ranks.device, run.choice.dtype)
-    return artifact.Model(network, run.recipe.objective, run.facts, run.recipe, run.images)

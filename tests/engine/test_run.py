@@ -1,7 +1,6 @@
 """Whole runs as users start them: the real launcher, real shards, real DeepSpeed; killed, resumed, on one rank and two."""
 
 import gc
-import importlib
 import io
 import json
 import os
@@ -28,7 +27,7 @@ from safetensors.torch import load_file
 from duotone.data import captioned_shapes
 from duotone.data.refusal import Refused, SampleReplaced
 from duotone.data.shards import Shards
-from duotone.engine import artifact, checkpoint, cli, draws, pictures, run_folder, stopping
+from duotone.engine import artifact, checkpoint, cli, draws, outcome, pictures, run_folder, stopping
 from duotone.engine.command_line import parse
 from duotone.engine.distributed import zero
 from duotone.engine.recipe import Recipe
@@ -606,15 +605,14 @@ def test_what_was_due_with_the_checkpoint_is_made_up_for(shards, tmp_path, monke
     """A checkpoint comes before the pictures and losses of its step: a process that ended between them leaves no hole."""
     flags = ["--images", "48", "--preview.every", "16", "--validation.every", "16", "--data.held-out", "0.3"]
     flags += ["--validation.images", "4", "--validation.levels", "2", "--checkpoint.every", "16"]
-    train_module = importlib.import_module("duotone.engine.train")
-    draw = train_module.draw
+    draw = outcome.draw
 
     def failing(run, model):
         if run.images == 32:
             raise OSError("no space left")
         return draw(run, model)
 
-    monkeypatch.setattr(train_module, "draw", failing)
+    monkeypatch.setattr(outcome, "draw", failing)
     with pytest.raises(OSError, match="no space left"):
         run_here(shards, tmp_path / "run", *flags)
     assert [row["images"] for row in rows(tmp_path / "run", "validation.jsonl")] == [16]
