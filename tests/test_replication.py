@@ -168,13 +168,15 @@ def zenchiyu(recipe: Recipe, layout: torch.memory_format = torch.contiguous_form
 
     def losses():
         for x, labels, noise, u, dropped in drawn:
-            sigma = (-1.2 + 1.2 * torch.special.ndtri(u)).exp().clamp(0.002, 80).float()
+            # In float64: at low noise their target is a small difference of nearly equal images, which fp32 leaves few digits of.
+            sigma = (-1.2 + 1.2 * torch.special.ndtri(u)).exp().clamp(0.002, 80)
             labels = labels.masked_fill(dropped < 0.2, 10)
             s = sigma[:, None, None, None]
             c_skip, c_out, c_in = sd**2 / (s**2 + sd**2), s * sd / (s**2 + sd**2).sqrt(), 1 / (s**2 + sd**2).sqrt()
-            noisy = x + s * noise
-            target = (x - c_skip * noisy) / c_out
-            loss = (unet(c_in * noisy, sigma.log() / 4, class_labels=labels).sample - target).square().mean()
+            noisy = x.double() + s * noise.double()
+            target = ((x.double() - c_skip * noisy) / c_out).float()
+            output = unet((c_in * noisy).float(), (sigma.log() / 4).float(), class_labels=labels).sample
+            loss = (output - target).square().mean()
             adam.zero_grad()
             loss.backward()
             adam.step()
@@ -251,8 +253,9 @@ def test_losses_are_those_of_the_published_loop(name, clothes, tmp_path):
     compare(name, clothes, tmp_path / "run", steps=10, batch=4)
 
 
-def test_each_step_is_the_published_loops(clothes, tmp_path):
-    assert agree(step_by_step(recipe_of("mnist_concat", clothes, tmp_path / "run", steps=5, batch=4)))
+@pytest.mark.parametrize("name", PAIRS)
+def test_each_step_is_the_published_loops(name, clothes, tmp_path):
+    assert agree(step_by_step(recipe_of(name, clothes, tmp_path / "run", steps=3, batch=4)))
 
 
 def test_a_step_that_is_not_the_published_loops_is_found(clothes, tmp_path, monkeypatch):
@@ -264,9 +267,10 @@ def test_a_step_that_is_not_the_published_loops_is_found(clothes, tmp_path, monk
 
 
 @pytest.mark.long
-def test_each_of_two_hundred_steps_is_the_published_loops(clothes, tmp_path):
+@pytest.mark.parametrize("name", PAIRS)
+def test_each_of_two_hundred_steps_is_the_published_loops(name, clothes, tmp_path):
     """200 losses within 1e-5, each from the published loop's own weights and moments."""
-    assert agree(step_by_step(recipe_of("mnist_concat", clothes, tmp_path / "run", steps=200, batch=4)))
+    assert agree(step_by_step(recipe_of(name, clothes, tmp_path / "run", steps=200, batch=4)))
 
 
 @pytest.mark.long
