@@ -35,6 +35,12 @@ def above(name: str, value: float, least: float) -> None:
         raise Refused(f"{name} = {value}: it must be above {least}, and finite")
 
 
+def share(name: str, value: float, *, below_one: bool = False) -> None:
+    """Raises Refused on a setting that is no share: outside of [0, 1], or of [0, 1)."""
+    if not 0 <= value <= 1 or (below_one and value == 1):
+        raise Refused(f"{name} = {value}: it must lie in [0, 1{')' if below_one else ']'}")
+
+
 def finite(name: str, value: float) -> None:
     """Raises Refused on a setting that is no finite number."""
     if not math.isfinite(value):

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from duotone.data.refusal import Refused, at_least
+from duotone.data.refusal import Refused, at_least, share
 from duotone.data.shards import Shards
 from duotone.engine.checkpoint import Checkpoints
 from duotone.engine.conditioning.attributes import Attributes
@@ -152,10 +152,8 @@ class Recipe:
         if len(set(kinds)) < len(kinds):
             raise Refused(f"conditioning names a kind twice: {', '.join(kinds)}")
         for i, condition in enumerate(self.conditioning):
-            if not 0 <= condition.dropout <= 1:
-                raise Refused(f"conditioning.{i}.dropout = {condition.dropout}: it must lie in [0, 1]")
-        if not 0 <= self.drop_together <= 1:
-            raise Refused(f"drop_together = {self.drop_together}: it must lie in [0, 1]")
+            share(f"conditioning.{i}.dropout", condition.dropout)
+        share("drop_together", self.drop_together)
         if kinds == ["temperature"]:
             raise Refused("conditioning has a Temperature, but nothing that it could guide: add a condition")
         if "temperature" in kinds:

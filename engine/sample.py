@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from duotone.data.refusal import Refused
+from duotone.data.refusal import Refused, at_least
 from duotone.engine import draws
 from duotone.engine.artifact import Model
 from duotone.engine.memory import in_chunks, rows_that_fit
@@ -90,8 +90,8 @@ def sample(
     solver = sampler if callable(sampler) else solver_named(sampler)
     kept_within = clipped(solver) if clips and not before_the_rule else solver
     sigmas = model.objective.falling_sigmas(steps, spacing)
-    if chunk is not None and chunk < 1:
-        raise Refused(f"chunk = {chunk}: it must be at least 1")
+    if chunk is not None:
+        at_least("chunk", chunk, 1)
     model.forwards = 0.0
 
     def draw(rows: slice, told: Callable | None) -> np.ndarray:

@@ -29,6 +29,7 @@ from duotone.kernels.self_test import self_test
 
 def set_up(recipe: Recipe, held: ExitStack) -> Run:
     """Everything before the first step: what can be refused comes before what is written; what is opened is `held`."""
+    # The recipe, by itself and on this machine; then on all ranks.
     recipe = recipe.placed()
     choice = speed.choose(recipe.speed, recipe.zero.stage)
     speed.set_up(recipe.speed, choice)
@@ -40,6 +41,8 @@ def set_up(recipe: Recipe, held: ExitStack) -> Run:
     zero.refuse_precision(choice.precision)
     agreement.check_recipe(recipe, choice, ranks)
     faults = kernel_faults(ranks, recipe.speed)  # before a kernel is used, by the trial of a micro-batch as well
+
+    # The data, the network, and what each needs of the other.
     recipe, data, held_out = opened(recipe, stored, ranks, held)
     unlike = agreement.check_data(data, ranks)
     facts = Facts(classes=as_tuple(data.classes), attributes=as_tuple(data.attributes))
@@ -49,10 +52,14 @@ def set_up(recipe: Recipe, held: ExitStack) -> Run:
     examples = examples_of(data, recipe, network)  # before the reading thread: one decoder serves one reader
     refuse_undrawable(recipe.preview, artifact.Model(network, recipe.objective, facts, recipe), examples)
     measured = objective(recipe, data, found, ranks)
+
+    # How it is run.
     blocks = speed.make_ready(network.unet, recipe.speed, choice)
     recipe = with_accumulation(recipe, stored, network, choice, ranks)
     micro = recipe.micro_batch(ranks.count)
     predicted = estimate(network, recipe, micro, choice, ranks.count)
+
+    # Nothing is refused any more but what other ranks, or a checkpoint, turn out to hold: from here on things are written.
     with zero.rank_0_first(ranks):
         if ranks.rank == 0:
             begin_folder(recipe, stored, data.count, held, goes_on=found is not None)

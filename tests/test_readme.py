@@ -43,6 +43,19 @@ def test_links_and_pictures_exist(page):
             assert (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
+def test_files_that_are_named_exist(page):
+    """`x.py` stands for a file that somebody will add."""
+    named = re.findall(r"`((?:engine|kernels|data|recipes|bench|tests)/[\w/]*(?:\.py)?)`", page.read_text())
+    assert not [name for name in named if not (ROOT / name).exists() and not name.endswith("x.py")]
+
+
+def test_every_room_of_the_engine_is_named():
+    listed = re.findall(r"`([\w/]+(?:\.py)?)`", (ROOT / "CONTRIBUTING.md").read_text())
+    rooms = [f"{p.name}/" if p.is_dir() else p.name for p in (ROOT / "engine").iterdir() if not p.name.startswith("__")]
+    assert rooms and not set(rooms) - set(listed)
+
+
 @pytest.mark.parametrize("command", commands())
 def test_a_documented_command_is_one_that_the_parser_takes(command):
     words = shlex.split(command)

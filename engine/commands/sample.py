@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from duotone.data.refusal import Refused
+from duotone.data.refusal import Refused, at_least
 from duotone.engine.conditioning.attributes import states_in
 from duotone.engine.speed import SAMPLING, Speed
 
@@ -109,8 +109,8 @@ class Sample:
             raise Refused("--noisy is about --gif and --strip: give one of them")
         self.sets()
         for name in ("count", "columns"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise Refused(f"{name} = {getattr(self, name)}: it must be at least 1")
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), 1)
         if self.mask and len(self.mask) not in (1, len(self.image)) or len(self.mask) > len(self.image):
             raise Refused(f"{len(self.mask)} masks for {len(self.image)} images: give one for each, or one for all")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from duotone.data.batch import Batch, sent
-from duotone.data.refusal import Refused
+from duotone.data.refusal import Refused, share
 from duotone.engine import draws
 from duotone.engine.conditioning.base import Conditioner, Conditioning, Facts
 from duotone.engine.model.unet import UNetConfig
@@ -34,8 +34,7 @@ class Attributes:
     """Share of single attributes made unknown in training, each by itself."""
 
     def build(self, network: UNetConfig, facts: Facts) -> "AttributesConditioner":
-        if not 0 <= self.attribute_dropout <= 1:
-            raise Refused(f"conditioning: attribute_dropout = {self.attribute_dropout}: it must lie in [0, 1]")
+        share("conditioning: attribute_dropout", self.attribute_dropout)
         if not facts.attributes:
             raise Refused(
                 "conditioning by attributes needs their names, and the data has none: prepare it with attributes"

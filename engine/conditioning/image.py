@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from duotone.data.batch import Batch, sent, unit
-from duotone.data.refusal import Refused
+from duotone.data.refusal import Refused, at_least
 from duotone.engine import draws
 from duotone.engine.conditioning.base import Conditioner, Conditioning, Facts
 from duotone.engine.conditioning.label import class_index, classes_of, one_hot
@@ -35,8 +35,7 @@ class ClassMap:
     """Share of labels replaced by the null class in training."""
 
     def build(self, network: UNetConfig, facts: Facts) -> "ClassMapConditioner":
-        if self.width < 1:
-            raise Refused(f"conditioning: ClassMap.width = {self.width}: it must be at least 1")
+        at_least("conditioning: ClassMap.width", self.width, 1)
         return ClassMapConditioner(self, classes_of(facts))
 
 
@@ -53,8 +52,7 @@ class LowResolution:
     """Share of images replaced by the null state (grey) in training."""
 
     def build(self, network: UNetConfig, facts: Facts) -> "LowResolutionConditioner":
-        if self.factor < 1:
-            raise Refused(f"conditioning: LowResolution.factor = {self.factor}: it must be at least 1")
+        at_least("conditioning: LowResolution.factor", self.factor, 1)
         return LowResolutionConditioner(self, network.in_channels)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from duotone.data.batch import Batch
-from duotone.data.refusal import Refused
+from duotone.data.refusal import share
 from duotone.engine import draws
 from duotone.engine.conditioning.base import Conditioner, Conditioning, Facts
 from duotone.engine.model.blocks import Embedding, sinusoid
@@ -28,8 +28,7 @@ class Temperature:
     """Smallest beta drawn in training, uniform up to 1; 1 / low is the strongest guidance."""
 
     def build(self, network: UNetConfig, facts: Facts) -> "TemperatureConditioner":
-        if not 0 <= self.low < 1:
-            raise Refused(f"conditioning: Temperature.low = {self.low}: it must lie in [0, 1)")
+        share("conditioning: Temperature.low", self.low, below_one=True)
         return TemperatureConditioner(self.low, network)
 
 

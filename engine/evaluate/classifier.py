@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from duotone.data.batch import unit
-from duotone.data.refusal import Refused, first_line
+from duotone.data.refusal import Refused, at_least, first_line
 from duotone.data.whole_file import draft_of, write_json
 from duotone.engine.checkpoint import digest
 from duotone.engine.evaluate.images import Images, Splits
@@ -53,8 +53,7 @@ class ClassifierConfig:
 
     def check(self) -> None:
         for name in ("width", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise Refused(f"classifier.{name} = {getattr(self, name)}: it must be at least 1")
+            at_least(f"classifier.{name}", getattr(self, name), 1)
         if self.lr <= 0 or self.shift < 0:
             raise Refused(f"classifier.lr = {self.lr}, classifier.shift = {self.shift}: give lr > 0 and shift >= 0")
 

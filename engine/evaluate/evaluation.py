@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from duotone.data.refusal import Refused
+from duotone.data.refusal import Refused, at_least
 from duotone.engine.artifact import Model
 from duotone.engine.evaluate.classifier import ClassifierConfig, Judge, judge_of, wanted
 from duotone.engine.evaluate.distances import Distance, distance, refuse_too_few, refuse_without_neighbours
@@ -151,8 +151,7 @@ def refuse_unfit(model: Model, splits: Splits, settings: Settings) -> None:
     if settings.real < 2:
         raise Refused(f"floor = {settings.real}: give at least 2 real images")
     refuse_without_neighbours(min(settings.samples, settings.real))
-    if settings.loss_levels < 1:
-        raise Refused(f"loss_levels = {settings.loss_levels}: it must be at least 1")
+    at_least("loss_levels", settings.loss_levels, 1)
     settings.classifier.check()
     if has_names(splits) and settings.features.network in ("auto", "classifier"):
         refuse_too_few(min(settings.samples, settings.real), settings.classifier.width)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from duotone.data.refusal import Refused, at_least
+from duotone.data.refusal import Refused, at_least, share
 from duotone.engine.model.blocks import (
     Downsample,
     Embedding,
@@ -117,8 +117,7 @@ class UNetConfig:
             raise Refused(f"model.heads = {self.heads[-1]} does not divide the width {self.channels[-1]} of the middle")
         if self.film_shared and not self.film:
             raise Refused("model.film_shared shares the projection of FiLM: set model.film too, or leave it off")
-        if not 0 <= self.dropout < 1:
-            raise Refused(f"model.dropout = {self.dropout}: it must lie in [0, 1)")
+        share("model.dropout", self.dropout, below_one=True)
 
     @property
     def shrink(self) -> int:

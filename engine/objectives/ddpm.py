@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from duotone.data.refusal import Refused, above
+from duotone.data.refusal import Refused, above, at_least
 from duotone.engine.objectives.base import (
     Objective,
     Scalings,
@@ -76,8 +76,7 @@ class DDPM(Objective):
     clips = True
 
     def check(self) -> None:
-        if self.steps < 2:
-            raise Refused(f"objective.steps = {self.steps}: it must be at least 2")
+        at_least("objective.steps", self.steps, 2)
         above("objective.gamma", self.gamma, 0)
         if self.rescale_zero_snr and self.prediction == "epsilon":
             raise Refused(

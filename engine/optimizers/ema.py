@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from duotone.data.refusal import Refused, at_least
+from duotone.data.refusal import at_least, share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +22,7 @@ class Ema:
         at_least("ema.half_life", self.half_life, 1)
         at_least("ema.rampup", self.rampup, 0)
         at_least("ema.power", self.power, 0)
-        if not 0 <= self.max_decay < 1:
-            raise Refused(f"ema.max_decay = {self.max_decay}: it must lie in [0, 1)")
+        share("ema.max_decay", self.max_decay, below_one=True)
 
     def decay(self, images: int, batch: int) -> float:
         """The decay of the step that brings the run to `images`."""

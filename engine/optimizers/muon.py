@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from duotone.data.refusal import Refused
+from duotone.data.refusal import at_least, share
 from duotone.engine.model.blocks import EmbeddingLinear, EndConv
 from duotone.engine.optimizers.adamw import AdamWEma
 from duotone.engine.optimizers.base import OptimizerConfig, parameter_groups
@@ -34,10 +34,8 @@ class Muon(OptimizerConfig):
 
     def check(self) -> None:
         super().check()
-        if not 0 <= self.momentum < 1:
-            raise Refused(f"optimizer.momentum = {self.momentum}: it must lie in [0, 1)")
-        if self.iterations < 1:
-            raise Refused(f"optimizer.iterations = {self.iterations}: it must be at least 1")
+        share("optimizer.momentum", self.momentum, below_one=True)
+        at_least("optimizer.iterations", self.iterations, 1)
 
     def build(self, network: nn.Module) -> "MuonEma":
         inner = list(matrices_of(network))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from duotone.data.refusal import Refused
+from duotone.data.refusal import Refused, share
 from duotone.engine.artifact import Model
 from duotone.engine.conditioning.base import Conditioning
 from duotone.engine.sampling.guidance import Guidance, GuidedDenoiser
@@ -42,8 +42,7 @@ class Steering:
     """Whether the predictions that a rule combines are kept within [-1, 1], instead of what it makes of them."""
 
     def check(self, model: Model, negatives: dict) -> None:
-        if not 0 <= self.rescale <= 1:
-            raise Refused(f"rescale = {self.rescale}: it must lie in [0, 1]")
+        share("rescale", self.rescale)
         if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1]:
             raise Refused(f"interval = {self.interval}: give two noise levels sigma that rise, the first at least 0")
         if self.rescale and self.rule:
