@@ -266,6 +266,9 @@ def test_a_guide_that_does_not_fit_is_refused():
         sample(unconditional, count=1, guide=undropped, guidance=2.0)
     with pytest.raises(Refused, match="give one"):
         sample(model, labels=[0], guide=model, guidance=2.0, negative={"labels": [1]})
+    grey = model_of(Label(), replace(PLAIN, in_channels=1, out_channels=1))
+    with pytest.raises(Refused, match="the guide draws images of 1 channels, and this model of 3"):
+        sample(model, labels=[0], guide=grey, guidance=2.0)
 
 
 # ------------------------------------------------------------------------------------ several attributes, several scales

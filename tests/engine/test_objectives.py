@@ -513,6 +513,20 @@ def test_flow_linspace_is_diffusers_default():
     torch.testing.assert_close((1 / (1 + 1 / sigmas)).float(), scheduler.sigmas[:-1])
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("spacing", Flow.spacings)
+def test_every_spacing_of_flow_falls_to_zero_and_is_shifted(spacing, shift):
+    """Its ends are t = 1, or 0.999, and for all but trailing t = 0.001; a shift multiplies every level."""
+    sigmas, plain = (Flow(shift=s).falling_sigmas(12, spacing) for s in (shift, 1.0))
+    assert len(sigmas) == 13 and (sigmas.diff() < 0).all() and sigmas[-1] == 0
+    torch.testing.assert_close(sigmas, shift * plain, rtol=1e-12, atol=0)
+    first, last = (
+        (999.0 if spacing in ("karras", "log-linear") else torch.inf),
+        (1 / 11 if spacing == "trailing" else 1 / 999),
+    )
+    torch.testing.assert_close(plain[[0, -2]], torch.tensor([first, last], dtype=torch.float64), rtol=1e-9, atol=0)
+
+
 def network_denoiser(objective, network, time_scale):
     """D from a function of (c_in x, c_noise / time_scale), with x the noise itself where sigma is infinite."""
 

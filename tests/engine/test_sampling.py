@@ -202,6 +202,18 @@ def test_noise_is_bit_identical_whatever_the_batch(sampler):
     assert torch.equal(five[:3], three) and not torch.equal(five[0], five[1])
 
 
+def test_a_side_that_would_shrink_to_nothing_is_refused():
+    """Zeros at the ends alone leave no pixel of a side below a factor; zeros all around leave one."""
+    padded = replace(PLAIN, down_pads_ends=True)
+    with pytest.raises(
+        Refused, match=r"size = \(8, 1\): this network halves sides down to a pixel of 2: give that many"
+    ):
+        sample(model_of(Label(), network=padded), labels=[0], steps=1, sampler="euler", size=(8, 1))
+    for network, side in ((PLAIN, 1), (padded, 2)):
+        drawn = sample(model_of(Label(), network=network), labels=[0], steps=1, sampler="euler", size=(8, side))
+        assert drawn.shape == (1, 8, side, 3)
+
+
 def test_any_size_and_ddpm_spacings():
     model = model_of(Label(), objective=DDPM())
     for spacing in ("leading", "trailing", "linspace", "karras", "log-linear"):
