@@ -102,9 +102,11 @@ def layers() -> nn.Module:
     )
 
 
-def sharded(network: nn.Module, precision: str = "fp32", stage: int = 1, ranks: int = 1) -> Sharded:
+def sharded(
+    network: nn.Module, precision: str = "fp32", stage: int = 1, ranks: int = 1, clip: float = CONFIG.clip
+) -> Sharded:
     batch = {"batch": ROWS * ranks, "micro": ROWS, "accumulation": 1}
-    settings = zero.settings(zero.Zero(stage=stage), **batch, precision=precision, clip=CONFIG.clip)
+    settings = zero.settings(zero.Zero(stage=stage), **batch, precision=precision, clip=clip)
     return Sharded(network, CONFIG.build(network), settings)
 
 
@@ -116,11 +118,14 @@ def loss_of(network, step: int, spoilt: bool = False) -> torch.Tensor:
     return (network(x.to(dtype)).float() - wanted).square().sum(1).mean()
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_equals_torchs_muon(group_of_one, stage, monkeypatch):
-    """20 steps with decay and a falling rate; torch's polynomial runs in bf16, which gradients of low rank do not forgive."""
+@pytest.mark.parametrize(("stage", "clip"), [(1, 0.0), (2, 0.0), (1, 2.0)])
+def test_equals_torchs_muon(group_of_one, stage, clip, monkeypatch):
+    """20 steps with decay and a falling rate; torch's polynomial runs in bf16, which gradients of low rank do not forgive.
+
+    A step knows no length of its gradient, but the momentum does: some of these are clipped, and some are not.
+    """
     monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", lambda x_MN, *_: exactly(x_MN).float())
-    mine, theirs = sharded(layers(), stage=stage), layers()
+    mine, theirs, norms = sharded(layers(), stage=stage, clip=clip), layers(), []
     begin = [p.detach().clone() for p in theirs.parameters()]
     muon = torch.optim.Muon(theirs.parameters(), weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for step in range(20):
@@ -131,7 +136,9 @@ def test_equals_torchs_muon(group_of_one, stage, monkeypatch):
         muon.param_groups[0]["lr"] = rate
         muon.zero_grad()
         loss_of(theirs, step).backward()
+        norms.append(nn.utils.clip_grad_norm_(theirs.parameters(), clip or torch.inf).item())
         muon.step()
+    assert not clip or min(norms) < 0.8 * clip and max(norms) > 1.25 * clip, norms
     for (name, p), q, start in zip(mine.gather("weight").items(), theirs.parameters(), begin):
         assert (p - q).norm() < 1e-3 * (q - start).norm(), name
     assert not mine.gather("exp_avg_sq")  # a second moment would be a quarter of the state
