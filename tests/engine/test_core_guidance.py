@@ -247,13 +247,14 @@ def test_a_sweep_of_scales_is_one_row_each():
         (dict(rescale=0.5, rule=Apg()), "leave it at 0 with Apg"),
         (dict(rule=CfgPlusPlus(), sampler="heun"), "CFG\\+\\+ is a rule for Euler steps, and the sampler is heun"),
         (dict(rule=CfgPlusPlus(), sampler="euler", guidance=4.0), "between 0 and 1"),
+        (dict(rule=CfgPlusPlus(), sampler="euler", labels=[0, 1], guidance=[0.5, 1.5]), "between 0 and 1"),
         (dict(rule=Apg(momentum=1.0)), "momentum = 1.0"),
         (dict(rule=Apg(radius=-1.0)), "radius = -1.0"),
     ],
 )
 def test_steering_that_does_not_fit_is_refused(asked, says):
     with pytest.raises(Refused, match=says):
-        sample(model_of(Label(), PLAIN), labels=[0], steps=2, **{"guidance": 2.0} | asked)
+        sample(model_of(Label(), PLAIN), steps=2, **{"labels": [0], "guidance": 2.0} | asked)
 
 
 def test_a_guide_that_does_not_fit_is_refused():

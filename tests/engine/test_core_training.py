@@ -259,6 +259,7 @@ def test_numbers_are_functions_of_their_position_however_many_are_made_at_once(f
     """Within one block, over its end, out of order and far apart."""
     for positions_N in (
         first + np.arange(7),
+        first + np.arange(4),
         first + np.array([6, 0, 3]),
         np.array([first + 5, 2**40, 1]),
         np.array([], int),
