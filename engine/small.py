@@ -41,21 +41,27 @@ small_text = Recipe(
     preview=Previews(every=8_000, guidance=2.0, steps=12),
 )
 
-small_label = replace(
+small_plain = replace(
     small_text,
+    name="shapes",
+    conditioning=(),
+    model=replace(small_text.model, attention=("none", "self"), middle="self", heads=(4, 4)),
+)
+
+small_label = replace(
+    small_plain,
     name="labelled_shapes",
     conditioning=(Label(dropout=0.1),),
     # A class that is only added to the features does not teach its shape in so few images; one that scales them does.
-    model=replace(small_text.model, attention=("none", "self"), middle="self", heads=(4, 4), film=True),
+    model=replace(small_plain.model, film=True),
+    images=48_000,
 )
 
 small_attributes = replace(small_text, name="shapes_by_attributes", conditioning=(Attributes(dropout=0.1),))
 
 small_concat = replace(
-    small_label,
+    small_plain,
     name="shapes_by_class_map",
     conditioning=(ClassMap(width=4, dropout=0.1),),
-    model=replace(small_label.model, extra_channels=4),
+    model=replace(small_plain.model, extra_channels=4),
 )
-
-small_plain = replace(small_label, name="shapes", conditioning=())
