@@ -60,8 +60,8 @@ small_label = replace(
 small_attributes = replace(small_text, name="shapes_by_attributes", conditioning=(Attributes(dropout=0.1),))
 
 small_concat = replace(
-    small_plain,
+    small_label,
     name="shapes_by_class_map",
     conditioning=(ClassMap(width=4, dropout=0.1),),
-    model=replace(small_plain.model, extra_channels=4),
+    model=replace(small_label.model, extra_channels=4),
 )
