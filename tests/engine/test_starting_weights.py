@@ -387,7 +387,7 @@ def test_a_run_begins_there_and_its_average_too(theirs, tmp_path):
     flags = ["--start", str(theirs[1]), "--out", str(tmp_path / "run"), "--images", "32", "--batch-size", "16"]
     flags += ["--optimizer.lr", "1e-12", "--optimizer.warmup", "0", "--checkpoint.every", "0", "--preview.every", "0"]
     flags += ["--preview.rows", "1", "--preview.columns", "1", "--preview.steps", "1", "--speed.threads", "1"]
-    flags += ["--model.channels", "16", "32", "--model.heads", "1", "2", "--model.groups", "8"]
+    flags += ["--model.channels", "16", "32", "--model.heads", "1", "2", "--model.groups", "8", "--model.film", "False"]
     command = [sys.executable, str(ROOT / "recipes" / "image_folder.py"), *flags]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
