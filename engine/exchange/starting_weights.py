@@ -94,9 +94,17 @@ def refuse_other_shape(file: Path, theirs: UNetConfig | None, config: UNetConfig
         return
     differ = [name for name in vars(theirs) if name not in ("zero_init", "dropout") and not same(theirs, config, name)]
     if differ:
-        flags = " ".join(f"--model.{name.replace('_', '-')} {written(getattr(theirs, name))}" for name in differ)
+        flags = " ".join(flag(name, getattr(theirs, name)) for name in differ)
         source = file.parent if file.name == diffusers_folder.WEIGHTS else file
         raise Refused(f"start = {source} is another network than model: give {flags}")
+
+
+def flag(name: str, value) -> str:
+    """A field of the model as the command line takes it; a switch has a name for either state."""
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--model.{name}" if value else f"--model.no-{name}"
+    return f"--model.{name} {written(value)}"
 
 
 def json_of(file: Path) -> dict:

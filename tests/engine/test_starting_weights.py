@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from duotone.data.refusal import Refused
 from duotone.engine import artifact
+from duotone.engine.command_line import parse
 from duotone.engine.conditioning.attributes import Attributes
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.label import Label
@@ -193,8 +194,12 @@ def test_our_own_file_says_what_shapes_do_not(tmp_path):
     source = fresh(theirs)
     named = {name: p.detach() for name, p in source.named_parameters()}
     artifact.save(tmp_path / "ema.safetensors", named, theirs, FACTS, 0)
-    with pytest.raises(Refused, match="another network than model: give --model.heads 1 4 --model.time-flip False"):
+    with pytest.raises(
+        Refused, match="another network than model: give --model.heads 1 4 --model.no-time-flip$"
+    ) as told:
         begin_from(fresh(), tmp_path, MODEL)
+    remedy = str(told.value).partition("give ")[2].split()
+    assert parse(Recipe, remedy, default=replace(theirs, model=MODEL)) == theirs
     said = begin_from(fresh(theirs), tmp_path, theirs.model, DDPM(schedule="cosine"))
     assert said[1:] == [
         "it was trained on another objective: schedule linear there, cosine here, prediction v there, epsilon here"
@@ -387,7 +392,7 @@ def test_a_run_begins_there_and_its_average_too(theirs, tmp_path):
     flags = ["--start", str(theirs[1]), "--out", str(tmp_path / "run"), "--images", "32", "--batch-size", "16"]
     flags += ["--optimizer.lr", "1e-12", "--optimizer.warmup", "0", "--checkpoint.every", "0", "--preview.every", "0"]
     flags += ["--preview.rows", "1", "--preview.columns", "1", "--preview.steps", "1", "--speed.threads", "1"]
-    flags += ["--model.channels", "16", "32", "--model.heads", "1", "2", "--model.groups", "8", "--model.film", "False"]
+    flags += ["--model.channels", "16", "32", "--model.heads", "1", "2", "--model.groups", "8", "--model.no-film"]
     command = [sys.executable, str(ROOT / "recipes" / "image_folder.py"), *flags]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
