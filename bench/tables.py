@@ -66,18 +66,27 @@ def kernels_in_brief() -> str:
     }
     by_name: dict[str, list[dict]] = {}
     for row in timed["results"]:
-        others = {name: time["median"] for name, time in row["milliseconds"].items() if name != "in turns"}
-        ours = others.pop("ours")
-        if others:
+        failed, found = "milliseconds" not in row, times_ours(row)
+        if failed or found:
             chosen = row["kernel"] == "attention" and (row["kernel"], row["case"]) not in launched
             name = "attention over more than 128 keys" if chosen else row["kernel"]
-            ratios = {other: time / ours for other, time in others.items()}
-            by_name.setdefault(name, []).append(ratios | {"fastest": min(ratios.values())})
+            by_name.setdefault(name, []).append({} if failed else found | {"fastest": min(found.values())})
     rows = [
-        [name, str(len(of)), *(over(of, who) for who in ("eager", "compiled", "fastest"))]
-        for name, of in by_name.items()
+        [name, shapes(of), *(over(of, who) for who in ("eager", "compiled", "fastest"))] for name, of in by_name.items()
     ]
     return table(["kernel", "shapes", "eager", "torch.compile", "the fastest other"], rows) + source(path)
+
+
+def times_ours(row: dict) -> dict[str, float]:
+    """Everybody else's time as a multiple of ours; none where the case failed."""
+    times = {name: time["median"] for name, time in row.get("milliseconds", {}).items() if name != "in turns"}
+    ours = times.pop("ours", None)
+    return {name: time / ours for name, time in times.items()}
+
+
+def shapes(ratios: list[dict]) -> str:
+    failed = ratios.count({})
+    return f"{len(ratios)}" + (f", {failed} failed" if failed else "")
 
 
 def over(ratios: list[dict], who: str) -> str:
@@ -104,12 +113,10 @@ def beside_others(row: dict) -> list[str]:
     """Our milliseconds, and the others' as multiples of them."""
     if "milliseconds" not in row:
         return [f"failed: {row['failed']}", "", "", ""]
-    times = {name: time["median"] for name, time in row["milliseconds"].items()}
-    ours = times.pop("ours")
-    times.pop("in turns", None)
-    named = [f"{times[name] / ours:.2f}x" if name in times else "" for name in ("eager", "compiled")]
-    fastest = min(times, key=times.get, default=None)
-    return [f"{ours:.3g}", *named, f"{times[fastest] / ours:.2f}x ({fastest})" if fastest else ""]
+    ours, others = row["milliseconds"]["ours"]["median"], times_ours(row)
+    named = [f"{others[name]:.2f}x" if name in others else "" for name in ("eager", "compiled")]
+    fastest = min(others, key=others.get, default=None)
+    return [f"{ours:.3g}", *named, f"{others[fastest]:.2f}x ({fastest})" if fastest else ""]
 
 
 def promised() -> str:
