@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import sys
 from dataclasses import is_dataclass
 from typing import get_args, get_origin, get_type_hints
 
@@ -21,6 +22,8 @@ def parse(cls: type, arguments: list[str], *, default=None, name: str | None = N
     try:
         with contextlib.nullcontext() if wants_help else contextlib.redirect_stderr(errors):
             return tyro.cli(cls, args=arguments, prog=name, config=(tyro.conf.CascadeSubcommandArgs,), **extra)
+    except BrokenPipeError:  # the pager that --help was for has ended
+        sys.exit(1)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise

@@ -48,7 +48,7 @@ class Window:
 def say(line: str) -> None:
     """One line outside of a run's log, from rank 0 only."""
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"duotone: {line}", flush=True)
+        printed(f"duotone: {line}")
 
 
 def say_warnings_plainly() -> None:

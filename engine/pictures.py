@@ -56,13 +56,17 @@ class ByStep:
         return frames_NM.reshape(-1, *frames_NM.shape[2:])
 
 
-def grid(images_NHWC: np.ndarray, columns: int, *, gap: int = 2, zoom: int = 1) -> Image.Image:
+GAP = 2
+"""Pixels of white around each picture of a sheet."""
+
+
+def grid(images_NHWC: np.ndarray, columns: int, *, zoom: int = 1) -> Image.Image:
     """Images in rows of `columns`, on white."""
     n, h, w, c = images_NHWC.shape
     rows = -(-n // columns)
-    sheet = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, c), 255, np.uint8)
+    sheet = np.full((rows * (h + GAP) + GAP, columns * (w + GAP) + GAP, c), 255, np.uint8)
     for i, image in enumerate(images_NHWC):
-        top, left = gap + (i // columns) * (h + gap), gap + (i % columns) * (w + gap)
+        top, left = GAP + (i // columns) * (h + GAP), GAP + (i % columns) * (w + GAP)
         sheet[top : top + h, left : left + w] = image
     picture = Image.fromarray(sheet if c == 3 else sheet[:, :, 0])
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)

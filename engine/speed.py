@@ -21,6 +21,7 @@ class Speed:
     """Switches that change how fast a run goes, and at most the rounding of its numbers."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU where there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on CUDA (fp16 on cards without it), fp32 on the CPU."""
     compile: bool | None = None

@@ -153,11 +153,12 @@ def _measure(device_index, images, queries, keys, heads, width, dtype, masked):
 
 
 _HEAD_START = 30_000_000  # cycles, some 15 ms
+_ROUNDS = 10
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def _time(run, device_index, images, queries, keys, heads, width, dtype, masked, rounds=10):
+def _time(run, device_index, images, queries, keys, heads, width, dtype, masked):
     device = torch.device("cuda", device_index)
 
     def draw(length):
@@ -179,8 +180,8 @@ def _time(run, device_index, images, queries, keys, heads, width, dtype, masked,
         torch.cuda._sleep(_HEAD_START)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        for _ in range(rounds):
+        for _ in range(_ROUNDS):
             step()
         end.record()
         end.synchronize()
-    return begin.elapsed_time(end) / rounds
+    return begin.elapsed_time(end) / _ROUNDS

@@ -43,9 +43,11 @@ class Evaluate:
     guidance: float | None = None
     """By default 2, and 1 where conditions were never dropped in training."""
     steps: int = 18
+    """Sampling steps."""
     sampler: str = "heun"
     """euler, heun, dpmpp_2m, ancestral or stochastic_heun."""
     seed: int = 1
+    """Seed of the pictures' noise and of the losses' draws."""
     features: FeaturesConfig = FeaturesConfig()
     classifier: ClassifierConfig = ClassifierConfig()
     loss_images: int = 512

@@ -15,6 +15,7 @@ class Export:
     out: Path
     """File or folder to write; refused if it exists."""
     format: Literal["safetensors", "diffusers"] = "diffusers"
+    """A file that `duotone sample` and Python load, or a folder for diffusers; its notes say what that cannot hold."""
 
     def run(self, path: Path) -> None:
         from duotone.engine import artifact, model_card

@@ -52,6 +52,7 @@ class Sample:
     rule: str = "plain"
     """How guidance combines the predictions: plain, apg (adaptive projected guidance) or cfg++ (scales of 0 to 1, euler)."""
     steps: int = 25
+    """Sampling steps."""
     sampler: str = "heun"
     """euler, heun, dpmpp_2m, ancestral or stochastic_heun."""
     spacing: str | None = None
@@ -59,6 +60,7 @@ class Sample:
     clip: bool | None = None
     """Keep every step's image within the range of pixels; by default for DDPM."""
     seed: int = 0
+    """Seed of the noise: with the same number each picture begins as it did before, however many are drawn."""
     size: int | None = None
     """Side in pixels; by default as trained."""
     columns: int | None = None

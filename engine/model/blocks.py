@@ -195,9 +195,10 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, width: int, ratio: int = 4):
+    def __init__(self, width: int):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(width, ratio * width), nn.Dropout(0.0), nn.Linear(ratio * width, width)])
+        hidden = 4 * width
+        self.net = nn.ModuleList([GEGLU(width, hidden), nn.Dropout(0.0), nn.Linear(hidden, width)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net[2](self.net[0](x))

@@ -17,7 +17,9 @@ class OptimizerConfig:
     lr: float = 1e-4
     """Learning rate after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Share of the past in AdamW's two moments: of the gradient, and of its square."""
     eps: float = 1e-8
+    """Added to the root of the second moment, by which AdamW divides."""
     weight_decay: float = 1e-4
     """Decay of matrices and convolutions; biases and norm weights have none."""
     clip: float = 1.0
