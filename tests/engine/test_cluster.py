@@ -40,16 +40,36 @@ class Machine:
     hosts: Path
     hostfile: Path
 
-    def start(self, *flags: str) -> subprocess.Popen:
+    def start(self, *flags: str, by: str = "deepspeed") -> subprocess.Popen:
         """The recipe under a launcher of this machine's own, in a process group of its own."""
-        launcher = [str(BIN / "deepspeed"), "--hostfile", str(self.hostfile), "--no_ssh", "--master_port", "29511"]
-        launcher += ["--node_rank", str(self.rank), "--master_addr", "10.7.0.1", str(RECIPE), "--speed.threads", "1"]
+        launcher = [*LAUNCHERS[by](self), str(RECIPE), "--speed.threads", "1"]
         own = f'hostname host-{self.rank}; mount --bind {self.hosts} /etc/hosts; mount -t tmpfs shm /dev/shm; exec "$@"'
         inside = ["ip", "netns", "exec", self.namespace, "unshare", "--mount", "--uts", "sh", "-c", own, "sh"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen([*inside, *launcher, *flags], **pipes, env=environment, start_new_session=True)
+
+
+def deepspeed(machine: Machine) -> list[str]:
+    meets = ["--master_addr", "10.7.0.1", "--master_port", "29511"]
+    return [
+        str(BIN / "deepspeed"),
+        "--hostfile",
+        str(machine.hostfile),
+        "--no_ssh",
+        "--node_rank",
+        str(machine.rank),
+        *meets,
+    ]
+
+
+def torchrun(machine: Machine) -> list[str]:
+    meets = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "host-0:29511"]
+    return [str(BIN / "torchrun"), "--nnodes", "2", "--nproc-per-node", "1", *meets]
+
+
+LAUNCHERS = {"deepspeed": deepspeed, "torchrun": torchrun}
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +122,13 @@ def rows(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "trace.jsonl").read_text().splitlines()]
 
 
-def test_two_machines_train_what_one_process_does(machines, shards, tmp_path):
+@pytest.mark.parametrize("by", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.long)])
+def test_two_machines_train_what_one_process_does(by, machines, shards, tmp_path):
     """Each reads shards of its own, and one of them has another folder for what the other alone writes."""
     shutil.copytree(shards, tmp_path / "copied")
     flags = [["--data.shards", str(shards), "--out", str(tmp_path / "two"), "--images", "40"]] * 2
     flags[1] = [*flags[1], "--data.shards", str(tmp_path / "copied"), "--out", str(tmp_path / "elsewhere")]
-    (code, said), (code_1, said_1) = ended(*(machine.start(*given) for machine, given in zip(machines, flags)))
+    (code, said), (code_1, said_1) = ended(*(machine.start(*given, by=by) for machine, given in zip(machines, flags)))
     assert code == code_1 == 0, said + said_1
     assert "x 2 ranks" in said and "duotone" not in said_1
     assert f"rank 1 (host-1) does not see {tmp_path / 'elsewhere'}: the run can only be gone on with where" in said
