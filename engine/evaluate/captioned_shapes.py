@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from duotone.data import captioned_shapes
+from duotone.data.captioned_shapes import captions, drawing_of
 from duotone.engine.artifact import Model
+from duotone.engine.evaluate.shape_reader import confusion, read_back
 from duotone.engine.sample import sample
 
 PARTS = ("shape", "colour", "background")
@@ -29,12 +30,12 @@ def obedience(
     model: Model, *, per_caption: int = 1, guidance: float = 2.0, steps: int = 18, sampler: str = "heun", seed: int = 1
 ) -> Obedience:
     """Samples every caption `per_caption` times with guidance and reads each picture back."""
-    captions = [caption for caption in captioned_shapes.captions() for _ in range(per_caption)]
-    images_NHWC = sample(model, prompts=captions, guidance=guidance, steps=steps, sampler=sampler, seed=seed)
-    right_NP = np.array([rightness(image, caption) for image, caption in zip(images_NHWC, captions)])
-    own = captioned_shapes.confusion(size=model.size)
+    asked = [caption for caption in captions() for _ in range(per_caption)]
+    images_NHWC = sample(model, prompts=asked, guidance=guidance, steps=steps, sampler=sampler, seed=seed)
+    right_NP = np.array([rightness(image, caption) for image, caption in zip(images_NHWC, asked)])
+    own = confusion(size=model.size)
     return Obedience(
-        samples=len(captions),
+        samples=len(asked),
         **{part: float(right_NP[:, i].mean()) for i, part in enumerate(PARTS)},
         colour_and_background=float(right_NP[:, 1:].all(1).mean()),
         everything=float(right_NP.all(1).mean()),
@@ -43,5 +44,5 @@ def obedience(
 
 
 def rightness(image_HWC: np.ndarray, caption: str) -> list[bool]:
-    seen, meant = captioned_shapes.read_back(image_HWC), captioned_shapes.drawing_of(caption)
+    seen, meant = read_back(image_HWC), drawing_of(caption)
     return [getattr(seen, part) == getattr(meant, part) for part in PARTS]
