@@ -132,10 +132,10 @@ def differences(stored: dict, recipe: Recipe) -> list[str]:
     """
     then, now = (flat(json.loads(json.dumps(to_json(r)))) for r in (from_json(stored), recipe))
     then = flat(stored) | then  # with fields that this version no longer has
-    return changed(then, now, (*FREE, "images") if recipe.optimizer.schedule == "constant" else FREE)
+    return unlike(then, now, (*FREE, "images") if recipe.optimizer.schedule == "constant" else FREE)
 
 
-def changed(there: dict, here: dict, free: tuple[str, ...]) -> list[str]:
+def unlike(there: dict, here: dict, free: tuple[str, ...]) -> list[str]:
     """The fields of two flat recipes that differ, but for those that are free to."""
     keys = [key for key in sorted(there.keys() | here.keys()) if not key.startswith(free)]
     return [f"{key}: {there.get(key)} there, {here.get(key)} here" for key in keys if there.get(key) != here.get(key)]

@@ -126,8 +126,8 @@ class Evaluate:
         test = " --test DIR" if self.test else ""
         always = ("samples", "guidance", "steps", "sampler", "seed")
         rest = ("floor", "features", "classifier", "loss_images", "loss_levels", "most")
-        said = [flag for name in always for flag in changed(name, getattr(self, name), None)]
-        said += [flag for name in rest for flag in changed(name, getattr(self, name), getattr(Evaluate(), name))]
+        said = [flag for name in always for flag in flags_for(name, getattr(self, name), None)]
+        said += [flag for name in rest for flag in flags_for(name, getattr(self, name), getattr(Evaluate(), name))]
         return " ".join([f"duotone evaluate RUN --data.shards DIR{test}", *said])
 
     def obedience(self, model) -> None:
@@ -151,7 +151,7 @@ class Evaluate:
         if self.json:
             made(self.json.parent)
             always = ("per_caption", "guidance", "steps", "sampler", "seed")
-            said = [flag for name in always for flag in changed(name, getattr(self, name), None)]
+            said = [flag for name in always for flag in flags_for(name, getattr(self, name), None)]
             write_json(self.json, {"command": " ".join(["duotone evaluate RUN", *said]), **values, "checker": checker})
 
 
@@ -170,13 +170,13 @@ AGAINST_DATA = (
 """What only a measurement against data reads."""
 
 
-def changed(name: str, value, default) -> list[str]:
+def flags_for(name: str, value, default) -> list[str]:
     """The flags of a setting that differs from its default; a path is said to be there, and no more."""
     if value == default:
         return []
     if dataclasses.is_dataclass(value):
         fields = [field.name for field in dataclasses.fields(value)]
-        return [flag for f in fields for flag in changed(f"{name}.{f}", getattr(value, f), getattr(default, f))]
+        return [flag for f in fields for flag in flags_for(f"{name}.{f}", getattr(value, f), getattr(default, f))]
     flag = f"--{name.replace('_', '-')}"
     if isinstance(value, bool):
         return [flag if value else f"{flag.rpartition('.')[0]}.no-{flag.rpartition('.')[2]}"]

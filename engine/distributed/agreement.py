@@ -12,7 +12,7 @@ from duotone.data.refusal import Refused
 from duotone.engine.distributed import zero
 from duotone.engine.model.network import Network
 from duotone.engine.recipe import Recipe
-from duotone.engine.recipe_json import changed, flat, to_json
+from duotone.engine.recipe_json import flat, to_json, unlike
 from duotone.engine.speed import Choice
 
 OF_A_MACHINE = ("data.shards", "data.threads", "out", "start", "speed.threads")
@@ -23,7 +23,7 @@ def check_recipe(recipe: Recipe, choice: Choice, ranks: zero.Ranks) -> None:
     """Raises Refused, on every rank alike, where one was started with other flags than rank 0 or on another kind of machine."""
     mine = flat(to_json(recipe))
     theirs, machine = zero.from_rank_0((mine, choice))
-    other = changed(theirs, mine, OF_A_MACHINE)
+    other = unlike(theirs, mine, OF_A_MACHINE)
     if choice != machine:
         other.append(f"the machine's own choice: {machine} there, {choice} here")
     refuse_others(
@@ -43,12 +43,12 @@ def check_data(data: Dataset, ranks: zero.Ranks) -> list[str]:
 
 def check_untrained(network: Network, ranks: zero.Ranks) -> None:
     """Raises Refused, on every rank alike, where one has other weights of what is not trained: of that each keeps its own."""
-    mine = digest(network.untrained) if ranks.count > 1 else ""
+    mine = weights_digest(network.untrained) if ranks.count > 1 else ""
     other = ["its text encoder has other weights"] if mine != zero.from_rank_0(mine) else []
     refuse_others(other, ranks, "is told something else than rank 0", "copy rank 0's text encoder there")
 
 
-def digest(modules: list[nn.Module]) -> str:
+def weights_digest(modules: list[nn.Module]) -> str:
     whole = hashlib.sha256()
     for module in modules:
         for tensor in module.state_dict().values():

@@ -101,7 +101,7 @@ def evaluate(model: Model, splits: Splits, settings: Settings) -> Evaluation:
     asked_for = as_asked(splits.train, settings.samples)
     samples_NHWC = drawn(model, asked_for, settings)
     made_ND = network(samples_NHWC, "features of the samples")
-    accuracy, by_name = judge.shares(samples_NHWC, wanted(asked_for)) if judge and conditioned(model) else (None, {})
+    accuracy, by_name = judge.shares(samples_NHWC, wanted(asked_for)) if judge and takes_conditions(model) else (None, {})
     held_out = splits.held_out.drawn(settings.loss_images)
     return Evaluation(
         settings=settings,
@@ -196,7 +196,7 @@ def asked_by(model: Model, judge: Judge | None) -> str:
     return sees if sees in takes(model) else " and ".join(sorted(takes(model)))
 
 
-def conditioned(model: Model) -> bool:
+def takes_conditions(model: Model) -> bool:
     return bool(takes(model))
 
 
@@ -234,7 +234,7 @@ def asked(model: Model, asked_for: Images, settings: Settings, on_step: Callable
     return sample(
         model,
         **conditions(model, asked_for),
-        guidance=settings.guidance if conditioned(model) else 1.0,
+        guidance=settings.guidance if takes_conditions(model) else 1.0,
         steps=settings.steps,
         sampler=settings.sampler,
         seed=settings.seed,

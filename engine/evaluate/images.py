@@ -127,7 +127,7 @@ def read_splits(shards: Shards, test: Path | None, most: int) -> Splits:
     folder = test or inside
     if folder is not None:
         held_out = read_images(replace(shards, shards=folder, held_out=0.0), most, "test set")
-        refuse_other_names(shards.shards, seen, folder, held_out)
+        refuse_unlike_sets(shards.shards, seen, folder, held_out)
         if fingerprint(replace(shards, shards=folder)) == fingerprint(shards):
             raise Refused(f"{folder} holds what the model was trained on, and is no test set: give --test other shards")
         return Splits(train=seen, held_out=held_out, held_out_is="test", seen=seen, validation=validation)
@@ -138,7 +138,7 @@ def read_splits(shards: Shards, test: Path | None, most: int) -> Splits:
     return Splits(train=train, held_out=stand_in, held_out_is=STAND_IN, seen=seen)
 
 
-def refuse_other_names(folder: Path, train: Images, test_folder: Path, test: Images) -> None:
+def refuse_unlike_sets(folder: Path, train: Images, test_folder: Path, test: Images) -> None:
     for name in ("classes", "attributes"):
         ours, theirs = getattr(train, name), getattr(test, name)
         if ours != theirs:
