@@ -25,6 +25,7 @@ REAL = [
     ("WEBP", "RGB", {}),
     ("WEBP", "RGBA", {}),
     ("WEBP", "RGB", {"lossless": True}),
+    ("WEBP", "RGBA", {"lossless": True}),
     ("WEBP", "RGB", {"exif": b"Exif\0\0II*\0\x08\0\0\0\0\0"}),
 ]
 
@@ -35,6 +36,14 @@ def test_agrees_with_pillow(photos, encode, format, mode, options):
         raw = encode(photos[0][:height, :width], format, mode, **options)
         header = read_header(raw)
         assert (header.kind, header.height, header.width) == (format.lower(), height, width)
+        with Image.open(io.BytesIO(raw)) as image:
+            assert header.channels == (3 if image.mode == "P" else len(image.getbands()))
+
+
+def test_a_png_may_end_long_before_its_file_does(photos, encode):
+    """Some tools write data of their own behind it."""
+    raw = encode(photos[0][:40, :60], "PNG")
+    assert read_header(raw + bytes(100)) == read_header(raw)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -1,5 +1,6 @@
 """Writing: what is read back is what was given, and nothing is ever half-written."""
 
+import io
 import json
 import shutil
 import signal
@@ -7,11 +8,12 @@ import tarfile
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
 from duotone.data.tar_index import index_path
-from duotone.data.write_shards import Sample, write_shards
+from duotone.data.write_shards import Sample, encode_image, write_shards
 
 NOISE = np.random.default_rng(0).integers(0, 256, (7, 16, 16, 3), dtype=np.uint8)
 
@@ -33,6 +35,12 @@ def test_round_trip_is_exact(tmp_path, cpu, plan_for, image_format):
     assert (batch.images_NHWC.numpy() == NOISE).all() and batch.captions == ["grün"] * 7
     assert batch.labels_N.tolist() == [0, 1, 0, 1, 0, 1, 0] and dataset.classes == ["a", "b"]
     assert batch.keys == [f"{number:09d}" for number in range(7)]
+
+
+@pytest.mark.parametrize("quality, halved", [(89, True), (90, False), (95, False)])
+def test_jpeg_keeps_every_pixels_colour_from_quality_90(quality, halved):
+    with Image.open(io.BytesIO(encode_image(NOISE[0], "jpg", quality))) as image:
+        assert image.layer[0][1:3] == ((2, 2) if halved else (1, 1))
 
 
 def test_members_are_what_webdataset_tools_expect(tmp_path):
