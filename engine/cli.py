@@ -5,6 +5,7 @@ file of engine/commands or data/prepare, imported when asked for.
 """
 
 import importlib
+import importlib.util
 import json
 import sys
 import warnings
@@ -33,13 +34,13 @@ RECIPES = {
     "estimate": "parameters, arithmetic, memory and disk of a recipe",
 }
 
-USAGE = f"""usage: duotone COMMAND [flags]
+USAGE = f"""usage: duotone [--with FILE] COMMAND [flags]
 
   prepare WHAT    make WebDataset shards: {", ".join(PREPARE)}
 {chr(10).join(f"  {name + ' RUN':15} {text}" for name, (_, text) in COMMANDS.items())}
 {chr(10).join(f"  {name + ' RECIPE':15} {text}" for name, text in RECIPES.items())}
 
-duotone COMMAND --help lists the flags."""
+duotone COMMAND --help lists the flags. --with imports a Python file first, such as one that registers parts of your own."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -66,6 +67,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def dispatch(arguments: list[str]) -> None:
+    while arguments and arguments[0] == "--with":
+        import_parts(arguments[1:2])
+        arguments = arguments[2:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return
@@ -78,6 +82,24 @@ def dispatch(arguments: list[str]) -> None:
         on_a_recipe(command, rest)
     else:
         raise Refused(f"unknown command {command!r}: there are prepare, {', '.join([*COMMANDS, *RECIPES])}")
+
+
+def import_parts(given: list[str]) -> None:
+    """A file of one's own, which finds what lies beside it as it does when it is run; what it registers can be loaded."""
+    if not given or not Path(given[0]).is_file():
+        raise Refused(f"--with {' '.join(given)}: there is no such file; give a Python file and then the command")
+    file = Path(given[0]).resolve()
+    spec = importlib.util.spec_from_file_location(f"duotone_with_{file.stem}", file)
+    if spec is None:
+        raise Refused(f"--with {file}: it is no Python file (*.py)")
+    sys.path.insert(0, str(file.parent))
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Refused:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever stands in a file
+        raise Refused(f"--with {file} cannot be imported ({type(error).__name__}: {error})") from None
 
 
 def on_a_model(command: str, rest: list[str]) -> None:

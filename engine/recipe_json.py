@@ -44,7 +44,7 @@ def dataclass_named(name: str) -> type:
     if found is None:
         raise Refused(
             f"recipe names the type {name!r}, which this version of duotone does not have; where it is one of your own, import "
-            "the file that registers it (duotone.engine.register)"
+            "the file that registers it (duotone.engine.register), or give it to the command: duotone --with FILE COMMAND"
         )
     return found
 

@@ -101,7 +101,9 @@ def evaluate(model: Model, splits: Splits, settings: Settings) -> Evaluation:
     asked_for = as_asked(splits.train, settings.samples)
     samples_NHWC = drawn(model, asked_for, settings)
     made_ND = network(samples_NHWC, "features of the samples")
-    accuracy, by_name = judge.shares(samples_NHWC, wanted(asked_for)) if judge and takes_conditions(model) else (None, {})
+    accuracy, by_name = (
+        judge.shares(samples_NHWC, wanted(asked_for)) if judge and takes_conditions(model) else (None, {})
+    )
     held_out = splits.held_out.drawn(settings.loss_images)
     return Evaluation(
         settings=settings,

@@ -1,5 +1,8 @@
 """Parts of one's own, written outside of the package: what takes them, and what says where they have to be named."""
 
+import re
+import subprocess
+import sys
 import warnings
 from dataclasses import dataclass, replace
 
@@ -156,6 +159,87 @@ def test_a_part_that_is_registered_is_trained_and_loaded(tmp_path):
         refuse_unstorable(replace(recipe, objective=again()))
     finally:
         register(Halved)
+
+
+MINE = '''
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from beside import SHARE
+
+from duotone.data.shards import Shards
+from duotone.engine import Recipe, main, register
+from duotone.engine.checkpoint import Checkpoints
+from duotone.engine.model.unet import UNetConfig
+from duotone.engine.objectives.edm import EDM
+from duotone.engine.preview import Previews
+from duotone.engine.speed import Speed
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Mine(EDM):
+    """Weighs less."""
+
+    share: float = SHARE
+
+    def weight(self, sigma_N):
+        return self.share * super().weight(sigma_N)
+
+
+one = {"heads": (1,), "blocks": (1,), "depth": (1,), "channels": (8,), "attention": ("none",)}
+recipe = Recipe(
+    name="mine",
+    data=Shards(size=16, threads=1, decoder="pillow"),
+    model=UNetConfig(**one, middle="absent", groups=4),
+    objective=Mine(sigma_data=0.5),
+    batch_size=8,
+    images=8,
+    preview=Previews(every=0, rows=1, columns=1, steps=1, strips=False),
+    checkpoint=Checkpoints(every=0),
+    speed=Speed(device="cpu", threads=1),
+)
+
+if __name__ == "__main__":
+    main(recipe)
+'''
+
+
+def test_a_file_of_ones_own_is_trained_by_and_given_to_a_command(tmp_path, capsys):
+    mine, out = tmp_path / "mine.py", tmp_path / "run"
+    mine.write_text(MINE)
+    (tmp_path / "beside.py").write_text("SHARE = 0.5\n")
+    captioned_shapes.write(tmp_path / "shards", count=16, size=16)
+    ran = subprocess.run([sys.executable, str(mine), "--data.shards", str(tmp_path / "shards"), "--out", str(out)])
+    assert ran.returncode == 0
+    words = ["sample", str(out), "--steps", "1", "--out", str(tmp_path / "s.png")]
+    with pytest.raises(SystemExit):
+        cli.main(words)
+    said = capsys.readouterr().err
+    assert "names the type 'Mine'" in said and "or give it to the command: duotone --with FILE COMMAND" in said
+    ran = subprocess.run([sys.executable, "-m", "duotone.engine.cli", "--with", str(mine), *words])
+    assert ran.returncode == 0 and (tmp_path / "s.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        (None, "--with : there is no such file; give a Python file and then the command"),
+        ("mine.py", "mine.py cannot be imported \\(ZeroDivisionError: division by zero\\)"),
+        ("mine.txt", "mine.txt: it is no Python file"),
+    ],
+)
+def test_a_file_that_cannot_be_imported_is_one_line(file, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    given = []
+    if file is not None:
+        (tmp_path / file).write_text("1 / 0")
+        given = [str(tmp_path / file), "sample", "run"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--with", *given])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and re.search(says, line), line
 
 
 def test_a_sampler_that_gives_no_picture_is_told():
