@@ -472,7 +472,7 @@ def test_a_test_set_without_labels_beside_labelled_images_is_refused(clothes):
     splits = read_splits(replace(FRAME, shards=clothes), None, 40)
     train, bare = replace(splits.train, classes=None), replace(splits.held_out, classes=None, labels_N=None)
     with pytest.raises(Refused, match="of here and there only here has labels"):
-        images.refuse_other_names(Path("here"), train, Path("there"), bare)
+        images.refuse_unlike_sets(Path("here"), train, Path("there"), bare)
 
 
 def test_a_class_called_all_leaves_the_whole_alone(clothes):
