@@ -221,6 +221,7 @@ def begin_folder(recipe: Recipe, stored: dict | None, samples: int, held: ExitSt
         if recipe.fresh:
             run_folder.move_aside(recipe.folder)
         claim(recipe, stored, held)
+    if not goes_on:  # nothing is trained yet, and paths and data may be others than at an earlier start
         write_json(recipe.folder / "recipe.json", to_json(replace(recipe, fresh=False)))  # by which a folder is a run's
     if recipe.data.held_out and not (goes_on and (recipe.folder / "splits.json").exists()):
         split = {"training": samples, "held_out": recipe.data.held_out_keys()}

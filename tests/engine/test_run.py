@@ -29,6 +29,7 @@ from duotone.data.refusal import Refused, SampleReplaced
 from duotone.data.shards import Shards
 from duotone.engine import artifact, checkpoint, cli, draws, outcome, pictures, run_folder, stopping
 from duotone.engine.command_line import parse
+from duotone.engine.commands.evaluate import shards_of
 from duotone.engine.distributed import zero
 from duotone.engine.recipe import Recipe
 from duotone.engine.set_up import set_up, with_embedded_data
@@ -550,6 +551,19 @@ def test_splits_are_told_again_until_they_are_trained_on(shards, tmp_path):
     (out / "splits.json").write_text("{}")
     run_here(shards, out, "--data.held-out", "0.3", "--images", "16")
     assert (out / "splits.json").read_text() == told
+
+
+def test_the_folder_names_the_data_that_was_trained_on(shards, tmp_path):
+    """By which `duotone evaluate` finds it: before the first checkpoint it may be other data than at an earlier start."""
+    out, other = tmp_path / "run", tmp_path / "other"
+    captioned_shapes.write(other, count=24, size=16, seed=1)
+    run_here(other, out, "--images", "16")
+    shutil.rmtree(out / "checkpoints")
+    run_here(shards, out, "--images", "16")
+    assert shards_of(out) == shards
+    with pytest.raises(Refused, match="was trained on other data"):
+        run_here(other, out, "--images", "16")
+    assert shards_of(out) == shards
 
 
 def test_two_first_runs_at_once_share_the_embedded_data(tmp_path, monkeypatch):
