@@ -127,6 +127,8 @@ def resume(run: Run, path: Path) -> str:
         attention_backends.keep_choices(**theirs)
     run.unread_before, run.parts_before = tuple(manifest.get("unread", ())), tuple(manifest.get("parts", ()))
     run.images = run.saved = manifest["images"]
+    if run.images > run.recipe.images:
+        raise Refused(f"{path} has seen more than images = {run.recipe.images}: give --images {run.images} or more")
     return f"resumed from {path} at {run.images:,} images"
 
 

@@ -70,10 +70,21 @@ def move_aside(folder: Path) -> Path | None:
         return None
     folder = Path(os.path.abspath(folder))  # the name of "." is its own
     with claimed(folder):
-        n = 1
-        while (aside := folder.with_name(f"{folder.name}-before-{n}")).exists():
-            n += 1
-        os.replace(folder, aside)
+        return renamed(folder)
+
+
+def reopen(folder: Path) -> Path | None:
+    """Renames the export of an earlier end: by ema.safetensors a run is known to be complete, and its model is found."""
+    export = folder / "ema.safetensors"
+    return renamed(export, ending=".safetensors") if export.exists() else None
+
+
+def renamed(path: Path, ending: str = "") -> Path:
+    """Gives a folder or a file a name that nothing has yet."""
+    n = 1
+    while (aside := path.with_name(f"{path.name.removesuffix(ending)}-before-{n}{ending}")).exists():
+        n += 1
+    os.replace(path, aside)
     return aside
 
 

@@ -23,6 +23,7 @@ from duotone.engine.outcome import finish, look, missed
 from duotone.engine.recipe import Recipe
 from duotone.engine.recipe_json import refuse_unstorable
 from duotone.engine.run import Run, plans, save
+from duotone.engine.run_folder import reopen
 from duotone.engine.set_up import set_up
 from duotone.engine.stopping import Interrupted, Stop
 from duotone.engine.trace import fingerprints, trace
@@ -44,6 +45,8 @@ def train(recipe: Recipe) -> Path:
         run = set_up(recipe, held)
         run.whole_step = whole_step(run)
         batches = run.data.batches(plans(run, run.images))
+        if run.ranks.rank == 0 and run.images < recipe.images and (export := reopen(run.recipe.folder)):
+            run.log.say(f"the run goes on past its end: the weights that it ended with are now {export}")
         if run.saved is not None and run.images < recipe.images:
             look(run, **zero.from_rank_0(missed(run) if run.ranks.rank == 0 else None))
         stop = signals.enter_context(Stop(recipe.checkpoint.stop_after, began, run.sharded.device))

@@ -292,6 +292,22 @@ def test_a_finished_run_says_so_and_changes_nothing(whole, shards):
     assert_equal_states(before, state(whole))
 
 
+def test_a_run_that_goes_on_past_its_end_is_not_complete(shards, tmp_path):
+    """A queue that waits for ema.safetensors, and whoever loads the folder, would take the weights of the earlier end for its."""
+    out, flags = tmp_path / "run", ["--optimizer.schedule", "constant"]
+    run_here(shards, out, *flags, "--images", "16")
+    run_here(shards, out, *flags, "--images", "96", "--checkpoint.stop-after", "1e-9")
+    assert not (out / "ema.safetensors").exists()
+    with pytest.raises(Refused, match="the run has not ended; give its checkpoint"):
+        artifact.load(out, "cpu")
+    assert artifact.load(out / "ema-before-1.safetensors", "cpu").images == 16
+    with pytest.raises(Refused, match="images-000000000032 has seen more than images = 24: give --images 32 or more"):
+        run_here(shards, out, *flags, "--images", "24")
+    run_here(shards, out, *flags, "--images", "40")
+    assert artifact.load(out, "cpu").images == 40
+    assert len(list(out.glob("ema*"))) == 2
+
+
 def test_a_failing_picture_costs_no_training(shards, tmp_path, monkeypatch):
     """The checkpoint that is due at the same step comes first."""
 
