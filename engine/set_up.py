@@ -144,18 +144,18 @@ def newest_checkpoint(recipe: Recipe, ranks: zero.Ranks) -> tuple[Path | None, l
 
 
 def with_accumulation(recipe: Recipe, stored: dict | None, network: Network, choice, ranks: zero.Ranks) -> Recipe:
-    """The recipe with its number of micro-batches: its own, the interrupted run's, or the fewest that fit on every rank.
+    """The recipe with its number of micro-batches: its own, or the fewest that fit on every rank, from the interrupted run's on,
+    which may have had more ranks, or larger ones.
 
     The estimate proposes, and two steps tried for real decide."""
     if recipe.accumulation is not None:
         return recipe
-    before = stored.get("accumulation") if stored is not None else None
-    if before and recipe.batch_size % (ranks.count * before) == 0:
-        return replace(recipe, accumulation=before)
+    before = (stored or {}).get("accumulation") or 1
+    least = before if recipe.batch_size % (ranks.count * before) == 0 else 1
     if choice.device == "cpu":
-        return replace(recipe, accumulation=1)
+        return replace(recipe, accumulation=least)
     room = min(zero.gathered([torch.cuda.get_device_properties(ranks.device).total_memory]))
-    times = fewest_micro_batches(network, recipe, choice, ranks.count, room)
+    times = fewest_micro_batches(network, recipe, choice, ranks.count, room, least)
     while not all(zero.gathered([tried(network, recipe, times, choice, ranks.count)])):
         times = fewest_micro_batches(network, recipe, choice, ranks.count, room, least=times + 1)
     return replace(recipe, accumulation=times)

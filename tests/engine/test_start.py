@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -259,28 +260,32 @@ def test_a_port_that_another_run_holds_is_one_line(tmp_path):
     assert f"127.0.0.1:{port}" in refusals[0] and "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
 
+CONFIG = UNetConfig(
+    channels=(16, 32),
+    attention=("none", "self"),
+    middle="self",
+    heads=(2, 2),
+    blocks=(1, 1),
+    depth=(1, 1),
+    groups=8,
+)
+ON_CUDA = Choice("cuda", "bf16", True)
+
+
+def room(network: Network, recipe: Recipe, micro: int) -> int:
+    """Bytes of a GPU that holds so many images at once, and not one more."""
+    needed = memory.estimate(network, recipe, micro, ON_CUDA, 1)
+    return int((needed.state + needed.activations) / memory.USABLE) + 1
+
+
 def test_the_fewest_micro_batches_that_fit_are_taken():
     """Room for a quarter of the batch, for all of it, and for not even one image."""
-    config = UNetConfig(
-        channels=(16, 32),
-        attention=("none", "self"),
-        middle="self",
-        heads=(2, 2),
-        blocks=(1, 1),
-        depth=(1, 1),
-        groups=8,
-    )
-    recipe = Recipe(name="r", model=config, data=Shards(size=32), batch_size=16, images=16)
-    network, choice = Network(config.build(), []), Choice("cuda", "bf16", True)
-
-    def room(micro: int) -> int:
-        needed = memory.estimate(network, recipe, micro, choice, 1)
-        return int((needed.state + needed.activations) / memory.USABLE) + 1
-
-    found = [memory.fewest_micro_batches(network, recipe, choice, 1, room(micro)) for micro in (4, 16, 15, 1)]
-    assert found == [4, 1, 2, 16]
+    recipe = Recipe(name="r", model=CONFIG, data=Shards(size=32), batch_size=16, images=16)
+    network = Network(CONFIG.build(), [])
+    rooms = [room(network, recipe, micro) for micro in (4, 16, 15, 1)]
+    assert [memory.fewest_micro_batches(network, recipe, ON_CUDA, 1, one) for one in rooms] == [4, 1, 2, 16]
     with pytest.raises(Refused, match="one image at a time needs about .*--speed.gradient-checkpointing"):
-        memory.fewest_micro_batches(network, recipe, choice, 1, room(1) // 2)
+        memory.fewest_micro_batches(network, recipe, ON_CUDA, 1, rooms[-1] // 2)
 
 
 @pytest.mark.parametrize(
@@ -291,3 +296,16 @@ def test_an_interrupted_run_goes_on_with_its_own_micro_batches(asked, stored, ta
     ranks = zero.Ranks(0, 1, torch.device("cpu"))
     recipe = Recipe(name="r", accumulation=asked)
     assert with_accumulation(recipe, stored, None, CPU, ranks).accumulation == taken
+
+
+@pytest.mark.parametrize("before,taken", [(1, 4), (4, 4), (8, 8)])
+def test_an_interrupted_run_goes_on_where_less_fits(before, taken, monkeypatch):
+    """On eight GPUs a rank takes its share at once; on one of them alone that would be all, which it cannot hold."""
+    recipe = Recipe(name="r", model=CONFIG, data=Shards(size=32), batch_size=16, images=16)
+    network, gpu = Network(CONFIG.build(), []), SimpleNamespace()
+    gpu.total_memory = room(network, recipe, 4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(zero, "gathered", lambda mine: mine)
+    monkeypatch.setattr("duotone.engine.set_up.tried", lambda *_: True)
+    ranks = zero.Ranks(0, 1, torch.device("cuda", 0))
+    assert with_accumulation(recipe, {"accumulation": before}, network, ON_CUDA, ranks).accumulation == taken
