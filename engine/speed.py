@@ -87,12 +87,25 @@ def choose(speed: Speed, stage: int = 1) -> Choice:
     compiled = usual if speed.compile is None else speed.compile
     if compiled and speed.backend == "inductor":
         refuse_without_compiler(device)
+    elif compiled:
+        refuse_unknown_backend(speed.backend)
     return Choice(device, precision, compiled)
 
 
 def c_compiler() -> str | None:
     """What Triton builds a kernel's launch with."""
     return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+
+
+def refuse_unknown_backend(name: str) -> None:
+    """Raises Refused on a name that torch.compile does not know."""
+    from torch._dynamo.backends.registry import list_backends, lookup_backend
+    from torch._dynamo.exc import InvalidBackend
+
+    try:
+        lookup_backend(name)
+    except InvalidBackend:
+        raise Refused(f"speed.backend = {name}: torch.compile knows {', '.join(list_backends())}") from None
 
 
 def refuse_without_compiler(device: str) -> None:

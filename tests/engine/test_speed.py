@@ -182,6 +182,13 @@ def test_compiling_without_a_compiler_is_one_line_with_the_remedy():
     )
 
 
+def test_a_backend_that_torch_does_not_know_is_one_line_with_those_that_it_knows():
+    with pytest.raises(Refused, match="speed.backend = indutcor: torch.compile knows .*inductor"):
+        speed.choose(speed.Speed(compile=True, backend="indutcor"))
+    assert speed.choose(speed.Speed(compile=True, backend="aot_eager")).compile
+    assert not speed.choose(speed.Speed(backend="indutcor", device="cpu")).compile
+
+
 def test_a_gpu_without_a_c_compiler_compiles_nothing_and_says_so(monkeypatch):
     """Triton builds each launch with one; with a folder of its own in PATH there is none."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
