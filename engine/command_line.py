@@ -32,9 +32,10 @@ def parse(cls: type, arguments: list[str], *, default=None, name: str | None = N
 
 
 def whole_number(argument: str) -> str:
-    """1e6 as 1000000, so that counts may be written the short way."""
-    if re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d+", argument) and float(argument).is_integer():
-        return str(int(float(argument)))
+    """1e6 as 1000000, behind a flag's = too, so that counts may be written the short way."""
+    flag, value = re.fullmatch(r"(--[\w.-]+=)?(.*)", argument, re.DOTALL).groups(default="")
+    if re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d+", value) and float(value).is_integer():
+        return f"{flag}{int(float(value))}"
     return argument
 
 
