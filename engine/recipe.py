@@ -94,6 +94,8 @@ class Recipe:
             at_least(name, getattr(self, name), 1)
         at_least("accumulation", 1 if self.accumulation is None else self.accumulation, 1)
         at_least("seed", self.seed, 0)
+        if self.seed >= 2**64:
+            raise Refused(f"seed = {self.seed}: it must be below 2^64 = {2**64}")
         at_least("zero.bucket", self.zero.bucket, 2)
         self.model.check()
         self.objective.check()

@@ -71,6 +71,7 @@ def test_a_wrong_name_or_value_is_one_line_with_the_nearest_key(flags, says):
     [
         (["--batch-size", "-3"], "batch_size = -3: it must be at least 1"),
         (["--images", "100"], "no multiple of batch_size = 8: 96 would be"),
+        (["--seed", str(2**64)], "seed = 18446744073709551616: it must be below 2\\^64"),
         (["--checkpoint.every", "12"], "checkpoint.every = 12"),
         (["--optimizer.lr", "-1"], "optimizer.lr = -1.0: it must be above 0"),
         (["--optimizer.lr", "nan"], "optimizer.lr = nan: it must be above 0, and finite"),
@@ -131,6 +132,7 @@ def test_a_text_that_cannot_be_built_is_named(condition, says):
 
 def test_counts_may_be_written_short():
     assert parse(Recipe, ["--images", "1e6", "--batch-size", "1e3"], default=tiny()).images == 1_000_000
+    assert parse(Recipe, ["--images=1e6", "--optimizer.lr=1e-3"], default=tiny()).images == 1_000_000
 
 
 def test_a_recipe_survives_json_and_builds_no_foreign_type():
