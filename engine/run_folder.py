@@ -36,11 +36,22 @@ def claimed(folder: Path) -> Iterator[None]:
             ) from None
         except OSError:  # a file system without locks: nothing can be said
             pass
+        refuse_moved(folder, claim.fileno())
         claim.truncate(0)
         claim.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         claim.flush()
         remove_drafts(folder)
         yield
+
+
+def refuse_moved(folder: Path, claim: int) -> None:
+    """Raises Refused where another process moved the folder aside between the opening of its claim and the lock on it."""
+    try:
+        still_there = os.path.samestat(os.fstat(claim), os.stat(folder / CLAIM))
+    except FileNotFoundError:
+        still_there = False
+    if not still_there:
+        raise Refused(f"{folder}: another process moved it aside while this one started; start it again")
 
 
 def remove_drafts(folder: Path) -> None:

@@ -175,6 +175,25 @@ def test_a_folder_has_one_process_at_a_time(tmp_path):
     assert run_folder.move_aside(folder).name == "run-before-1"
 
 
+@pytest.mark.parametrize("begun", [False, True], ids=["moved", "begun anew"])
+def test_a_folder_moved_aside_while_it_is_claimed_is_refused(begun, tmp_path, monkeypatch):
+    """Else two processes would train in the new one, or this one would move it aside under the other."""
+    folder, lock = tmp_path / "run", run_folder.fcntl.flock
+    folder.mkdir()
+
+    def late(claim, how):
+        folder.rename(tmp_path / "run-before-1")
+        if begun:
+            folder.mkdir()
+            (folder / run_folder.CLAIM).write_text("process 1")
+        lock(claim, how)
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", late)
+    with pytest.raises(Refused, match="run: another process moved it aside"):
+        run_folder.move_aside(folder)
+    assert folder.exists() == begun
+
+
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(Refused, match="cannot be made .*: give another --out"):
