@@ -27,8 +27,8 @@ ONLY_THIS_RANK = 10
 def main(recipe: Recipe, embedded: Recipe | None = None) -> None:
     """Runs a recipe file: overrides from the command line, then training; refused input is one line and exit code 2.
 
-    `embedded` is the small network for the embedded data set: it is taken where no --data.shards is given, and, for data of
-    one's own, with --small.
+    `embedded` is the small network for the embedded data set: it is taken where neither the recipe nor --data.shards names
+    data, and, for data of one's own, with --small.
     """
     arguments = [a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank"))]
     try:
@@ -97,16 +97,18 @@ def base_of(recipe: Recipe, embedded: Recipe | None, arguments: list[str]) -> Re
     small = "--small" in arguments
     if embedded is None and small:
         raise Refused(f"--small: {recipe.name} has no small network of its own")
-    own = any(a.split("=")[0] == "--data.shards" for a in arguments)
+    shards = recipe.data.shards
+    own = shards is not None or any(a.split("=")[0] == "--data.shards" for a in arguments)
     if small:
-        return replace(embedded, name=f"{recipe.name}_small") if own else embedded
-    if embedded is not None and not {"-h", "--help"}.isdisjoint(arguments):
+        mine = {"name": f"{recipe.name}_small", "data": replace(embedded.data, shards=shards)}
+        return replace(embedded, **mine) if own else embedded
+    if embedded is not None and shards is None and not {"-h", "--help"}.isdisjoint(arguments):
         say(
             f"the defaults are {recipe.name}'s; without --data.shards, or with --small, a small network is trained instead"
         )
         return recipe
     if embedded is None or own:
-        if recipe.data.shards is None and not own and {"-h", "--help"}.isdisjoint(arguments):
+        if not own and {"-h", "--help"}.isdisjoint(arguments):
             say("neither data.shards nor --data.shards: training on the embedded captioned shapes")
         return recipe
     say(

@@ -210,6 +210,15 @@ def test_a_small_run_on_ones_own_data_has_its_own_name():
     assert base_of(full, small, ["--small", "--data.shards", "x"]).name == "full_small"
 
 
+def test_data_that_a_recipe_names_is_ones_own(capsys):
+    """As much as data that the command line names: a small network on other pictures would be trained instead."""
+    full, small = Recipe(name="full", data=Shards(shards="x", size=32)), Recipe(name="shapes", data=Shards(size=16))
+    assert base_of(full, small, []) == full and base_of(full, small, ["--help"]) == full
+    taken = base_of(full, small, ["--small"])
+    assert (taken.name, taken.data) == ("full_small", Shards(shards="x", size=16))
+    assert not capsys.readouterr().out
+
+
 def test_the_folder_one_stands_in_can_be_moved_aside(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path / "run")
