@@ -118,9 +118,7 @@ class Logger:
             "data_wait": self.window.waited / seconds,
         }
         self.window = Window(time.monotonic())
-        # JSON has no NaN, which the norm of a skipped step may be.
-        plain = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        self.metrics.write(json.dumps(plain) + "\n")
+        self.metrics.write(as_json(row))
         self.bar.update(row)
         for listener in list(self.listeners):
             self.tell(listener, row)
@@ -137,7 +135,7 @@ class Logger:
         """A row of validation.jsonl, and its mean for whoever follows the run; of a run that had ended, in the place of its last."""
         keep_rows_up_to(self.folder / "validation.jsonl", row["images"] - 1)
         with open(self.folder / "validation.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(as_json(row))
         self.say(f"loss on held-out images after {row['images']:,}: {row['loss']:.4f}")
         for listener in list(self.listeners):
             self.tell(listener, {"images": row["images"], "validation_loss": row["loss"]})
@@ -156,7 +154,7 @@ class Logger:
     def trace(self, row: dict) -> None:
         if self.speaks:
             with open(self.folder / "trace.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(as_json(row))
 
     def close(self) -> None:
         if self.speaks:
@@ -165,6 +163,19 @@ class Logger:
             for listener in self.listeners:
                 with contextlib.suppress(Exception):  # of another's service, when all that counts is on the disk
                     listener.close()
+
+
+def as_json(row: dict) -> str:
+    """A line of a jsonl file: JSON has no NaN, which the norm of a skipped step and the losses of a run that diverged may be."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {name: plain(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [plain(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(row)) + "\n"
 
 
 class Bar:

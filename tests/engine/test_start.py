@@ -70,6 +70,19 @@ def test_a_run_that_had_ended_keeps_its_measurements(tmp_path):
     assert told == [rows[0], {"images": 8, "loss": 0.5}]
 
 
+def test_a_run_that_diverged_writes_json(tmp_path):
+    """Which has no NaN: the first one would end every other reader of a file."""
+    logger = Logger(Log(trace=True), tmp_path, 8, 0, speaks=True, recipe={})
+    logger.validated({"images": 8, "loss": math.nan, "levels": [{"sigma": 1.0, "loss": math.inf, "low": None}]})
+    logger.trace({"images": 8, "loss": math.nan, "keys": ["a"]})
+    logger.close()
+    told = [
+        json.loads((tmp_path / name).read_text(), parse_constant=int) for name in ("validation.jsonl", "trace.jsonl")
+    ]
+    assert told[0] == {"images": 8, "loss": None, "levels": [{"sigma": 1.0, "loss": None, "low": None}]}
+    assert told[1] == {"images": 8, "loss": None, "keys": ["a"]}
+
+
 def test_a_tracker_that_does_not_start_is_one_line(tmp_path, capsys):
     (tmp_path / "tensorboard").write_text("in the way")
     logger = Logger(Log(every=1, tensorboard=True), tmp_path, 8, 0, speaks=True, recipe={})
