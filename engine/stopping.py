@@ -61,13 +61,14 @@ class Stop:
             again = "; Ctrl-C once more: at once" if meeting.SET_HERE else ""
             tell(f"stopping with a checkpoint after the next step{again}")
 
-    def due(self) -> bool:
+    def due(self, *, now: bool = False) -> bool:
         """Whether the run stops after this step, on all ranks alike: one has heard a signal, or by the mean of their clocks.
 
-        What they tell one another is read a step later, when it has arrived: no device is waited for.
+        What they tell one another is read a step later, when it has arrived: no device is waited for, but for an answer `now`.
         """
-        heard, seconds = self.told()
+        before = self.told
         self.told = zero.means([float(self.heard > 0), time.monotonic() - self.began], self.device)
+        heard, seconds = self.told() if now else before()
         if heard:
             self.heard = self.heard or signal.SIGTERM  # which another rank has heard
         return heard > 0 or 0 < 60 * self.minutes <= seconds

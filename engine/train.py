@@ -45,8 +45,8 @@ def train(recipe: Recipe) -> Path:
         run = set_up(recipe, held)
         run.whole_step = whole_step(run)
         batches = run.data.batches(plans(run, run.images))
-        if run.ranks.rank == 0 and run.images < recipe.images and (export := reopen(run.recipe.folder)):
-            run.log.say(f"the run goes on past its end: the weights that it ended with are now {export}")
+        if run.ranks.rank == 0 and run.images < recipe.images:
+            go_on_past_the_end(run)
         if run.saved is not None and run.images < recipe.images:
             look(run, **zero.from_rank_0(missed(run) if run.ranks.rank == 0 else None))
         stop = signals.enter_context(Stop(recipe.checkpoint.stop_after, began, run.sharded.device))
@@ -62,6 +62,13 @@ def train(recipe: Recipe) -> Path:
     return run.recipe.folder
 
 
+def go_on_past_the_end(run: Run) -> None:
+    """A run with more images than before is complete no longer."""
+    export = reopen(run.recipe.folder)
+    if export is not None:
+        run.log.say(f"the run goes on past its end: the weights that it ended with are now {export}")
+
+
 def steps(run: Run, batches: Iterator[Batch], stop: Stop) -> None:
     """To the run's last image, or until it is to stop."""
     recipe = run.recipe
@@ -70,7 +77,10 @@ def steps(run: Run, batches: Iterator[Batch], stop: Stop) -> None:
             train_step(run, batches)
         if run.due(recipe.checkpoint.every):
             save(run)  # before pictures, which may fail
-        look(run, drawn=run.due(recipe.preview.every), measured=run.due(recipe.validation.every))
+        due = {"drawn": run.due(recipe.preview.every), "measured": run.due(recipe.validation.every)}
+        if any(due.values()) and stop.due(now=True):
+            return  # who ends the run may not wait for pictures; where it goes on they are made up for
+        look(run, **due)
         if stop.due():
             return
 

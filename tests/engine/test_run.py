@@ -3,6 +3,7 @@
 import gc
 import io
 import json
+import math
 import os
 import runpy
 import shutil
@@ -16,6 +17,7 @@ import weakref
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -419,7 +421,7 @@ def ends(done: subprocess.CompletedProcess) -> list[str]:
     [
         pytest.param("train", "train_step", 1, 3, "duotone: refused on rank 1 (", id="one rank in the middle"),
         pytest.param(
-            *("run", "with_embedded_data", 0, 1, "duotone: refused: "),
+            *("set_up", "with_embedded_data", 0, 1, "duotone: refused: "),
             id="rank 0 before the others",
             marks=pytest.mark.long,
         ),
@@ -753,6 +755,33 @@ def test_a_signal_within_the_last_save_loses_nothing(shards, tmp_path, monkeypat
     run_here(shards, tmp_path / "run", "--images", "24", "--checkpoint.every", "0")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [checkpoint.name_of(24)]
     assert (tmp_path / "run" / "ema.safetensors").exists()
+
+
+@pytest.mark.parametrize("ended", ["by a signal", "by its minutes"])
+def test_who_ends_a_run_does_not_wait_for_its_pictures(ended, shards, tmp_path, monkeypatch):
+    """The checkpoint comes first, and the pictures when the run goes on."""
+    module, out = sys.modules["duotone.engine.train"], tmp_path / "run"
+    real = module.train_step
+    flags = ["--preview.every", "24", "--checkpoint.every", "0", "--images", "48"]
+
+    def ending(run, batches):
+        real(run, batches)
+        if run.images == 24 and ended == "by a signal":
+            signal.raise_signal(signal.SIGTERM)
+        elif run.images == 24:
+            patch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda: math.inf))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train_step", ending)
+        if ended == "by a signal":
+            with pytest.raises(stopping.Interrupted):
+                run_here(shards, out, *flags)
+        else:
+            run_here(shards, out, *flags, "--checkpoint.stop-after", "1000")
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [checkpoint.name_of(24)]
+    assert not (out / "previews").exists()
+    run_here(shards, out, *flags)
+    assert (out / "previews" / f"{checkpoint.name_of(24)}.png").exists()
 
 
 def test_a_second_ctrl_c_does_not_wait():
