@@ -15,13 +15,14 @@ def parse(cls: type, arguments: list[str], *, default=None, name: str | None = N
     import tyro
 
     kinds = kinds_of(cls)
-    arguments = last_of_each([whole_number(a) for a in arguments], kinds)
+    arguments = last_of_each(arguments, kinds)
     wants_help = any(a in ("-h", "--help") for a in arguments)
     errors = io.StringIO()
     extra = {} if default is None else {"default": default}
     try:
         with contextlib.nullcontext() if wants_help else contextlib.redirect_stderr(errors):
-            return tyro.cli(cls, args=arguments, prog=name, config=(tyro.conf.CascadeSubcommandArgs,), **extra)
+            settings = {"config": (tyro.conf.CascadeSubcommandArgs,), "registry": numbers()}
+            return tyro.cli(cls, args=arguments, prog=name, **settings, **extra)
     except BrokenPipeError:  # the pager that --help was for has ended
         sys.exit(1)
     except SystemExit as stop:
@@ -31,12 +32,31 @@ def parse(cls: type, arguments: list[str], *, default=None, name: str | None = N
         raise Refused(unknown_kind(kinds, arguments) or key_of_another_kind(kinds, box) or one_line(box)) from None
 
 
-def whole_number(argument: str) -> str:
-    """1e6 as 1000000, behind a flag's = too, so that counts may be written the short way."""
-    flag, value = re.fullmatch(r"(--[\w.-]+=)?(.*)", argument, re.DOTALL).groups(default="")
-    if re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d+", value) and float(value).is_integer():
-        return f"{flag}{int(float(value))}"
-    return argument
+def numbers():
+    """How whole numbers are read; a prompt, a class or a folder may be called 1e6 and stays what it is."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def rule(told) -> PrimitiveConstructorSpec | None:
+        if told.type is not int:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="INT",
+            instance_from_str=lambda words: whole_number(words[0]),
+            is_instance=lambda value: isinstance(value, int),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return registry
+
+
+def whole_number(word: str) -> int:
+    """1e6 is 1000000, so that counts may be written the short way."""
+    short = re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d+", word) and float(word).is_integer()
+    return int(float(word)) if short else int(word)
 
 
 def last_of_each(arguments: list[str], kinds: dict) -> list[str]:

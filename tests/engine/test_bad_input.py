@@ -20,6 +20,7 @@ from duotone.data.refusal import Refused
 from duotone.engine import artifact, checkpoint, main, run_folder
 from duotone.engine.cli import main as duotone
 from duotone.engine.command_line import parse
+from duotone.engine.commands.sample import Sample
 from duotone.engine.conditioning.base import Facts
 from duotone.engine.conditioning.text import ByteText, ClipText, EncoderText
 from duotone.engine.exchange import diffusers_folder
@@ -133,6 +134,9 @@ def test_a_text_that_cannot_be_built_is_named(condition, says):
 def test_counts_may_be_written_short():
     assert parse(Recipe, ["--images", "1e6", "--batch-size", "1e3"], default=tiny()).images == 1_000_000
     assert parse(Recipe, ["--images=1e6", "--optimizer.lr=1e-3"], default=tiny()).images == 1_000_000
+    assert parse(Recipe, ["--accumulation", "1e1", "--model.channels", "1e2", "16"], default=tiny()).accumulation == 10
+    words = parse(Sample, ["--label", "1e6", "--prompt", "2e3", "--count", "1e1"])
+    assert (words.label, words.prompt, words.count) == (("1e6",), ("2e3",), 10)
 
 
 def test_a_recipe_survives_json_and_builds_no_foreign_type():
