@@ -52,6 +52,11 @@ class Stop:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
+    def ends_the_process(self) -> None:
+        """Who was told to end is about to: a second SIGTERM, between here and there, would only take its exit code."""
+        if self.heard == signal.SIGTERM and self.handlers.get(signal.SIGTERM) is signal.SIG_DFL:
+            self.handlers[signal.SIGTERM] = lambda number, frame: None
+
     def hear(self, number: int, frame) -> None:
         # The launcher follows Ctrl-C up with SIGTERM to every rank, so only Ctrl-C can be a second call.
         if self.heard and number == signal.SIGINT:

@@ -226,6 +226,7 @@ def conditions(run: Run, batch: Batch) -> tuple[dict, dict]:
 def interrupt(run: Run, stop: Stop) -> None:
     """A checkpoint where the run stands, for the same command to go on from."""
     save(run)
+    stop.ends_the_process()
     if not stop.heard:
         minutes, images = stop.minutes, f"{run.images:,} of {run.recipe.images:,} images"
         run.log.say(f"stopped after {minutes:g} minutes at {images}: {run.recipe.again} goes on from there")

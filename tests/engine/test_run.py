@@ -771,17 +771,35 @@ def test_who_ends_a_run_does_not_wait_for_its_pictures(ended, shards, tmp_path, 
         elif run.images == 24:
             patch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda: math.inf))
 
+    ours = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         patch.setattr(module, "train_step", ending)
         if ended == "by a signal":
             with pytest.raises(stopping.Interrupted):
                 run_here(shards, out, *flags)
+            signal.signal(signal.SIGTERM, ours)
         else:
             run_here(shards, out, *flags, "--checkpoint.stop-after", "1000")
     assert [path.name for path in (out / "checkpoints").iterdir()] == [checkpoint.name_of(24)]
     assert not (out / "previews").exists()
     run_here(shards, out, *flags)
     assert (out / "previews" / f"{checkpoint.name_of(24)}.png").exists()
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["with a checkpoint", "complete"])
+def test_a_second_sigterm_takes_no_exit_code(ends):
+    """A run that is complete all the same is ended by it at once."""
+    ours = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with stopping.Stop(0, 0, torch.device("cpu")) as stop:
+            signal.raise_signal(signal.SIGTERM)
+            if ends:
+                stop.ends_the_process()
+        assert (signal.getsignal(signal.SIGTERM) is signal.SIG_DFL) != ends
+        if ends:
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, ours)
 
 
 def test_a_second_ctrl_c_does_not_wait():
