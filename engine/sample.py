@@ -8,6 +8,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -109,8 +110,9 @@ def sample(
 
 def filled(images_NHWC: np.ndarray, holes: Sequence) -> np.ndarray:
     """What was drawn inside the holes, what was given around them."""
-    given_NHWC, inside_NHW = (np.stack([np.asarray(pair[part]) for pair in holes]) for part in (0, 1))
-    return np.where(inside_NHW[..., None].astype(bool), images_NHWC, given_NHWC.reshape(images_NHWC.shape))
+    given_NHWC = np.stack([np.asarray(image).reshape(images_NHWC.shape[1:]) for image, _ in holes])
+    inside_NHW = np.stack([np.asarray(mask) for _, mask in holes])
+    return np.where(inside_NHW[..., None].astype(bool), images_NHWC, given_NHWC)
 
 
 class Steps:
@@ -190,7 +192,7 @@ def noise(seeds: list[tuple[int, int]], purpose: draws.Purpose, step: int, shape
 
 
 def image_shape(model: Model, size: int | tuple[int, int] | None) -> tuple[int, int, int]:
-    sides = (size, size) if isinstance(size, int) else size or (model.size, model.size)
+    sides = (size, size) if isinstance(size, Integral) else size or (model.size, model.size)
     if len(sides) != 2:
         raise Refused(f"size = {size}: give one side, or height and width")
     height, width = sides

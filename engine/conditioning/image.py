@@ -164,7 +164,7 @@ class HoleConditioner(Conditioner):
 
     def pair(self, value, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """An image (H, W, C) and its mask (H, W), both of the size that is sampled."""
-        image_HWC, mask_HW = pixels_of(value[0], self.channels), torch.as_tensor(np.asarray(value[1])).bool()
+        image_HWC, mask_HW = pixels_of(value[0], self.channels), torch.as_tensor(np.array(value[1])).bool()
         if image_HWC.shape[:2] != size or mask_HW.shape != size:
             raise Refused(
                 f"hole: image {tuple(image_HWC.shape[:2])} and mask {tuple(mask_HW.shape)}, but {size} is sampled: "
@@ -198,6 +198,6 @@ def pixels_of(value, channels: int) -> Tensor:
     """One image as uint8 (H, W, C): an array of that shape, or an open picture."""
     image = torch.as_tensor(np.array(value))
     image = image[..., None] if image.dim() == 2 else image
-    if image.dim() != 3 or image.shape[2] != channels or image.dtype != torch.uint8:
+    if image.dim() != 3 or image.shape[2] != channels or image.dtype != torch.uint8 or image.numel() == 0:
         raise Refused(f"image of shape {tuple(image.shape)} and type {image.dtype}: give uint8 (H, W, {channels})")
     return image

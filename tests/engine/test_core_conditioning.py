@@ -357,10 +357,11 @@ def test_rectangles_have_sides_between_a_quarter_and_three_quarters():
         (LowResolution(), {"images": [np.zeros((4, 4))]}, r"give uint8 \(H, W, 3\)"),
         (LowResolution(), {"labels": [0]}, "takes no labels: it takes images"),
         (LowResolution(), {"images": [np.zeros((4, 6, 3), np.uint8)]}, "an image of 4 x 6 is of another shape than"),
+        (LowResolution(), {"images": [np.zeros((0, 0, 3), np.uint8)]}, r"image of shape \(0, 0, 3\)"),
         (Hole(), {"images": [np.zeros((8, 8, 3), np.uint8)]}, "it takes holes .an image and its mask"),
         (Hole(), {"holes": [(np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4)))]}, r"but \(8, 8\) is sampled"),
     ],
-    ids=["type", "kind", "shape", "no mask", "size"],
+    ids=["type", "kind", "shape", "no pixel", "no mask", "size"],
 )
 def test_images_that_do_not_fit_are_refused(config, asked, says):
     with pytest.raises(Refused, match=says):
@@ -514,6 +515,19 @@ def test_around_a_hole_nothing_changes():
     drawn = sample(model_of(Hole()), holes=[(image, mask)] * 2, steps=2, sampler="euler")
     assert np.array_equal(drawn[0][~mask], image[~mask]) and not np.array_equal(drawn[0][mask], image[mask])
     assert not np.array_equal(*drawn)
+
+
+def test_holes_may_be_views_and_gray_pictures_of_either_shape():
+    image, mask = batch_of(1).images_NHWC[0].numpy(), np.zeros((8, 8), bool)
+    mask[:3] = True
+    asked = {"steps": 1, "sampler": "euler", "seed": [5]}
+    (turned,) = sample(model_of(Hole()), holes=[(image[::-1], mask[::-1])], **asked)
+    (plain,) = sample(model_of(Hole()), holes=[(image[::-1].copy(), mask[::-1].copy())], **asked)
+    assert np.array_equal(turned, plain)
+    network = replace(network_for(Hole(), extra=2), in_channels=1, out_channels=1)
+    gray = model_of(Hole(), network=network)
+    with_axis, without = sample(gray, holes=[(image[..., :1], mask), (image[..., 0], mask)], steps=1, seed=[5, 5])
+    assert np.array_equal(with_axis, without) and np.array_equal(without[3:], image[3:, :, :1])
 
 
 def test_pictures_are_sharpened_and_filled_from_the_command_line(tmp_path, monkeypatch, capsys):

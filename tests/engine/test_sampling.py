@@ -216,6 +216,7 @@ def test_a_side_that_would_shrink_to_nothing_is_refused():
 
 def test_any_size_and_ddpm_spacings():
     model = model_of(Label(), objective=DDPM())
+    assert sample(model, labels=[0], steps=1, sampler="euler", size=np.int64(12)).shape == (1, 12, 12, 3)
     for spacing in ("leading", "trailing", "linspace", "karras", "log-linear"):
         assert sample(model, labels=[0], steps=3, spacing=spacing, sampler="euler", size=(12, 20)).shape == (
             1,
