@@ -219,6 +219,9 @@ class TextConditioner(Conditioner):
         for value in values:
             if not isinstance(value, str):
                 raise Refused(f"prompt {value!r} is no text: give strings")
+            if any("\ud800" <= character <= "\udfff" for character in value):
+                # How Python reads an argument's bytes that are no UTF-8; no encoder takes them.
+                raise Refused(f"prompt {value!r} is no text in UTF-8: write it in that")
         return self.tokens(values)
 
     def encode(self, tensors: dict[str, Tensor]) -> Tensor:

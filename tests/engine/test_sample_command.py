@@ -66,6 +66,8 @@ MISTAKES = [
     ("text", "--prompt a --out /proc/new/sheet.png", "/proc/new cannot be made"),
     ("text", "--prompt a --gif film.jpg", "film.jpg: .jpg is no kind of film; end it in .gif"),
     ("nothing there", "--attribute Male=1:1.2.3", "attribute 'Male=1:1.2.3': write NAME, NAME=0, or NAME=1:3"),
+    ("text", "--prompt caf\udce9", r"prompt 'caf\udce9' is no text in UTF-8: write it in that"),
+    ("text", "--prompt a --negative caf\udce9", r"prompt 'caf\udce9' is no text in UTF-8"),
     ("text", "--label cat", "this model takes no labels: it takes prompts"),
     ("label", "--label wolf", "label 'wolf' is no class of this model: give a number below 2 or one of cat, dog"),
     ("label", "--label cat --guidance 1 --rescale 0.5", "have no effect at guidance 1"),
