@@ -110,9 +110,15 @@ def sample(
 
 def filled(images_NHWC: np.ndarray, holes: Sequence) -> np.ndarray:
     """What was drawn inside the holes, what was given around them."""
-    given_NHWC = np.stack([np.asarray(image).reshape(images_NHWC.shape[1:]) for image, _ in holes])
-    inside_NHW = np.stack([np.asarray(mask) for _, mask in holes])
-    return np.where(inside_NHW[..., None].astype(bool), images_NHWC, given_NHWC)
+    return np.stack([around(hole, image) for hole, image in zip(holes, images_NHWC, strict=True)])
+
+
+def around(hole: Sequence | None, drawn_HWC: np.ndarray) -> np.ndarray:
+    """One of them; where nothing was given, all was drawn."""
+    if hole is None:
+        return drawn_HWC
+    given, inside_HW = (np.asarray(part) for part in hole)
+    return np.where(inside_HW[..., None].astype(bool), drawn_HWC, given.reshape(drawn_HWC.shape))
 
 
 class Steps:
