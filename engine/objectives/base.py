@@ -8,6 +8,7 @@ Where sigma is infinite, x stands for x / sigma, which is the noise itself: for 
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, NamedTuple
 
 import torch
@@ -72,12 +73,12 @@ class Objective(ABC):
 
     def falling_sigmas(self, steps: int, spacing: str | None = None) -> Tensor:
         """sampling_sigmas by a spacing's name, or by the default; raises Refused where they cannot be sampled along."""
-        if not isinstance(steps, int) or steps < 1:
+        if not isinstance(steps, Integral) or steps < 1:
             raise Refused(f"steps = {steps}: it must be a whole number, at least 1")
         known, kind = ", ".join(self.spacings), type(self).__name__
         if spacing not in (None, *self.spacings):
             raise Refused(f"spacing {spacing!r} is unknown to {kind}: there are {known}")
-        sigmas = self.sampling_sigmas(steps, spacing or self.spacings[0])
+        sigmas = self.sampling_sigmas(int(steps), spacing or self.spacings[0])
         if not bool((sigmas[:-1] > sigmas[1:]).all()):
             raise Refused(
                 f"steps = {steps}: noise levels must fall at every step, and these do not; take fewer steps or another "

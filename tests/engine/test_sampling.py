@@ -299,6 +299,13 @@ def test_where_cfg_plus_plus_does_not_act_the_one_prediction_is_clipped():
     assert max(largest) <= 1
 
 
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    model, numbers = model_of(Label()), dict(steps=1, seed=3, size=8, chunk=1)
+    expected = sample(model, labels=["dog", "cat"], **numbers)
+    drawn = sample(model, labels=np.array([1, 0]), **{name: np.int64(value) for name, value in numbers.items()})
+    assert np.array_equal(drawn, expected)
+
+
 def test_a_churn_below_nothing_is_refused():
     with pytest.raises(Refused, match="churn = -1.5: it must be at least 0"):
         sample(model_of(Label()), labels=[0], steps=2, sampler=functools.partial(stochastic_heun, churn=-1.5))
