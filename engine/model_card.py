@@ -101,7 +101,8 @@ def usage(recipe: Recipe, facts: Facts, file: str) -> list[str]:
              "attributes": f"attributes=[[{(facts.attributes or ['name'])[0]!r}]]",
              "low_resolution": "images=[small_HWC]", "hole": "holes=[(image_HWC, mask_HW)]"}  # fmt: skip
     kinds = [condition.kind for condition in recipe.conditioning if condition.kind != "temperature"]
-    given = [asked.get(kind, f"{kind}=[...]") for kind in kinds] or ["count=1"]
+    # Kinds that are asked for by one name are given it once.
+    given = list(dict.fromkeys(asked.get(kind, f"{kind}=[...]") for kind in kinds)) or ["count=1"]
     return [
         "```python",
         "from duotone.engine import load, sample",

@@ -17,7 +17,7 @@ from duotone.engine import cli, drawing, load, model_card, preview, register, tr
 from duotone.engine.artifact import Model, build
 from duotone.engine.checkpoint import Checkpoints
 from duotone.engine.conditioning.base import Conditioner, Conditioning, Facts
-from duotone.engine.conditioning.image import Hole, LowResolution
+from duotone.engine.conditioning.image import ClassMap, Hole, LowResolution
 from duotone.engine.conditioning.label import Label
 from duotone.engine.doctor import conditions, noise
 from duotone.engine.doctor.patient import Patient
@@ -271,14 +271,16 @@ def test_a_rule_that_has_no_such_name_is_refused(tmp_path, capsys):
 
 
 def test_a_card_shows_how_each_kind_is_asked_for():
-    for condition, said in (
-        (LowResolution(), "images=[small_HWC]"),
-        (Hole(), "holes=[(image_HWC, mask_HW)]"),
-        (Brightness(), "brightness=[...]"),
-        (Label(), "labels=['a']"),
+    for said, *kinds in (
+        ("images=[small_HWC]", LowResolution()),
+        ("holes=[(image_HWC, mask_HW)]", Hole()),
+        ("brightness=[...]", Brightness()),
+        ("labels=['a']", Label()),
+        ("labels=['a']", Label(), ClassMap()),
     ):
-        recipe = Recipe(name="x", conditioning=(condition,))
-        assert f", {said}, steps=" in "\n".join(model_card.usage(recipe, FACTS, "m.safetensors"))
+        recipe = Recipe(name="x", conditioning=tuple(kinds))
+        told = "\n".join(model_card.usage(recipe, FACTS, "m.safetensors"))
+        assert f'load("m.safetensors"), {said}, steps=' in told
     assert ", count=1, steps=" in "\n".join(model_card.usage(Recipe(name="x"), FACTS, "m.safetensors"))
 
 
