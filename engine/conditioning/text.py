@@ -56,6 +56,12 @@ class EncoderText:
         from transformers import AutoModelForTextEncoding, AutoTokenizer
 
         tokenizer, encoder = loaded(self.encoder, AutoTokenizer, AutoModelForTextEncoding)
+        # T5 has no table of positions, and takes captions of any length.
+        most = getattr(encoder.config, "max_position_embeddings", None) or self.length
+        if self.length > most:
+            raise Refused(
+                f"conditioning: EncoderText.length = {self.length}: {self.encoder} takes {most} tokens; give that many or fewer"
+            )
         tokens = HubTokens(tokenizer, self.length)
         return TextConditioner(encoder, tokens, self.dropout, network, frozen=True, sees_mask=True)
 

@@ -575,7 +575,12 @@ def test_any_text_encoder_of_transformers_gives_tokens_that_ignore_padding(famil
         encoder = tf.T5EncoderModel(config)
     else:
         config = tf.BertConfig(
-            vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+            vocab_size=8,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=12,
         )
         encoder = tf.BertModel(config)
     tokenizer.save_pretrained(tmp_path)
@@ -588,3 +593,9 @@ def test_any_text_encoder_of_transformers_gives_tokens_that_ignore_padding(famil
         tokens[length] = out.tokens_NMD[:, :4]
     torch.testing.assert_close(tokens[6], tokens[12], rtol=1e-5, atol=1e-5)
     assert not list(conditioner.parameters()), "a frozen encoder is no part of what is trained"
+    longer = EncoderText(encoder=str(tmp_path), length=13)
+    if family == "t5":
+        longer.build(CROSS, FACTS)
+    else:
+        with pytest.raises(Refused, match="EncoderText.length = 13: .* takes 12 tokens; give that many or fewer"):
+            longer.build(CROSS, FACTS)
