@@ -107,6 +107,8 @@ def read(path: Path, channels: int) -> np.ndarray:
     where it cannot be read."""
     try:
         with Image.open(path) as picture:
+            if picture.mode[:1] in "IF":  # whole numbers or floats, which a conversion would cut off at 255
+                raise Refused(f"{path} has more than 8 bits per channel; 8 are supported: save it with 8")
             shown = opaque(ImageOps.exif_transpose(picture))
             converted = np.array(shown.convert("RGB" if channels == 3 else "L"))
     except (OSError, UnidentifiedImageError) as error:

@@ -558,6 +558,13 @@ def test_pictures_are_sharpened_and_filled_from_the_command_line(tmp_path, monke
         assert says in capsys.readouterr().err and not Path("new.png").exists()
 
 
+def test_a_picture_of_sixteen_bits_is_refused(tmp_path):
+    """`duotone prepare` refuses it too; Pillow's conversion would make nearly all of it white."""
+    Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000).save(tmp_path / "deep.png")
+    with pytest.raises(Refused, match="deep.png has more than 8 bits per channel; 8 are supported"):
+        pictures.read(tmp_path / "deep.png", 1)
+
+
 # --------------------------------------------------------------------------------------------------------- text
 
 
