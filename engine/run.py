@@ -119,6 +119,10 @@ def resume(run: Run, path: Path) -> str:
     checkpoint.refuse_other_network(path, tensors["weight"], run.sharded.shapes())
     if manifest["data"] != run.data.fingerprint:
         raise Refused(f"{path} was trained on other data than {run.recipe.data.shards} now holds: give another --out")
+    if manifest["images"] > run.recipe.images:
+        raise Refused(
+            f"{path} has seen more than images = {run.recipe.images}: give --images {manifest['images']} or more"
+        )
     for kind, named in tensors.items():
         run.sharded.scatter(kind, named)
     run.sharded.restore_counters(manifest["counters"])
@@ -127,8 +131,6 @@ def resume(run: Run, path: Path) -> str:
         attention_backends.keep_choices(**theirs)
     run.unread_before, run.parts_before = tuple(manifest.get("unread", ())), tuple(manifest.get("parts", ()))
     run.images = run.saved = manifest["images"]
-    if run.images > run.recipe.images:
-        raise Refused(f"{path} has seen more than images = {run.recipe.images}: give --images {run.images} or more")
     return f"resumed from {path} at {run.images:,} images"
 
 

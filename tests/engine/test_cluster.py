@@ -52,16 +52,8 @@ class Machine:
 
 
 def deepspeed(machine: Machine) -> list[str]:
-    meets = ["--master_addr", "10.7.0.1", "--master_port", "29511"]
-    return [
-        str(BIN / "deepspeed"),
-        "--hostfile",
-        str(machine.hostfile),
-        "--no_ssh",
-        "--node_rank",
-        str(machine.rank),
-        *meets,
-    ]
+    meets = ["--node_rank", str(machine.rank), "--master_addr", "10.7.0.1", "--master_port", "29511"]
+    return [str(BIN / "deepspeed"), "--hostfile", str(machine.hostfile), "--no_ssh", *meets]
 
 
 def torchrun(machine: Machine) -> list[str]:
