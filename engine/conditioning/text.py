@@ -56,14 +56,23 @@ class EncoderText:
         from transformers import AutoModelForTextEncoding, AutoTokenizer
 
         tokenizer, encoder = loaded(self.encoder, AutoTokenizer, AutoModelForTextEncoding)
-        # T5 has no table of positions, and takes captions of any length.
-        most = getattr(encoder.config, "max_position_embeddings", None) or self.length
-        if self.length > most:
+        most = most_tokens(encoder)
+        if most is not None and self.length > most:
             raise Refused(
                 f"conditioning: EncoderText.length = {self.length}: {self.encoder} takes {most} tokens; give that many or fewer"
             )
         tokens = HubTokens(tokenizer, self.length)
         return TextConditioner(encoder, tokens, self.dropout, network, frozen=True, sees_mask=True)
+
+
+def most_tokens(encoder: nn.Module) -> int | None:
+    """The rows of an encoder's table of positions; None if it has no table, as T5 and DeBERTa, which take any length."""
+    rows = getattr(encoder.config, "max_position_embeddings", None)
+    for table in encoder.modules():
+        if isinstance(table, nn.Embedding) and table.num_embeddings == rows:
+            # RoBERTa numbers its tokens from the row behind the padding's.
+            return rows if table.padding_idx is None else rows - table.padding_idx - 1
+    return None
 
 
 class EncoderAbsent(Refused):

@@ -568,7 +568,27 @@ def test_a_picture_of_sixteen_bits_is_refused(tmp_path):
 # --------------------------------------------------------------------------------------------------------- text
 
 
-@pytest.mark.parametrize("family", ["t5", "bert"])
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 8}
+
+
+def small_text_encoder(family: str):
+    """An encoder of random weights and the most tokens that it takes: 12, or any number."""
+    import transformers as tf
+
+    if family == "t5":
+        config = tf.T5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        return tf.T5EncoderModel(config), None
+    if family == "bert":
+        return tf.BertModel(tf.BertConfig(**SMALL, max_position_embeddings=12)), 12
+    if family == "roberta":  # the first row of its table of positions is the padding's
+        return tf.RobertaModel(tf.RobertaConfig(**SMALL, max_position_embeddings=13, pad_token_id=0)), 12
+    config = tf.DebertaV2Config(
+        **SMALL, max_position_embeddings=12, relative_attention=True, position_biased_input=False, pos_att_type="c2p|p2c"
+    )
+    return tf.DebertaV2Model(config), None
+
+
+@pytest.mark.parametrize("family", ["t5", "bert", "roberta", "deberta"])
 def test_any_text_encoder_of_transformers_gives_tokens_that_ignore_padding(family, tmp_path):
     import transformers as tf
 
@@ -577,19 +597,7 @@ def test_any_text_encoder_of_transformers_gives_tokens_that_ignore_padding(famil
     tokenizer = tf.BertTokenizer(
         str(tmp_path / "vocab.txt"), pad_token="<pad>", unk_token="<unk>", sep_token="</s>", cls_token="</s>"
     )
-    if family == "t5":
-        config = tf.T5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-        encoder = tf.T5EncoderModel(config)
-    else:
-        config = tf.BertConfig(
-            vocab_size=8,
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=12,
-        )
-        encoder = tf.BertModel(config)
+    encoder, most = small_text_encoder(family)
     tokenizer.save_pretrained(tmp_path)
     encoder.save_pretrained(tmp_path)
     tokens = {}
@@ -600,9 +608,13 @@ def test_any_text_encoder_of_transformers_gives_tokens_that_ignore_padding(famil
         tokens[length] = out.tokens_NMD[:, :4]
     torch.testing.assert_close(tokens[6], tokens[12], rtol=1e-5, atol=1e-5)
     assert not list(conditioner.parameters()), "a frozen encoder is no part of what is trained"
+    full = conditioner(conditioner.of_values(["a cat " * 5]), torch.tensor([True]))
+    assert full.mask_NM.sum() == 12 and full.tokens_NMD.isfinite().all()
     longer = EncoderText(encoder=str(tmp_path), length=13)
-    if family == "t5":
-        longer.build(CROSS, FACTS)
-    else:
+    if most is not None:
         with pytest.raises(Refused, match="EncoderText.length = 13: .* takes 12 tokens; give that many or fewer"):
             longer.build(CROSS, FACTS)
+    else:
+        conditioner = longer.build(CROSS, FACTS)
+        full = conditioner(conditioner.of_values(["a cat " * 6]), torch.tensor([True]))
+        assert full.mask_NM.sum() == 13 and full.tokens_NMD.isfinite().all()
