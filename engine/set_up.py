@@ -73,6 +73,8 @@ def set_up(recipe: Recipe, held: ExitStack) -> Run:
     begun = [*begun, *unlike]
     if found is not None:
         begun = [*begun, resume(run, found), *goes_on_otherwise(run)]
+        if ranks.rank == 0 and stored["images"] != recipe.images:
+            write_json(recipe.folder / "recipe.json", stored | {"images": recipe.images})
     run.began_at = run.images
     run.log = Logger(
         recipe.log, recipe.folder, recipe.images, run.images, speaks=ranks.rank == 0, recipe=to_json(recipe)

@@ -305,8 +305,9 @@ def test_a_run_that_goes_on_past_its_end_is_not_complete(shards, tmp_path):
     assert artifact.load(out / "ema-before-1.safetensors", "cpu").images == 16
     with pytest.raises(Refused, match="images-000000000032 has seen more than images = 24: give --images 32 or more"):
         run_here(shards, out, *flags, "--images", "24")
+    assert json.loads((out / "recipe.json").read_text())["images"] == 96
     run_here(shards, out, *flags, "--images", "40")
-    assert artifact.load(out, "cpu").images == 40
+    assert artifact.load(out, "cpu").images == json.loads((out / "recipe.json").read_text())["images"] == 40
     assert len(list(out.glob("ema*"))) == 2
 
 
