@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from duotone.data.refusal import Refused
+from duotone.data.refusal import Refused, at_least
 
 Resize = Literal["crop", "squash", "none"]
 Crop = Literal["random", "center"]
@@ -32,9 +32,11 @@ class Frame:
 
     def __post_init__(self):
         if self.channels not in (1, 3):
-            raise Refused(f"data.channels is {self.channels}: use 3 (colour) or 1 (gray)")
-        if self.size < 1 or self.pad < 0 or self.side < 1:
-            raise Refused(f"data.size is {self.size} with data.pad {self.pad}: at least one pixel must remain")
+            raise Refused(f"data.channels = {self.channels}: it must be 3 (colour) or 1 (gray)")
+        at_least("data.size", self.size, 1)
+        at_least("data.pad", self.pad, 0)
+        if self.side < 1:
+            raise Refused(f"data.size = {self.size} with data.pad = {self.pad}: at least one pixel must remain")
 
     @property
     def side(self) -> int:

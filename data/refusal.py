@@ -2,6 +2,7 @@
 
 import math
 import re
+from numbers import Integral, Real
 
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -25,23 +26,29 @@ class SampleReplaced(UserWarning):
 
 def at_least(name: str, value: float, least: float) -> None:
     """Raises Refused on a setting below its least value."""
-    if not value >= least:  # which a NaN is not either
+    if not (isinstance(value, Real) and value >= least):  # which a NaN is not either
         raise Refused(f"{name} = {value}: it must be at least {least}")
+
+
+def whole(name: str, value: int, least: int) -> None:
+    """Raises Refused on a setting that is no whole number, or below its least value."""
+    if not (isinstance(value, Integral) and value >= least):
+        raise Refused(f"{name} = {value}: it must be a whole number, at least {least}")
 
 
 def above(name: str, value: float, least: float) -> None:
     """Raises Refused on a setting that is not a finite number above its bound."""
-    if not least < value < math.inf:
+    if not (isinstance(value, Real) and least < value < math.inf):
         raise Refused(f"{name} = {value}: it must be above {least}, and finite")
 
 
 def share(name: str, value: float, *, below_one: bool = False) -> None:
     """Raises Refused on a setting that is no share: outside of [0, 1], or of [0, 1)."""
-    if not 0 <= value <= 1 or (below_one and value == 1):
+    if not (isinstance(value, Real) and 0 <= value <= 1) or (below_one and value == 1):
         raise Refused(f"{name} = {value}: it must lie in [0, 1{')' if below_one else ']'}")
 
 
 def finite(name: str, value: float) -> None:
     """Raises Refused on a setting that is no finite number."""
-    if not math.isfinite(value):
+    if not (isinstance(value, Real) and math.isfinite(value)):
         raise Refused(f"{name} = {value}: it must be a finite number")

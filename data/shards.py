@@ -14,7 +14,7 @@ from duotone.data.framing import Frame
 from duotone.data.held_out import Part, is_held_out, parted
 from duotone.data.manifest import NAME, read_manifest
 from duotone.data.pillow import PillowDecoder
-from duotone.data.refusal import Refused
+from duotone.data.refusal import Refused, at_least, share
 from duotone.data.tar_index import KINDS, TarIndex, open_index
 
 UNPACK = {".tar.gz": "gunzip", ".tgz": "gunzip", ".tar.bz2": "bunzip2", ".tar.xz": "unxz", ".tar.zst": "unzstd"}
@@ -39,10 +39,8 @@ class Shards(Frame):
         if isinstance(self.shards, str):  # as one writes it in a script
             object.__setattr__(self, "shards", Path(self.shards))
         super().__post_init__()
-        if self.threads < 1:
-            raise Refused(f"data.threads is {self.threads}: use at least 1")
-        if not 0 <= self.held_out < 1:
-            raise Refused(f"data.held_out is {self.held_out}: it is a share of the images, at least 0 and below 1")
+        at_least("data.threads", self.threads, 1)
+        share("data.held_out", self.held_out, below_one=True)
 
     def open(self, device: torch.device, require_captions: bool = False, part: Part = "training") -> Dataset:
         """Checks every shard and indexes those without an index; raises Refused naming shard, key and remedy.

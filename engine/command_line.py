@@ -7,6 +7,7 @@ import sys
 from dataclasses import is_dataclass
 from typing import get_args, get_origin, get_type_hints
 
+from duotone.data.field_types import refuse_other_types
 from duotone.data.refusal import Refused
 
 
@@ -14,6 +15,8 @@ def parse(cls: type, arguments: list[str], *, default=None, name: str | None = N
     """An instance of `cls` from its flags, over `default` where given; raises Refused on a wrong key or value."""
     import tyro
 
+    if default is not None:
+        refuse_other_types(default)  # in the words of its file, before they are tyro's
     kinds = kinds_of(cls)
     arguments = last_of_each(arguments, kinds)
     wants_help = any(a in ("-h", "--help") for a in arguments)

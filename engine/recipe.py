@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from duotone.data.field_types import refuse_other_types
 from duotone.data.refusal import Refused, at_least, share
 from duotone.data.shards import Shards
 from duotone.engine.checkpoint import Checkpoints
@@ -70,6 +71,11 @@ class Recipe:
     fresh: bool = False
     """Start anew; the folder of an earlier run is moved aside."""
 
+    def __post_init__(self):
+        for name in ("start", "out"):
+            if isinstance(getattr(self, name), str):  # as one writes it in a script
+                object.__setattr__(self, name, Path(getattr(self, name)))
+
     @property
     def folder(self) -> Path:
         return self.out or Path("runs") / self.name
@@ -89,7 +95,8 @@ class Recipe:
         return any(condition.kind == "text" for condition in self.conditioning)
 
     def check(self) -> None:
-        """Refuses values out of range, naming the key, before anything heavy is loaded."""
+        """Refuses values of another type or out of range, naming the key, before anything heavy is loaded."""
+        refuse_other_types(self)
         for name in ("batch_size", "images"):
             at_least(name, getattr(self, name), 1)
         at_least("accumulation", 1 if self.accumulation is None else self.accumulation, 1)

@@ -8,14 +8,13 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from duotone.data.refusal import Refused, at_least
+from duotone.data.refusal import Refused, whole
 from duotone.engine import draws
 from duotone.engine.artifact import Model
 from duotone.engine.memory import in_chunks, rows_that_fit
@@ -25,6 +24,7 @@ from duotone.engine.sampling.guiding.cfg_plus_plus import CfgPlusPlus
 from duotone.engine.sampling.request import (
     listed,
     number_of_images,
+    refuse_no_model,
     seeds_of,
 )
 from duotone.engine.sampling.samplers.clipping import clipped
@@ -82,6 +82,7 @@ def sample(
     """
     asked = {"prompts": prompts, "labels": labels, "attributes": attributes, "images": images, "holes": holes}
     asked = listed(asked | own)
+    refuse_no_model("model", model)
     number = number_of_images(asked, count)
     clips = model.objective.clips if clip is None else clip
     before_the_rule = clips and isinstance(rule, CfgPlusPlus)
@@ -92,7 +93,7 @@ def sample(
     kept_within = clipped(solver) if clips and not before_the_rule else solver
     sigmas = model.objective.falling_sigmas(steps, spacing)
     if chunk is not None:
-        at_least("chunk", chunk, 1)
+        whole("chunk", chunk, 1)
     model.forwards = 0.0
 
     def draw(rows: slice, told: Callable | None) -> np.ndarray:
@@ -198,12 +199,13 @@ def noise(seeds: list[tuple[int, int]], purpose: draws.Purpose, step: int, shape
 
 
 def image_shape(model: Model, size: int | tuple[int, int] | None) -> tuple[int, int, int]:
-    sides = (size, size) if isinstance(size, Integral) else size or (model.size, model.size)
-    if len(sides) != 2:
-        raise Refused(f"size = {size}: give one side, or height and width")
+    given = model.size if size is None else size
+    sides = given if isinstance(given, tuple | list) else (given, given)
+    if isinstance(size, str) or len(sides) != 2:
+        raise Refused(f"size = {size!r}: give one side, or height and width")
     height, width = sides
-    if min(height, width) < 1:
-        raise Refused(f"size = {size}: sides must be at least 1 pixel")
+    for side in sides:
+        whole("size: a side", side, 1)
     config = model.network.unet.config
     if config.down_pads_ends and min(height, width) < config.shrink:
         raise Refused(

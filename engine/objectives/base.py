@@ -8,13 +8,12 @@ Where sigma is infinite, x stands for x / sigma, which is the noise itself: for 
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from duotone.data.refusal import Refused
+from duotone.data.refusal import Refused, whole
 
 LossKind = Literal["squared", "absolute", "huber"]
 
@@ -73,8 +72,7 @@ class Objective(ABC):
 
     def falling_sigmas(self, steps: int, spacing: str | None = None) -> Tensor:
         """sampling_sigmas by a spacing's name, or by the default; raises Refused where they cannot be sampled along."""
-        if not isinstance(steps, Integral) or steps < 1:
-            raise Refused(f"steps = {steps}: it must be a whole number, at least 1")
+        whole("steps", steps, 1)
         known, kind = ", ".join(self.spacings), type(self).__name__
         if spacing not in (None, *self.spacings):
             raise Refused(f"spacing {spacing!r} is unknown to {kind}: there are {known}")

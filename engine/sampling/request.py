@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from duotone.data.refusal import Refused
+from duotone.data.refusal import Refused, whole
 from duotone.engine.artifact import Model
 
 
@@ -20,6 +20,12 @@ def listed(asked: Mapping[str, Sequence | None]) -> dict[str, list]:
         if rows is not None and not isinstance(rows, Iterable):
             raise Refused(f"{name} = {rows!r}: give a list with an entry per image, as in [{rows!r}]")
     return {name: list(rows) for name, rows in asked.items() if rows is not None}
+
+
+def refuse_no_model(name: str, value) -> None:
+    """Raises Refused on what is no model, as the path of one."""
+    if not isinstance(value, Model):
+        raise Refused(f"{name} is of type {type(value).__name__}: give a Model, as load(path) returns one")
 
 
 def values_by_kind(model: Model, asked: dict[str, list]) -> dict[str, list]:
@@ -39,6 +45,8 @@ MASKED = {
 
 
 def number_of_images(asked: dict[str, list], count: int | None) -> int:
+    if count is not None:
+        whole("count", count, 1)
     lengths = {name: len(rows) for name, rows in asked.items()} | ({"count": count} if count is not None else {})
     if not lengths:
         raise Refused("nothing to sample: give prompts, labels or count")
@@ -51,7 +59,10 @@ def number_of_images(asked: dict[str, list], count: int | None) -> int:
 
 
 def per_image(name: str, value, images: int) -> list[float]:
-    values = [float(value)] * images if isinstance(value, Real) else [float(v) for v in value]
+    try:
+        values = [float(value)] * images if isinstance(value, Real) else [float(v) for v in [*value]]
+    except (TypeError, ValueError):
+        raise Refused(f"{name} = {value!r}: give one number, or one per image") from None
     if len(values) != images:
         raise Refused(f"{name} has {len(values)} entries for {images} images: give one number, or one per image")
     if not all(map(math.isfinite, values)):
@@ -84,11 +95,16 @@ def seeds_of(seed: int | Sequence[int | tuple[int, int]], images: int) -> list[t
     """(seed, number) of each image: number 0 for an image with a seed of its own, unless it is given as a pair."""
     if isinstance(seed, Integral):
         return [(int(seed), i) for i in range(images)]
-    if not isinstance(seed, Sequence | np.ndarray):
+    if not isinstance(seed, Sequence | np.ndarray) or not all(map(is_seed, seed)):
         raise Refused(f"seed = {seed!r}: give a whole number, or one per image")
     if len(seed) != images:
         raise Refused(f"seed has {len(seed)} entries for {images} images: give one number, or one per image")
     return [(int(s[0]), int(s[1])) if isinstance(s, tuple) else (int(s), 0) for s in seed]
+
+
+def is_seed(value) -> bool:
+    pair = value if isinstance(value, tuple) else (value, 0)
+    return len(pair) == 2 and all(isinstance(number, Integral) for number in pair)
 
 
 def negative_values(model: Model, negative: dict[str, Sequence] | None, images: int) -> dict[str, list]:

@@ -6,6 +6,7 @@ N images; ports are what a network takes of its conditions.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from duotone.engine.sampling.request import (
     negative_values,
     part,
     per_image,
+    refuse_no_model,
     refuse_steering,
     refuse_untrained_null,
     refuse_without_null,
@@ -43,7 +45,7 @@ class Steering:
 
     def check(self, model: Model, negatives: dict) -> None:
         share("rescale", self.rescale)
-        if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1]:
+        if not rises(self.interval):
             raise Refused(f"interval = {self.interval}: give two noise levels sigma that rise, the first at least 0")
         if self.rescale and self.rule:
             raise Refused(f"rescale belongs to plain guidance: leave it at 0 with {type(self.rule).__name__}")
@@ -51,6 +53,7 @@ class Steering:
             raise Refused(f"rule = {self.rule!r}: give one of engine/sampling/guiding, as Apg() or CfgPlusPlus()")
         if self.guide is None:
             return
+        refuse_no_model("guide", self.guide)
         if negatives:
             raise Refused("negative conditions and a guide are two answers to what guidance leads away from: give one")
         if self.guide.objective != model.objective:
@@ -73,6 +76,12 @@ class Steering:
         rule = None if self.rule is None else self.rule.begin(sigmas, solver, scales)
         scale_N = torch.tensor(scales, dtype=torch.float32)
         return Guidance(scale_N=scale_N, interval=self.interval, rescale=self.rescale, rule=rule, clip=self.clip)
+
+
+def rises(interval) -> bool:
+    """Whether it is two noise levels in order."""
+    pair = isinstance(interval, tuple | list) and len(interval) == 2 and all(isinstance(end, Real) for end in interval)
+    return pair and 0 <= interval[0] <= interval[1]
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def test_each_part_has_a_fingerprint_of_its_own(folders):
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
 def test_a_share_is_at_least_0_and_below_1(share):
-    with pytest.raises(Refused, match="data.held_out is"):
+    with pytest.raises(Refused, match="data.held_out = "):
         Shards(held_out=share)
 
 

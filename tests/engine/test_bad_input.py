@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,12 @@ from duotone.engine.conditioning.text import ByteText, ClipText, EncoderText
 from duotone.engine.exchange import diffusers_folder
 from duotone.engine.exchange.starting_weights import begin_from
 from duotone.engine.model.unet import UNetConfig
+from duotone.engine.objectives.ddpm import DDPM
+from duotone.engine.objectives.edm import EDM
+from duotone.engine.objectives.flow import Flow
+from duotone.engine.optimizers.muon import Muon
 from duotone.engine.recipe import Recipe
+from duotone.engine.recipe_file import recipe_at
 from duotone.engine.recipe_json import differences, from_json, to_json
 from duotone.engine.speed import Speed
 
@@ -129,6 +136,58 @@ def test_a_value_out_of_range_or_a_bad_combination_is_named(flags, says):
 def test_a_text_that_cannot_be_built_is_named(condition, says):
     with pytest.raises(Refused, match=says):
         condition.build(UNetConfig(context_width=16), Facts())
+
+
+def misfits(value) -> list:
+    """Values of another type than a field's own, as a recipe's file may hold them."""
+    whole = [float(value), value + 0.5] if type(value) is int else []
+    return [*whole, 7 if isinstance(value, str) else str(value), object()]
+
+
+def with_one_misfit(part, key: str = "") -> Iterator[tuple[str, Callable]]:
+    """(key, make) for every field of a dataclass and of those inside it, and every misfit: make() is the part that has it."""
+    for field in fields(part):
+        name, value = key + field.name, getattr(part, field.name)
+        for misfit in misfits(value):
+            if not (
+                isinstance(misfit, str) and name in ("out", "start", "data.shards")
+            ):  # a path may be written as a string
+                yield name, partial(replace, part, **{field.name: misfit})
+        inside = enumerate(value) if isinstance(value, tuple) else [(None, value)]
+        for place, inner in inside:
+            if is_dataclass(inner):
+                for below, make in with_one_misfit(inner, f"{name}." if place is None else f"{name}.{place}."):
+                    yield below, partial(with_inner, part, field.name, place, make)
+
+
+def with_inner(part, field: str, place: int | None, make: Callable):
+    if place is None:
+        return replace(part, **{field: make()})
+    values = getattr(part, field)
+    return replace(part, **{field: (*values[:place], make(), *values[place + 1 :])})
+
+
+@pytest.mark.parametrize("objective", [EDM(), DDPM(), Flow()])
+def test_a_value_of_another_type_is_named_with_its_key(objective):
+    """A recipe is Python, where images=1e6 is a float; a number as a string passes no comparison."""
+    recipe = replace(tiny(), objective=objective, optimizer=Muon() if objective == DDPM() else tiny().optimizer)
+    tried = 0
+    for key, make in with_one_misfit(recipe):
+        with pytest.raises(Refused, match=f"^{re.escape(key)} = "):
+            make().check()
+        tried += 1
+    assert tried > 200
+
+
+def test_a_recipe_file_with_a_value_of_another_type_is_refused_in_one_line(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        RECIPE.read_text().replace("images=96", "images=1e6").replace("Shards(size=16)", "Shards(size=16), out='x'")
+    )
+    done = subprocess.run([sys.executable, file, "--batch-size", "4"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "duotone: refused: images = 1000000.0: it must be int\n")
+    with pytest.raises(Refused, match="images = 1000000.0: it must be int"):
+        recipe_at(file, [], "duotone doctor")
 
 
 def test_counts_may_be_written_short():

@@ -583,7 +583,11 @@ def small_text_encoder(family: str):
     if family == "roberta":  # the first row of its table of positions is the padding's
         return tf.RobertaModel(tf.RobertaConfig(**SMALL, max_position_embeddings=13, pad_token_id=0)), 12
     config = tf.DebertaV2Config(
-        **SMALL, max_position_embeddings=12, relative_attention=True, position_biased_input=False, pos_att_type="c2p|p2c"
+        **SMALL,
+        max_position_embeddings=12,
+        relative_attention=True,
+        position_biased_input=False,
+        pos_att_type="c2p|p2c",
     )
     return tf.DebertaV2Model(config), None
 

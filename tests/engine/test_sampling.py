@@ -248,7 +248,18 @@ def test_any_size_and_ddpm_spacings():
         (dict(labels=[0], chunk=-1), "chunk = -1"),
         (dict(labels=[0], steps=2.5), "steps = 2.5: it must be a whole number"),
         (dict(labels=[0], size=(8,)), r"size = \(8,\): give one side, or height and width"),
+        (dict(labels=[0], size=8.5), "size: a side = 8.5: it must be a whole number"),
+        (dict(labels=[0], size=0), "size: a side = 0: it must be a whole number, at least 1"),
+        (dict(count=1.5), "count = 1.5: it must be a whole number"),
+        (dict(labels=[0], chunk=1.5), "chunk = 1.5: it must be a whole number"),
         (dict(labels=[0], seed=1.5), "seed = 1.5: give a whole number"),
+        (dict(labels=[0], seed="1"), "seed = '1': give a whole number"),
+        (dict(labels=[0], seed=[1.5]), r"seed = \[1.5\]: give a whole number"),
+        (dict(labels=[0], guidance=None), "guidance = None: give one number, or one per image"),
+        (dict(labels=[0], guidance=["much"]), "guidance = .*give one number, or one per image"),
+        (dict(labels=[0], rescale=None), "rescale = None"),
+        (dict(labels=[0], interval=None), "interval = None: give two noise levels"),
+        (dict(labels=[0], guide="runs/x", guidance=2.0), "guide is of type str: give a Model, as load"),
         (dict(labels=[0], rule="apg"), "rule = 'apg': give one of engine/sampling/guiding"),
         (dict(labels=[0], negative=[1], guidance=2.0), "negative = .*give it by name"),
     ],
@@ -256,6 +267,11 @@ def test_any_size_and_ddpm_spacings():
 def test_what_does_not_fit_is_refused(asked, says):
     with pytest.raises(Refused, match=says):
         sample(model_of(Label()), **{"steps": 2} | asked)
+
+
+def test_the_path_of_a_model_is_no_model():
+    with pytest.raises(Refused, match=r"model is of type str: give a Model, as load\(path\) returns one"):
+        sample("runs/x/ema.safetensors", count=1)
 
 
 @pytest.mark.parametrize(
