@@ -58,6 +58,12 @@ class Steering:
             raise Refused("negative conditions and a guide are two answers to what guidance leads away from: give one")
         if self.guide.objective != model.objective:
             raise Refused("the guide was trained on another objective: autoguidance needs two models of the same one")
+        for name in ("classes", "attributes"):
+            theirs, ours = getattr(self.guide.facts, name), getattr(model.facts, name)
+            if theirs and ours and theirs != ours:
+                raise Refused(
+                    f"the guide knows other {name}, or in another order: give one that was trained with this model's"
+                )
         theirs, ours = (m.network.unet.config.out_channels for m in (self.guide, model))
         if theirs != ours:
             raise Refused(

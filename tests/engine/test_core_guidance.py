@@ -270,6 +270,10 @@ def test_a_guide_that_does_not_fit_is_refused():
     grey = model_of(Label(), replace(PLAIN, in_channels=1, out_channels=1))
     with pytest.raises(Refused, match="the guide draws images of 1 channels, and this model of 3"):
         sample(model, labels=[0], guide=grey, guidance=2.0)
+    reordered = Facts(classes=("dog", "cat", "bird"))
+    dogs_first = Model(build(model.recipe, reordered).eval(), model.objective, reordered, model.recipe)
+    with pytest.raises(Refused, match="the guide knows other classes, or in another order"):
+        sample(model, labels=[0], guide=dogs_first, guidance=2.0)
 
 
 # ------------------------------------------------------------------------------------ several attributes, several scales
