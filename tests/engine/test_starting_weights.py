@@ -344,6 +344,15 @@ def test_other_heads_in_the_middle_are_another_network(tmp_path):
         begin_from(fresh(replace(RECIPE, model=ours, conditioning=())), tmp_path / "theirs", ours)
 
 
+def test_heads_of_a_level_without_attention_mean_nothing(tmp_path):
+    theirs = replace(RECIPE, model=replace(MODEL, heads=(4, 2)))
+    named = {name: p.detach() for name, p in fresh(theirs, seed=2).named_parameters()}
+    artifact.save(tmp_path / "ema.safetensors", named, theirs, FACTS, 0)
+    network = fresh()
+    begin_from(network, tmp_path, MODEL)
+    assert network.unet.conv_in.weight.equal(named["unet.conv_in.weight"])
+
+
 @pytest.mark.parametrize(
     ("objective", "says"),
     [

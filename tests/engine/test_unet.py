@@ -453,8 +453,8 @@ def test_a_config_that_lacks_its_blocks_is_refused():
 @pytest.mark.parametrize("heads,held", [(2, True), (1, False), (4, False)])
 def test_a_middle_that_would_count_other_heads_is_refused_both_ways(heads, held):
     """Their middle takes the number of the last level, which self-attention reads as the width of a head."""
-    config = replace(UNetConfig(), channels=(8, 4), attention=("cross", "self"), heads=(4 // heads, heads), blocks=(1, 1),
-                     depth=(1, 1), groups=4, context_width=8, zero_init=False)  # fmt: skip
+    config = replace(UNetConfig(), channels=(8, 8, 4), attention=("cross", "cross", "self"), heads=(4 // heads, 1, heads),
+                     blocks=(1, 1, 1), depth=(1, 1, 1), groups=4, context_width=8, zero_init=False)  # fmt: skip
     if held:
         unet, model = config.build().eval(), theirs_of(config, 16)
         model.load_state_dict(unet.state_dict())
@@ -462,7 +462,7 @@ def test_a_middle_that_would_count_other_heads_is_refused_both_ways(heads, held)
         return
     with pytest.raises(diffusers_unet.Inexpressible, match="as many heads as a head of the last level"):
         diffusers_unet.to_config(config, 16)
-    theirs = diffusers_unet.to_config(replace(config, heads=(2, 2)), 16) | {"attention_head_dim": [4 // heads] * 2}
+    theirs = diffusers_unet.to_config(replace(config, heads=(2, 1, 2)), 16) | {"attention_head_dim": [4 // heads] * 3}
     with pytest.raises(Refused, match="middle has other heads than its last level"):
         diffusers_unet.from_config(theirs)
 
