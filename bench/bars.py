@@ -1,4 +1,4 @@
-"""What was promised for a data-centre GPU, as ratios of one run of bench/throughput.py."""
+"""The performance promised for a data-centre GPU, as ratios of times from one run of bench/throughput.py."""
 
 from collections import Counter
 from functools import cache
@@ -15,13 +15,13 @@ def timed(results) -> list[dict]:
 
 
 def backward_median(result, name):
-    """What forward and backward take beyond forward alone, both replayed in the same rounds."""
+    """Milliseconds of the backward pass: the median of both passes minus that of forward alone, from the same rounds."""
     forward = result["forward_milliseconds"].get(name)
     return forward and result["milliseconds"][name]["median"] - forward["median"]
 
 
 def bars(results, ceiling) -> list[dict]:
-    """What was promised for a data-centre GPU, as ratios of this run; a bar whose cases did not run has no row."""
+    """The promised ratios beside those of this run; a bar whose cases did not run has no row."""
     rows = [_norm_bar(results, ceiling)]
     rows += [_norm_ratio(results, "compiled", 2.5), _norm_ratio(results, "apex", 1.4)]
     words = [r for r in _of(results, "attention") if "words" in r["case"] and backward_median(r, "ours")]
@@ -43,7 +43,7 @@ def _of(results, kernel):
 
 
 def _network_norms(results) -> list[tuple[dict, int]]:
-    """The shapes of the reference network that were timed, and how often its step meets each."""
+    """The timed results for shapes of the reference network, each with how often one step runs that shape."""
     shapes = {case.name: case.shape[1:] for case in group_norm_silu.CASES}
     norms = [r for r in _of(results, "group_norm_silu") if r["case"].startswith(("level_", "skip_"))]
     return [(result, norms_of_the_network()[shapes[result["case"]]]) for result in norms]

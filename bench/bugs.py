@@ -1,11 +1,11 @@
 """What the bugs of published systems cost: one small network on Fashion-MNIST, trained with and without each of them.
 
-python bench/bugs.py --scratch DIR                   the sound run and every bug, one after the other, a core for each
+python bench/bugs.py --scratch DIR                   the sound run and every bug, one after another, each on one core
 python bench/bugs.py --scratch DIR --only dropout    one of them, added to the record
 
-Every run sees the same images, noise and budget: 28 px, DDPM's cosine schedule, v-prediction, 10 core-minutes. 1,000 samples
-of each are drawn from the same noise at guidance 1 and 3 and measured by the data's classifier. What was trained in DIR
-before is kept and measured again; the record keeps the rows of earlier calls with the same settings.
+Every run sees the same images, noise and budget: 28 px, DDPM's cosine schedule, v-prediction, 10 core-minutes. From each,
+1,000 samples are drawn from the same noise at guidance scales 1 and 3 and measured with a classifier of the data. Networks
+trained in DIR before are reused and measured again; the record keeps the rows of earlier calls with the same settings.
 """
 
 import argparse
@@ -46,11 +46,11 @@ from duotone.engine.sample import sample
 from duotone.engine.speed import Speed
 from duotone.engine.train import noise_levels
 
-REMADE = "python bench/bugs.py --scratch DIR"  # whichever of its runs a call added
+REMADE = "python bench/bugs.py --scratch DIR"  # recorded as the command, whichever runs a call added
 IMAGES = 28_800
 GUIDANCE, STEPS, SAMPLER = 3.0, 12, "dpmpp_2m"
 LEVELS, SEED = 8, 1
-SETTLING = 100  # batches over which statistics are taken
+SETTLING = 100  # batches from which batch norm's statistics are computed
 
 sound = Recipe(
     name="sound",
@@ -85,7 +85,10 @@ sound = Recipe(
 
 
 class NormalDropout(LabelConditioner):
-    """Drops where a normal number, not a uniform one, is below the rate: of the same draw, so whoever was dropped still is."""
+    """Drops labels where a normal number, not a uniform one, is below the rate.
+
+    Both numbers come from the same draw, so every label that the sound run drops is dropped here too.
+    """
 
     def of_batch(self, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
         normal_N = torch.special.ndtri(draws.uniform(seed, batch.positions_N, draws.Purpose.DROP)[:, 0])
@@ -103,14 +106,14 @@ class NormallyDroppedLabel(Label):
 @register
 @dataclass(frozen=True, kw_only=True)
 class WithoutTheLast(DDPM):
-    """randint(0, T - 1): the upper end is not among the numbers drawn."""
+    """Draws timesteps as randint(0, T - 1) does, whose upper end is exclusive: the last timestep is never drawn."""
 
     def draw_sigma(self, u_N: Tensor) -> Tensor:
         return self.sigmas[(u_N * (self.steps - 1)).long()]
 
 
 class BatchNormSiLU(nn.BatchNorm2d):
-    """Batch norm where group norm was, FiLM and SiLU behind it as before; skips are joined before it."""
+    """Batch norm in place of group norm, followed by FiLM and SiLU as before; skips are joined before it."""
 
     joins_skips = False
     joining = GroupNormSiLU.joining
@@ -136,7 +139,7 @@ class BatchNormed(UNetConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Bug:
-    """A recipe with one thing wrong, and who published it so."""
+    """A recipe with one thing wrong, and the system that published it that way."""
 
     name: str
     says: str
@@ -192,13 +195,13 @@ def recipe_of(bug: Bug, scratch: Path, images: int) -> Recipe:
 
 
 def trained(bug: Bug, scratch: Path, images: int) -> dict:
-    """Trains in a process of its own, unless that was done before: its seconds, and those that it had a core."""
+    """Trains in a separate process, unless that was done before; returns its wall seconds and its core-seconds."""
     kept = scratch / "bugs" / f"{bug.name}.json"
     if kept.exists() and (clock := json.loads(kept.read_text()))["images"] == images:
         return clock
     kept.parent.mkdir(parents=True, exist_ok=True)
     order = [sys.executable, __file__, "--scratch", str(scratch), "--images", str(images), "--train", bug.name]
-    # One thread: threads that wait for each other on a busy machine burn what they wait for.
+    # One thread: on a busy machine, threads that wait for each other burn core time while they wait.
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     before, began, log = core_seconds_of_children(), time.time(), kept.with_suffix(".log")
     with log.open("w") as file:
@@ -212,14 +215,14 @@ def trained(bug: Bug, scratch: Path, images: int) -> dict:
 
 
 def last_line(log: Path) -> str:
-    return (log.read_text().strip().splitlines() or ["it said nothing"])[-1].removeprefix("duotone: refused: ")
+    return (log.read_text().strip().splitlines() or ["it printed nothing"])[-1].removeprefix("duotone: refused: ")
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
 def model_of(bug: Bug, recipe: Recipe, course: Course) -> artifact.Model:
-    """The averaged weights, sampled by the sound objective: its noise levels are those of all."""
+    """The EMA weights with the sound objective, whose noise levels hold for every bug."""
     facts = Facts(classes=course.splits.train.classes)
     network = artifact.build(recipe, facts)
     path = recipe.out / "ema.safetensors"
@@ -235,11 +238,11 @@ def batch_norms(model: artifact.Model) -> list[BatchNormSiLU]:
 
 @torch.inference_mode()
 def settle(model: artifact.Model, images: Images) -> None:
-    """Statistics of the averaged weights over training batches: those that training kept are of other weights."""
+    """Recomputes batch norm's statistics for the EMA weights over training batches: those kept in training are of other weights."""
     layers, size = batch_norms(model), model.recipe.batch_size
     for layer in layers:
         layer.reset_running_stats()
-        layer.momentum = None  # the plain mean over all that follows
+        layer.momentum = None  # the plain mean over all batches that follow
         layer.train()
     for first in range(0, SETTLING * size if layers else 0, size):
         sigma_N = noise_levels(model.recipe, np.arange(first, first + size))
@@ -251,12 +254,12 @@ def settle(model: artifact.Model, images: Images) -> None:
 def drawn(model: artifact.Model, course: Course, guidance: float) -> np.ndarray:
     labels = course.labels_N.tolist()
     settings = {"guidance": guidance, "steps": STEPS, "sampler": SAMPLER, "seed": SEED}
-    # Unclipped, as the table was made: v-prediction does not need it.
+    # Unclipped, as for the published table: v-prediction does not need clipping.
     return sample(model, labels=labels, **settings, clip=False, chunk=100)
 
 
 def by_its_own_batch(model: artifact.Model, course: Course) -> np.ndarray:
-    """Guided samples with the statistics of the batch at hand, in which both branches stand."""
+    """Guided samples with batch norm using the statistics of the batch being sampled, which holds both branches."""
     for layer in batch_norms(model):
         layer.train()
     return drawn(model, course, GUIDANCE)
@@ -279,18 +282,18 @@ def losses_of_levels(model: artifact.Model, course: Course) -> list[Loss]:
 
 
 def last_step(model: artifact.Model, course: Course) -> dict:
-    """The loss at the last timestep, on draws that no level of the table has."""
+    """The loss at the last timestep, on noise draws that no level of the table uses."""
     sigma, images = model.objective.sigmas[-1], some(course)
     return asdict(cell(sigma.item(), "all", losses(model, images, sigma, LEVELS * len(images), SEED)))
 
 
 def some(course: Course) -> Images:
-    """Half as many test images as samples, each class with its share."""
+    """Half as many test images as samples, with each class in its proportion."""
     return course.splits.held_out.drawn(len(course.labels_N) // 2)
 
 
 def diagnosis(recipe: Recipe) -> list[str]:
-    """What the doctor finds wrong; this machine is not its subject here."""
+    """The doctor's faults and warnings, without those about this machine."""
     found = [finding for finding in examine(recipe) if finding.level in ("fault", "warning")]
     return [f"{f.level}: {f.subject}: {f.says}" for f in found if f.subject not in ("device", "xformers", "data")]
 
@@ -333,7 +336,7 @@ def settings(asked: argparse.Namespace, course: Course) -> dict:
 
 
 def earlier(path: Path, same: dict) -> dict[str, dict]:
-    """Rows of the record that stands there, where its settings are these."""
+    """The rows of the record already at `path`, by bug; none if its settings differ."""
     stored = json.loads(path.read_text()) if path.exists() else {}
     alike = all(stored.get(name) == value for name, value in same.items())
     return {row["bug"]: row for row in stored["results"]} if stored and alike else {}
@@ -381,7 +384,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, required=True, help="folder for shards, runs and the classifier")
     parser.add_argument("--only", action="append", choices=NAMES, help="one of the runs; may be given several times")
     parser.add_argument("--images", type=int, default=IMAGES, help="budget of every run")
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="drawn of every run at each guidance")
+    parser.add_argument(
+        "--samples", type=int, default=SAMPLES, help="samples drawn from every run at each guidance scale"
+    )
     parser.add_argument("--json", type=Path, help="where the result goes (default: bench/results/)")
     parser.add_argument("--train", choices=NAMES, help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -1,4 +1,6 @@
-"""What this machine can do at best: how fast it copies and how fast it multiplies. Every share of a peak is taken of these.
+"""This machine's ceilings: how fast it copies and how fast it multiplies matrices.
+
+Every bench that reports a share of a peak measures that peak in the same way, in its own process.
 
 python bench/ceilings.py --json out.json
 """

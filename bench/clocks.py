@@ -1,7 +1,7 @@
-"""Clocks: interleaved rounds, and the two ceilings of a process, how fast it copies and how fast it multiplies.
+"""Timing in interleaved rounds, and the two ceilings of a process: how fast it copies and how fast it multiplies matrices.
 
-On a GPU: events around graph replays, the level-2 cache emptied before each. On a CPU: processor time, which a busy
-neighbour disturbs far less than the wall clock; with several threads it is the sum over them.
+On a GPU, events around CUDA graph replays are timed, with the L2 cache flushed before each. On a CPU, processor time is
+taken, which other processes disturb far less than wall-clock time; with several threads it is the sum over them.
 """
 
 import resource
@@ -12,7 +12,7 @@ import torch
 
 
 def time_interleaved(contenders: dict, rounds: int = 30) -> dict[str, list[float]]:
-    """Milliseconds of each contender, one after another in every round, the level-2 cache emptied before each."""
+    """Milliseconds of each contender in every round; they take turns, with the L2 cache flushed before each."""
     flush = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
     runs = {name: _captured(call) for name, call in contenders.items()}
     milliseconds = {name: [] for name in contenders}
@@ -29,7 +29,7 @@ def time_interleaved(contenders: dict, rounds: int = 30) -> dict[str, list[float
 
 
 def _captured(call):
-    """The call as a graph replay, so that launch latency on the host is in nobody's time."""
+    """The call as a CUDA graph replay, so that no contender's time includes launch latency on the host."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -43,7 +43,7 @@ def _captured(call):
 
 
 def rounds_on_cpu(contenders: dict, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of processor time of each contender, one after another in every round, after one round unseen."""
+    """Milliseconds of processor time of each contender in every round, in turns; a first round is discarded as warm-up."""
     milliseconds = {name: [] for name in contenders}
     for round in range(rounds + 1):
         for name, call in contenders.items():
@@ -61,7 +61,7 @@ def interleaved(contenders: dict, rounds: int, device: str) -> dict[str, list[fl
 def copy_bandwidth() -> float:
     """Gigabytes per second, read plus written, of the faster of two copies: the driver's, and a kernel's.
 
-    A graph's own copy moved 2.7 TB/s on an H200 where one of our kernels, in the same minute, moved 3.8.
+    The driver's copy alone is no ceiling: in a graph on an H200 it moved 2.7 TB/s, and one of our kernels 3.8 within a minute.
     """
     source = torch.zeros(2**28, dtype=torch.int32, device="cuda")
     target = torch.empty_like(source)
@@ -79,8 +79,8 @@ def copy_bandwidth_on_cpu() -> float:
 
 
 def matmul_rate(device: str) -> float:
-    """Teraflops per second of a square product, bf16 on a GPU and fp32 on a CPU: what a share of the peak is taken of."""
-    # A core is fastest while all three matrices lie in its cache: larger ones would make the ceiling too low.
+    """TFLOP/s of a square matrix product, bf16 on a GPU and fp32 on a CPU: the peak that shares are relative to."""
+    # A core is fastest while all three matrices fit in its cache: larger ones would make the ceiling too low.
     side, dtype = (8192, torch.bfloat16) if device == "cuda" else (384, torch.float32)
     a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty_like(a)
@@ -89,7 +89,7 @@ def matmul_rate(device: str) -> float:
 
 
 def time_on_cpu(call, rounds: int = 5) -> float:
-    """Milliseconds of the fastest of a few calls on one core, which a busy machine disturbs least."""
+    """Milliseconds of the fastest of a few calls on one core: the call that a busy machine disturbed least."""
     torch.set_num_threads(1)
     call()
     times = []
@@ -101,7 +101,7 @@ def time_on_cpu(call, rounds: int = 5) -> float:
 
 
 def core_seconds_of_children() -> float:
-    """In which processes that this one started, and that have ended, had a core."""
+    """Processor time, in seconds, of all child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

@@ -1,13 +1,14 @@
-"""Every convolution of a network, forward and both gradients, each way it can be run: time, rate, the best way per shape.
+"""Times every convolution of a network, forward and both gradients, in each way it can be run, and names the best per shape.
 
     python bench/conv.py                     # the reference network, 64 images of 128 px; on a CPU the small one
     python bench/conv.py --small             # the small network, 2 images of 64 px, anywhere
-    python bench/conv.py --shapes 5 --json out.json      # written anew after each shape
+    python bench/conv.py --shapes 5 --json out.json      # rewritten after each shape
 
-Shapes and their numbers come from hooks on the network itself. On a GPU, bf16 and channels-last: cuDNN (benchmark on), the
-compiler's templates (max-autotune; it has none for a weight gradient, nor for the data gradient of a stride), and for 1 x 1
-a matrix product. On a CPU, fp32: planes against channels-last, which says nothing of a GPU. Rates stand beside the matrix
-product's in the same process; the totals weigh each shape by how often it occurs in a step.
+Hooks on the network itself find the shapes and how often each occurs. On a GPU, in bf16 and channels-last: cuDNN (benchmark
+on), the compiler's templates (max-autotune; it has none for a weight gradient, nor for the data gradient of a strided
+convolution), and for 1 x 1 a matrix product. On a CPU, in fp32: planes (NCHW) against channels-last, which says nothing about
+a GPU. Rates are shown as shares of the matrix product's rate in the same process; the totals weight each shape by how often
+it occurs in a step.
 """
 
 import argparse
@@ -49,7 +50,7 @@ class Shape:
 
     @property
     def flops(self) -> int:
-        """Of one pass: all three multiply the same numbers."""
+        """FLOPs of one pass; all three passes need the same number."""
         height, width = self.out_size
         return 2 * self.images * height * width * self.channels * self.out_channels * self.kernel**2
 
@@ -59,7 +60,7 @@ class Shape:
 
 
 def shapes_of(network: str, size: int, batch: int) -> Counter:
-    """Shapes of every convolution in one forward pass, with their numbers; nothing is computed."""
+    """The shape of every convolution in one forward pass, and how often it occurs; nothing is computed."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     seen: Counter = Counter()
@@ -103,7 +104,7 @@ class Inputs:
 
 
 def draw(shape: Shape, device: str, layout: torch.memory_format) -> Inputs:
-    """Weights stay contiguous, as in training: re-laying them is part of the cost."""
+    """Random tensors in a layout, except weights: they stay contiguous, as in training, so converting them is part of the cost."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
     def image(channels: int, *size: int) -> torch.Tensor:
@@ -131,7 +132,7 @@ def library(inputs: Inputs) -> dict:
 
 
 def templates(inputs: Inputs) -> dict:
-    """The compiler's own convolution; the data gradient is a convolution too, with the weights turned round."""
+    """The compiler's own convolution; the data gradient is a convolution too, with flipped and transposed weights."""
     shape = inputs.shape
     torch._dynamo.reset()
     torch._inductor.config.max_autotune_conv_backends = "TRITON"
@@ -159,7 +160,7 @@ def products(inputs: Inputs) -> dict:
 
 
 def contenders(shape: Shape, device: str, with_templates: bool) -> tuple[dict, dict]:
-    """Calls by pass and way, and why a way is missing."""
+    """Calls by pass and way, and the reason for each way that is missing."""
     last = draw(shape, device, torch.channels_last)
     if device == "cpu":
         planes = draw(shape, device, torch.contiguous_format)
@@ -174,7 +175,7 @@ def contenders(shape: Shape, device: str, with_templates: bool) -> tuple[dict, d
         for name, call in list(compiled.items()):
             try:
                 call()
-            except Exception as error:  # noqa: BLE001 - a shape without a working template is a finding, not an end
+            except Exception as error:  # noqa: BLE001 - a shape without a working template is a finding, not a failure
                 absent[f"templates, {name}"] = one_line(error)
                 del compiled[name]
         ways["templates"] = compiled
@@ -196,7 +197,7 @@ def measure(shape: Shape, number: int, device: str, rounds: int, with_templates:
 
 
 def measure_all(found: Counter, device: str, asked: argparse.Namespace) -> Iterator[list[dict]]:
-    """All rows so far, after each shape, heaviest first; the compiler is asked for templates until its minutes are spent."""
+    """Yields all rows so far after each shape, heaviest first; the compiler tries templates until its minutes are spent."""
     heaviest = sorted(found, key=lambda shape: -found[shape] * shape.flops)
     rows, began = [], time.monotonic()
     for shape in heaviest[: asked.shapes]:
@@ -207,7 +208,7 @@ def measure_all(found: Counter, device: str, asked: argparse.Namespace) -> Itera
 
 
 def totals(rows: list[dict], standard: str) -> dict[str, dict[str, float]]:
-    """Milliseconds of a step's convolutions: all by the standard way, and each by its best."""
+    """Milliseconds of a step's convolutions: with all run the standard way, and with each run its best way."""
     summed = {}
     for name in PASSES:
         passes = [(row["number"], row["passes"][name]) for row in rows]
@@ -218,7 +219,7 @@ def totals(rows: list[dict], standard: str) -> dict[str, dict[str, float]]:
 
 
 def choices(rows: list[dict]) -> list[dict]:
-    """What an engine would look up: shape and pass to the fastest way."""
+    """The table that an engine would look up: the fastest way for each shape and pass."""
     return [row["shape"] | {"pass": name, "choice": row["passes"][name]["best"]} for row in rows for name in PASSES]
 
 
@@ -235,11 +236,11 @@ def show(rows: list[dict], result: dict) -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", choices=[*NAMED, "sd15"], help="whose convolutions")
+    parser.add_argument("--network", choices=[*NAMED, "sd15"], help="network whose convolutions are timed")
     parser.add_argument("--small", action="store_true", help="the small network, 2 images of 64 px")
-    parser.add_argument("--batch", type=int, help="images")
+    parser.add_argument("--batch", type=int, help="images per batch")
     parser.add_argument("--size", type=int, help="side in pixels")
-    parser.add_argument("--shapes", type=int, help="only this many, the heaviest")
+    parser.add_argument("--shapes", type=int, help="time only this many shapes, the heaviest")
     parser.add_argument("--rounds", type=int, default=10, help="interleaved rounds")
     parser.add_argument("--template-minutes", type=float, default=6, help="how long the compiler may try templates")
     parser.add_argument("--json", type=Path, help="where the result goes (default: bench/results/)")

@@ -1,7 +1,7 @@
-"""What a network does, counted: operator calls, the bytes they read and write, changes of layout, graphs, kernel launches.
+"""Counts what a network does: operator calls, the bytes they read and write, changes of layout, graphs, kernel launches.
 
 Counts do not depend on the machine's load. `ghost_counts` counts a network of any size without memory, time or a device:
-on tensors without storage, with the kernels that a GPU would run standing in for their definitions.
+it runs on tensors without storage, and calls the kernels that a GPU would run instead of their PyTorch definitions.
 """
 
 import contextlib
@@ -27,13 +27,13 @@ class Counts:
     operators: int = 0
     bytes: int = 0
     layout_changes: int = 0
-    """Copies whose result holds the same values in another order."""
+    """Copies whose result holds the same values in another order in memory."""
     layout_bytes: int = 0
     by_operator: Counter = field(default_factory=Counter)
 
 
 class Counting(TorchDispatchMode):
-    """Counts every operator call below it into `counts`, the backward pass's included."""
+    """Counts every operator call made within it, including the backward pass's, into `counts`."""
 
     def __init__(self):
         super().__init__()
@@ -61,7 +61,7 @@ def tensors(tree) -> list:
 
 
 def moves_data(function, inputs: list, outputs: list) -> bool:
-    """False for views, for allocation, and for questions about a tensor."""
+    """False for views, for allocations, and for queries about a tensor."""
     if not outputs or function.namespace == "prim" or "empty" in function.overloadpacket.__name__:
         return False
     if function._schema.is_mutable:
@@ -78,13 +78,13 @@ def changes_layout(function, inputs: list, outputs: list) -> bool:
 
 
 def order(tensor) -> list[int]:
-    """Axes from the slowest to the fastest, those of length 1 left out."""
+    """Axes from the slowest to the fastest in memory, without those of length 1."""
     axes = [axis for axis in range(tensor.dim()) if tensor.shape[axis] > 1]
     return sorted(axes, key=lambda axis: -tensor.stride(axis))
 
 
 def forward(unet, batch: dict):
-    """The prediction, on a GPU in bf16 as the timed step has it."""
+    """The prediction; on a GPU in bf16, as in the timed step."""
     with precision(batch):
         return unet(batch["x"], batch["t"], **batch["condition"]).sample
 
@@ -110,7 +110,7 @@ def counts_of(unet, batch: dict) -> Counts:
 
 
 def ghost_counts(unet, size: int, batch: int) -> dict[str, dict]:
-    """Before and after fuse(), in bf16, as on a GPU: every kernel of ours one call; what cuDNN re-lays inside is not seen."""
+    """Counts before and after fuse(), in bf16, as on a GPU: each of our kernels is one call; copies inside cuDNN are not seen."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     found = {}
@@ -151,9 +151,9 @@ def ghost_batch(config, size: int, batch: int) -> dict:
 
 
 def kernels_standing_in():
-    """Our operators as on a GPU; where Triton is not installed, their definitions."""
+    """Runs our operators as on a GPU, or by their PyTorch definitions if Triton is not installed."""
     stack = contextlib.ExitStack()
-    # A CPU takes long attention in fp32; PyTorch's operator in the type that came stands for a GPU's.
+    # On a CPU, long attention runs in fp32; to count a GPU's, PyTorch's operator runs in the input's dtype.
     stack.enter_context(mock.patch.object(attention_backends, "on_a_cpu", attention_backends.scaled_dot_product))
     with contextlib.suppress(ImportError):
         from harness import recorded
@@ -166,7 +166,7 @@ def kernels_standing_in():
 
 
 def graphs(unet, batch: dict) -> dict[str, int]:
-    """How many pieces torch.compile cuts the forward pass into; it is traced, nothing is compiled."""
+    """How many pieces torch.compile cuts the forward pass into; it is only traced, not compiled."""
     torch._dynamo.reset()
     with torch.no_grad(), precision(batch):
         explained = torch._dynamo.explain(unet)(batch["x"], batch["t"], **batch["condition"])
@@ -211,7 +211,7 @@ def profile_of(step, device: str):
 
 
 def times_by_group(profile, device: str) -> Counter:
-    """Microseconds that operators of each part took themselves; on a GPU, the kernels that they launched."""
+    """Microseconds of each part's operators, without the operators they call; on a GPU, of the kernels they launched."""
     own = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
     times: Counter = Counter()
     for row in profile.key_averages():
@@ -227,7 +227,7 @@ def kernel_launches(profile) -> int:
 
 
 def saved_bytes(unet, passed: Callable) -> int:
-    """Bytes that autograd keeps between a forward and its backward pass, the weights not among them."""
+    """Bytes that autograd keeps between a forward pass and its backward pass, not counting the weights."""
     weights = {p.untyped_storage()._cdata for p in unet.parameters()}
     held: dict[int, tuple] = {}
 

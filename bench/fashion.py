@@ -1,6 +1,6 @@
-"""Fashion-MNIST at 28 px as a course to run models over: its shards, its classifier, and what samples are measured by.
+"""Fashion-MNIST at 28 px as a course for models: its shards, its classifier, and the statistics that samples are compared with.
 
-python bench/fashion.py --scratch DIR    lays it, which every bench that runs over it does by itself where that was not done before
+python bench/fashion.py --scratch DIR    prepares the course; every bench that uses it does this itself if needed
 """
 
 import argparse
@@ -28,14 +28,14 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class Course:
-    """What every model is measured by, made before any is trained."""
+    """What every model is measured with, made before any is trained."""
 
     splits: Splits
     judge: Judge
     real: RealFeatures
     statistics: Statistics
     floor: float
-    """Frechet distance of as many test images from the training set."""
+    """Frechet distance from the training set of as many test images as there are samples."""
     labels_N: np.ndarray
 
     @classmethod
@@ -62,11 +62,11 @@ class Course:
         }
 
     def composed(self, images_NHWC: np.ndarray) -> Composition:
-        """What their distance from the training set consists of."""
+        """The parts that the images' distance from the training set consists of."""
         return self._composition(self.judge.features(images_NHWC).astype(np.float64), self.labels_N)
 
     def composed_of_real(self) -> Composition:
-        """The same of the test images that give the floor."""
+        """The same for the test images that give the floor."""
         held_out = self.splits.held_out
         some = held_out.spread()[: len(self.labels_N)]
         return self._composition(self.real.held_out_ND[some], held_out.labels_N[some])

@@ -1,11 +1,11 @@
-"""What torch.compile would launch on a GPU, without one: the code that Inductor writes for a block, read launch by launch.
+"""What torch.compile would launch on a GPU, without one: the code that Inductor generates for a block, launch by launch.
 
     python bench/gpu_code.py                     # blocks of the reference network, and diffusers' own, counted
     python bench/gpu_code.py --case text_8       # one of them, launch by launch
 
 A block is traced on the CPU with the kernels that a GPU would run, differentiated and partitioned; each graph is then moved
-to a CUDA device that exists in name alone and lowered for it. Nothing is run, and no time is claimed: what shows is which
-launches there are, and whether any of them merely fills or copies a map.
+to a CUDA device that exists in name only and lowered for it. Nothing is run, and no time is claimed: the result shows which
+launches there are, and whether any of them merely fills or copies a feature map.
 """
 
 import argparse
@@ -34,7 +34,7 @@ H100 = SimpleNamespace(
 
 
 class Written(Exception):
-    """Ends a compilation when its code is written, before anything would be built or run."""
+    """Raised to end a compilation once its code is written, before anything is built or run."""
 
 
 class Driver:
@@ -83,7 +83,7 @@ def a_gpu_in_name():
 
 @contextlib.contextmanager
 def cudnn_in_name():
-    """Convolutions keep the layout of their image or weight, as cuDNN's do; this build's own would ask for NCHW."""
+    """Makes convolutions keep the layout of their image or weight, as cuDNN's do; this build's own rule would ask for NCHW."""
 
     def layout(image, weight, *_):
         is_last = any(t.is_contiguous(memory_format=torch.channels_last) for t in (image, weight))
@@ -97,7 +97,7 @@ def cudnn_in_name():
 
 
 def a_driver_in_name():
-    """Enough for Triton to lower a kernel, from which torch.compile reads what the kernel writes to."""
+    """Enough of a driver for Triton to lower a kernel, from which torch.compile reads which arguments it writes to."""
     return mock.patch.object(triton.runtime.driver, "_active", Driver())
 
 
@@ -105,7 +105,7 @@ def a_driver_in_name():
 
 
 def graphs_of(module, inputs) -> list[torch.fx.GraphModule]:
-    """The forward and the backward graph of one call, fullgraph, with our kernels in it; nothing of it is computed."""
+    """The forward and the backward graph of one call, compiled with fullgraph and our kernels; nothing is computed."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.aot_autograd import make_boxed_func
     from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -125,7 +125,7 @@ def graphs_of(module, inputs) -> list[torch.fx.GraphModule]:
     with a_driver_in_name(), contextlib.ExitStack() as stack:
         for kernel in (group_norm_silu, attention):
             stack.enter_context(mock.patch.object(kernel, "runs_kernel", lambda *_: True))
-        # A CPU takes long attention in fp32; PyTorch's operator in the type that came stands for a GPU's.
+        # On a CPU, long attention runs in fp32; to trace a GPU's, PyTorch's operator runs in the input's dtype.
         stack.enter_context(mock.patch.object(attention_backends, "on_a_cpu", attention_backends.scaled_dot_product))
         out = torch.compile(module, backend=backend, fullgraph=True)(*inputs)
         out.sum().backward()
@@ -144,7 +144,7 @@ def zeros_of(value):
 
 
 def moved(graph) -> tuple[torch.fx.GraphModule, list]:
-    """The graph and its inputs on the device that exists in name."""
+    """The graph and its inputs on the device that exists in name only."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
@@ -172,7 +172,7 @@ class Launch:
     """One launch of the generated code: who wrote its kernel, and the bytes of the tensors that it reads and writes."""
 
     name: str
-    kind: str  # ours, library, fused (Inductor's own), fill: Inductor's own that reads nothing, or eager: not compiled
+    kind: str  # ours, library, fused (Inductor's own), fill (Inductor's own, reading nothing) or eager (not compiled)
     bytes: int
 
 
@@ -207,7 +207,7 @@ def compiled(graph, which: str) -> list[Launch]:
 
 
 def is_launch(node) -> bool:
-    """False for what allocates and for the parts of a result."""
+    """False for nodes that only allocate, or only name one of a launch's several results."""
     from torch._inductor import ir, scheduler
 
     if isinstance(node, scheduler.NopKernelSchedulerNode):
@@ -219,7 +219,7 @@ def launch_of(node) -> Launch:
     from torch._inductor import ir
 
     if isinstance(node.node, ir.UserDefinedTritonKernel):
-        # Each argument once: what a kernel writes, Inductor takes for read as well.
+        # Each argument once: Inductor counts what a kernel writes as read, too.
         arguments = {value.get_name(): value for value in node.node.inputs}.values()
         size = sum(int(value.get_numel()) * value.get_dtype().itemsize for value in arguments)
         return Launch(node.node.get_kernel_and_metadata()[0].__name__, "ours", size)
@@ -238,7 +238,7 @@ def launch_of(node) -> Launch:
 
 
 class Block:
-    """One block of the network, and what it is held against."""
+    """One block of the network, and the implementations that it is compared with."""
 
     def contenders(self) -> dict[str, torch.nn.Module]:
         return {"diffusers": self.theirs(), "ours": self.ours()}
@@ -247,7 +247,7 @@ class Block:
         return self.inputs(images)
 
     def outside(self, who: str, images: int) -> dict[str, list[Launch]]:
-        """What runs around the compiled code and because of it."""
+        """Launches around the compiled code that it makes necessary."""
         return {"forward": [], "backward": []}
 
 
@@ -258,7 +258,7 @@ def image(images: int, channels: int, side: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Residual(Block):
-    """A residual block of the reference network; a wider input is one after a skip."""
+    """A residual block of the reference network; where a skip was joined, its input is wider than its output."""
 
     width: int
     out_width: int
@@ -289,7 +289,7 @@ class Residual(Block):
 
 @dataclass(frozen=True)
 class Up(Block):
-    """A residual block on the way up: x and a skip come in, joined before the compiled block or within it."""
+    """A residual block on the way up: its inputs x and a skip are joined before the compiled block or within it."""
 
     width: int
     skip_width: int
@@ -320,9 +320,9 @@ class Up(Block):
         return image(images, self.width, self.side), embedding_NE, image(images, self.skip_width, self.side)
 
     def outside(self, who: str, images: int) -> dict[str, list[Launch]]:
-        """The concatenation, and the copy of x's gradient: a slice, which compiled code has made dense before it runs.
+        """The concatenation, and the copy of x's gradient: it is a slice, which compiled code needs dense.
 
-        The skip's is a slice as well, but is added to another gradient anyway.
+        The skip's gradient is a slice as well, but needs no copy, as it is added to another gradient anyway.
         """
         if not self.is_joined_outside(who):
             return super().outside(who, images)
@@ -335,7 +335,7 @@ class Up(Block):
 
 @dataclass(frozen=True)
 class Text(Block):
-    """Self- and cross-attention to 77 words over the pixels of a map."""
+    """Self-attention among the pixels of a feature map, and their cross-attention to 77 words."""
 
     width: int
     heads: int
@@ -381,7 +381,7 @@ CASES = {
 
 
 def measure(name: str, images: int, show: bool) -> list[dict]:
-    """One row for each contender; with `show`, its launches too."""
+    """One row for each contender; with `show`, prints its launches too."""
     rows = []
     case = CASES[name]
     for who, block in case.contenders().items():

@@ -1,14 +1,14 @@
-"""Everything that a GPU is needed for, in order of value, each stage in its own time box and its own files.
+"""Everything that needs a GPU, most valuable first, each stage with its own time limit and its own files.
 
-    python bench/gpu_day.py                       # all stages, some two and a half hours
-    python bench/gpu_day.py --minutes 10          # the same order, as far as it goes
+    python bench/gpu_day.py                       # all stages, about two and a half hours
+    python bench/gpu_day.py --minutes 10          # the same order, as far as the time allows
     python bench/gpu_day.py --only correctness kernels
-    python bench/gpu_day.py --out FOLDER          # a day that was cut goes on: what is done is not done again
+    python bench/gpu_day.py --out FOLDER          # resume a day that was cut short: finished stages are not repeated
     python bench/gpu_day.py --dry-run             # the plan, and whether every command can start; needs no GPU
 
-A stage that fails or runs out of time is recorded and the next one begins. What it had written stays: it is told to end before its
-time is over, which training does with a checkpoint. Stages whose packages are missing (training needs deepspeed), or the files that
-they begin with, are skipped with one line.
+A stage that fails or runs out of time is recorded, and the next one begins. What it has written stays: it gets SIGTERM before its
+time is over, and training answers that with a checkpoint. A stage whose packages (training needs deepspeed) or input files are
+missing is skipped with one line.
 """
 
 import argparse
@@ -30,9 +30,9 @@ from record import RESULTS, command, machine, refuse, refuse_unwritable, write_j
 
 ROOT = Path(__file__).parent.parent
 LEAST = 0.5
-"""Minutes for which a stage is begun."""
+"""Minutes that must be left for a stage to begin."""
 GRACE = 45.0
-"""Seconds before its time is over at which a stage is told to end: a third of its time at most."""
+"""A stage gets SIGTERM this many seconds before its time is over, but at most a third of its time before."""
 TRAINING = ("deepspeed", "tyro", "transformers", "tqdm", "webdataset")
 
 
@@ -44,11 +44,11 @@ class Stage:
     command: tuple[str, ...]
     minutes: float
     needs: tuple[str, ...] = ()
-    """Packages that it cannot do without."""
+    """Packages that it needs."""
     inputs: tuple[Path, ...] = ()
-    """Files or folders that must be there when it begins."""
+    """Files or folders that must exist when it begins."""
     result: Path | None = None
-    """What is there when it has done its work."""
+    """The file or folder that exists once it has done its work."""
 
     @property
     def missing(self) -> list[str]:
@@ -67,7 +67,7 @@ class Stage:
 
     @property
     def start(self) -> tuple[str, ...]:
-        """The same command, as far as it goes without a GPU: its help, or the tests that it would run."""
+        """What can be run of the command without a GPU: its help, or the collection of its tests."""
         if "pytest" in self.command:
             return (*self.command, "--collect-only")
         if "-m" in self.command:  # a verb of duotone's
@@ -99,7 +99,7 @@ def stages(out: Path) -> list[Stage]:
     def tested(name: str, minutes: float, *flags: str, needs: tuple[str, ...]) -> Stage:
         return Stage(name, (python, "-m", "pytest", *flags, "-m", "gpu", "-q"), minutes, ("pytest", *needs))
 
-    # Most of their time is the compiler's, on one core each.
+    # Most of the tests' time is spent in the compiler, on one core each.
     together = ("-n", str(min(8, os.cpu_count() or 1))) if installed("xdist") else ()
     scratch, decoded = out / "speedrun", out / "shards"
     train, test = scratch / "shards" / "train", scratch / "shards" / "t10k"
@@ -136,10 +136,10 @@ def stages(out: Path) -> list[Stage]:
 
 
 def distance(out: Path) -> tuple[str, ...]:
-    """How the 100 epochs are measured: by the published run's sampler, steps and guidance, 9,000 of its 50,000 samples.
+    """How the 100 epochs are measured: with the published run's sampler, steps and guidance, but 9,000 samples, not 50,000.
 
-    In the features of a classifier of the data, because Inception's weights are not part of the package: this distance is of
-    another kind than the published one, and stands beside its own floor alone.
+    The features are those of a classifier of the data, because Inception's weights are not part of the package. The distance
+    cannot be compared with the published one, only with its own floor.
     """
     return (
         *(str(out / "100_epochs"), "--test", str(out / "speedrun" / "shards" / "t10k")),
@@ -149,7 +149,7 @@ def distance(out: Path) -> tuple[str, ...]:
 
 
 def reference(out: Path) -> tuple[str, ...]:
-    """The reference network's shape on the decoded shapes: a rate with the real loop, optimizer, EMA and reader."""
+    """Flags that train the reference network on the decoded shapes: its rate with the real loop, optimizer, EMA and reader."""
     return (
         *("--data.shards", str(out / "shards"), "--data.size", "128", "--model.groups", "32"),
         *("--model.channels", "128", "128", "256", "384", "384", "--model.heads", "4", "4", "4", "4", "4"),
@@ -161,7 +161,7 @@ def reference(out: Path) -> tuple[str, ...]:
 
 
 def run(stage: Stage, out: Path, minutes: float) -> dict:
-    """One stage within its box; its output goes to a file beside its results."""
+    """Runs one stage within its time limit; its output goes to a file beside its results."""
     record = {"stage": stage.name, "command": " ".join(stage.command)}
     if why := skipped(stage):
         return record | {"code": why, "seconds": 0.0}
@@ -172,7 +172,7 @@ def run(stage: Stage, out: Path, minutes: float) -> dict:
 
 
 def skipped(stage: Stage, earlier: Sequence[Stage] = ()) -> str:
-    """Why a stage cannot begin once the earlier ones have done their work, or nothing."""
+    """Why a stage cannot begin even after the earlier ones have done their work; empty if it can."""
     if stage.missing:
         return f"skipped: {', '.join(stage.missing)} not installed"
     absent = [str(path) for path in stage.absent if not any(other.makes(path) for other in earlier)]
@@ -180,20 +180,20 @@ def skipped(stage: Stage, earlier: Sequence[Stage] = ()) -> str:
 
 
 def boxed(words: tuple[str, ...], seconds: float, log) -> int | str:
-    """The exit code, or what happened instead; a command out of time is ended with everything that it started."""
+    """The exit code, or what happened instead; a command that runs out of time is ended with everything that it started."""
     process = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     grace = min(GRACE, seconds / 3)
     try:
         return process.wait(seconds - grace)
     except subprocess.TimeoutExpired:
         pass
-    finally:  # also where this process is interrupted: nothing goes on training behind its back
+    finally:  # also if this process is interrupted: no training may be left running
         end(process, grace)
-    return "out of time" if process.returncode else 0  # what ended well in its last seconds had time enough
+    return "out of time" if process.returncode else 0  # a command that ended well in its last seconds was in time
 
 
 def end(process: subprocess.Popen, grace: float) -> None:
-    """Tells a process and all that it started to end, and sees to it after so many seconds."""
+    """Sends SIGTERM to a process and all that it started, and SIGKILL after at most `grace` seconds."""
     try:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
@@ -207,7 +207,7 @@ def end(process: subprocess.Popen, grace: float) -> None:
 
 
 def dry_run(chosen: list[Stage]) -> int:
-    """The plan, and for each stage whether its command starts here; the number of those that do not."""
+    """Prints the plan and whether each stage's command starts here; returns the number of those that do not."""
     failed = 0
     for number, stage in enumerate(chosen):
         earlier = chosen[:number]
@@ -220,13 +220,13 @@ def dry_run(chosen: list[Stage]) -> int:
 
 
 def origin(path: Path, earlier: list[Stage]) -> str:
-    """Where an input comes from."""
+    """Where an input comes from: it exists already, an earlier stage makes it, or it is missing."""
     makers = [stage.name for stage in earlier if stage.makes(path)]
     return "there" if path.exists() else f"result of {makers[-1]}" if makers else "missing"
 
 
 def start(stage: Stage) -> str:
-    # Without a GPU the kernels' tests can be collected for the interpreter alone.
+    # Without a GPU, the kernels' tests can only be collected for the interpreter.
     interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     environment = os.environ | (interpreted if "pytest" in stage.command else {})
     done = subprocess.run(stage.start, cwd=ROOT, capture_output=True, text=True, env=environment)
@@ -240,12 +240,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--minutes",
         type=float,
-        help="for all stages together: the last ones are left out (default: all that they may take)",
+        help="for all stages together; those that no time is left for are left out (default: the sum of their limits)",
     )
-    parser.add_argument("--only", nargs="*", help="names of stages")
+    parser.add_argument("--only", nargs="*", help="run only these stages")
     parser.add_argument("--out", type=Path, help="where results go (default: bench/results/gpu-DATE)")
     parser.add_argument(
-        "--dry-run", action="store_true", help="start each command and end it at once; say what would be run"
+        "--dry-run", action="store_true", help="print the plan and check that each command can start; run nothing"
     )
     return parser.parse_args()
 
@@ -259,18 +259,18 @@ def chosen_of(asked: argparse.Namespace, out: Path) -> list[Stage]:
 
 
 def begun(path: Path) -> dict:
-    """The record of a day: a new one, or what stands there of one on this device and commit."""
+    """The record of a day: the one at `path`, which must be of this device and commit, or a new one."""
     record = {"machine": machine(), "command": command(), "stages": []}
     if not path.exists():
         return record
     try:
         before = json.loads(path.read_text())
     except ValueError:
-        refuse(f"{path} is no record of a day: give another --out")
+        refuse(f"{path} is not the record of a day: give another --out")
     for name in ("device", "commit"):
         was, here = before.get("machine", {}).get(name), record["machine"][name]
         if was != here:
-            refuse(f"{path} is a day of another {name}, {was} and not {here}: give another --out")
+            refuse(f"{path} records a day of another {name}, {was} instead of {here}: give another --out")
     return record | {"stages": before["stages"]}
 
 
@@ -296,7 +296,7 @@ def main() -> None:
 
 
 def day(chosen: list[Stage], out: Path, minutes: float) -> None:
-    """One stage after the other, as far as the minutes go."""
+    """Runs one stage after another until the minutes are spent."""
     record, ends = begun(out / "gpu_day.json"), time.monotonic() + 60 * minutes
     for stage in chosen:
         left = (ends - time.monotonic()) / 60

@@ -1,7 +1,7 @@
-"""Launches as they would happen, what the compiler makes of them, and the bytes they ask for.
+"""Records kernel launches without making them, compiles them for chips that are absent, and counts the bytes they request.
 
-Nothing in this file knows a kernel by name. A launch is recorded by letting the operator run on tensors without storage
-and noting what it would have launched; the same arguments are then compiled for real chips without one being present.
+Nothing in this file knows a kernel by name. A launch is recorded by running the operator on tensors without storage and
+noting what it would have launched; the kernel is then compiled for real chips with the same arguments.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ def _launching_through(launcher, **replaced):
 
 @dataclass(frozen=True)
 class Chip:
-    """What one multiprocessor holds, and what the memory moves at best, from the vendor's data sheets."""
+    """What one multiprocessor holds, and the memory's peak bandwidth, from the vendor's data sheets."""
 
     name: str
     shared_bytes: int
@@ -106,7 +106,7 @@ class Resources:
     load_bits: int  # widest global load
     store_bits: int  # widest global store
     fused_multiply_adds: int  # in the assembly; 0 where a kernel asks for a CPU's rounding
-    occupancy: float  # bound on resident warps over those the chip can hold; 0 = it cannot be launched
+    occupancy: float  # upper bound on the resident share of the warps that the chip can hold; 0 = it cannot be launched
 
 
 def resources(launch: Launch, capability: int) -> Resources:
@@ -133,7 +133,7 @@ def resources(launch: Launch, capability: int) -> Resources:
 
 
 def fp64_arithmetic(launch: Launch, capability: int) -> list[str]:
-    """Instructions in fp64 where numbers come in fp64, as torch.compile hands them over; narrowing them is none."""
+    """fp64 instructions if numbers arrive in fp64, as torch.compile passes them; those that narrow them do not count."""
     source, options = _source(launch, numbers="fp64")
     ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
     words = [line.split() for line in ptx.splitlines() if ".f64" in line and not line.strip().startswith((".", "//"))]
@@ -171,7 +171,7 @@ def _type(value):
 
 def _occupancy(chip, registers, shared_bytes, warps):
     programs = min(_REGISTERS // (registers * 32 * warps), chip.warps // warps, 32)
-    # A program can take all but 1 KiB, which the system keeps for each.
+    # The system reserves 1 KiB of shared memory for each program.
     programs = min(programs, chip.shared_bytes // (shared_bytes + 1024))
     return programs * warps / chip.warps
 
@@ -191,7 +191,7 @@ def _widest(pattern, sass):
 
 @dataclass
 class Traffic:
-    """Bytes that one launch asked for, and how many different ones there were: what memory must move at least."""
+    """Bytes that one launch requested, and how many distinct ones they were: the least that memory must move."""
 
     kernel: str
     loaded: int = 0
@@ -250,7 +250,7 @@ PAGE = 2**20
 
 
 def _distinct(seen) -> int:
-    """Bytes at different addresses, marked page by page since a launch's tensors lie far apart."""
+    """Bytes at distinct addresses, marked page by page because a launch's tensors lie far apart."""
     import numpy
 
     pages = {}

@@ -1,12 +1,12 @@
-"""Every kernel and case as counters, without a GPU: launches, bytes against the floor, registers, spills, occupancy.
+"""Counts every kernel and case without a GPU: launches, bytes against the floor, registers, spills, occupancy.
 
     python bench/ledger.py                 # table and bench/results/ledger.json
-    python bench/ledger.py --check         # the same for sm_90 alone; exit code 1 where a gate fails
+    python bench/ledger.py --check         # the same for sm_90 alone; exit code 1 if a gate fails
     python bench/ledger.py --chips 80 90   # compile for these
 
-Bytes come from the interpreter's own loads and stores on one image (maps of at most 36 x 36); the floor of the path taken
-is every argument of every launch once (twice where it is updated in place). A predicted time is floor bytes at nine tenths
-of the data sheet's bandwidth plus two microseconds a launch: a number to be wrong about later, not a measurement.
+Bytes come from the interpreter's own loads and stores on one image (maps of at most 36 x 36). The floor of the path taken
+counts every argument of every launch once, or twice if it is updated in place. A predicted time is the floor's bytes at nine
+tenths of the data sheet's bandwidth plus two microseconds per launch: a prediction to be checked later, not a measurement.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from subjects import SUBJECTS, forward_backward, launches_of
 from duotone.kernels import attention
 
 DTYPE = torch.bfloat16
-COUNTED = torch.float16  # as wide, and many times faster to interpret
+COUNTED = torch.float16  # as wide as bf16, and many times faster to interpret
 GATED_CHIP = 90
 RECORD = RESULTS / "ledger.json"
 _IN_PLACE = {"adamw_ema": {"master", "exp_avg", "exp_avg_sq", "first", "second"}}
@@ -37,7 +37,7 @@ _LAUNCH_MICROSECONDS = 2.0
 
 
 def timed():
-    """Kernels and cases that run here, in the order of the files."""
+    """Kernels with those of their timed cases that launch something, in the order of SUBJECTS."""
     for subject in SUBJECTS.values():
         for case in subject.cases:
             if case.timed and launches_of(subject, case, DTYPE):
@@ -45,7 +45,7 @@ def timed():
 
 
 def path_floor(subject, case) -> int:
-    """Bytes of every argument of every launch, each once, in-place ones twice."""
+    """Bytes of every argument of every launch, counted once, or twice if it is updated in place."""
     total = 0
     for launch in launches_of(subject, case, DTYPE):
         tensors = {id(v): (name, v) for name, v in launch.arguments.items() if isinstance(v, torch.Tensor)}
@@ -70,7 +70,7 @@ def count_traffic() -> list[dict]:
 
 
 def begin_counting() -> subprocess.Popen:
-    """Counts in a process of its own, since the interpreter is chosen when kernels are imported; the compiler runs beside it."""
+    """Counts in a separate process, since kernels choose the interpreter when imported; the compiler runs at the same time."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, __file__, "--count-traffic"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
@@ -112,9 +112,9 @@ _to_compile: list[tuple] = []
 
 
 def resources_of_all(wanted) -> dict[tuple, dict]:
-    """What every different program occupies, by chip and key; compiled in as many processes as there are cores."""
+    """What every distinct program occupies, by chip and compile key; compiled in as many processes as there are cores."""
     different = {(chip, *compile_key(launch)): (chip, launch) for chip, launch in wanted}
-    # Kernels cannot be sent to another process: a fork has them already, and is told a number.
+    # Kernels cannot be pickled: a forked process has them already, and is only told a number.
     _to_compile[:] = different.values()
     print(f"compiling {len(different)} programs ...", file=sys.stderr, flush=True)
     with multiprocessing.get_context("fork").Pool() as pool:
@@ -133,10 +133,10 @@ def _predict(floor_bytes, launches, chip):
 
 
 def violations(rows, before) -> list[str]:
-    """What fails a gate.
+    """A line for everything that fails a gate.
 
-    Spills on sm_90, bytes over the path's floor, more launches than the committed ledger, and fused arithmetic where the
-    same bits are promised on every device.
+    Gates are: no spills and an occupancy above 0 on sm_90, bytes at the path's floor, no more launches than in the committed
+    ledger, and no fused multiply-adds in kernels that promise the same bits on every device.
     """
     found = []
     committed = {(row["kernel"], row["case"]): row["launches"] for row in before}
@@ -178,15 +178,15 @@ def show(rows) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="sm_90 alone; exit code 1 where a gate fails")
+    parser.add_argument("--check", action="store_true", help="only sm_90; exit code 1 if a gate fails")
     parser.add_argument(
-        "--kernels-alone", action="store_true", help="without the compiled step, which trains for a minute"
+        "--kernels-alone", action="store_true", help="leave out the compiled step, which trains for a minute"
     )
     parser.add_argument("--chips", type=int, nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--json", type=Path, default=RECORD)
     parser.add_argument("--count-traffic", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    # Bytes are counted on one image, which must be cut into programs as the whole batch is.
+    # Bytes are counted on one image, which must be divided among programs as the whole batch is.
     attention._ENOUGH_PROGRAMS = 1
     if options.count_traffic:
         print(json.dumps(count_traffic()))
@@ -200,7 +200,7 @@ def main():
         print("\n" + step_counters.show(step))
     before = json.loads(RECORD.read_text())["rows"] if RECORD.exists() else []
     found = violations(rows, before) + (step_counters.violations(step) if step else [])
-    held = "every gate holds: no spills on sm_90, bytes at the floor, launches as committed"
+    held = "every gate passes: no spills on sm_90, bytes at the floor, launches as committed"
     if not step:
         print("without the compiled step: no record is written")
     print("\n".join(found) or held + (", no graph break or recompile" if step else ""))

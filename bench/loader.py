@@ -1,7 +1,7 @@
-"""Images a CPU-second from the same shards: our reader with DALI and with Pillow, webdataset with Pillow, plain DALI.
+"""Images per CPU-second from the same shards: our reader with DALI and with Pillow, webdataset with Pillow, plain DALI.
 
-Every contender gives uint8 batches with their captions. They take turns within a round, and ratios are taken within a
-round, so that a busy neighbour slows all of them alike. Ours reads in a shuffled order, the others as the shard lies.
+Every contender yields uint8 batches with their captions. They take turns within a round, and ratios are computed within a
+round, so that other load slows all of them alike. Our reader reads in shuffled order, the others in the shards' order.
 
     python bench/loader.py                   # table, and its record in bench/results
 """
@@ -44,7 +44,7 @@ class Job:
 
 
 def jobs(folder: Path) -> list[Job]:
-    """Four sets: photographs as COCO stores them, shrunk, decoded, and the embedded drawings."""
+    """Four sets: photographs as COCO stores them, shrunk ones, the same stored decoded, and the embedded drawings."""
     whole, shrunk = list(_photographs(256, None)), list(_photographs(1024, 160))
     write_shards((_jpeg(pixels, 75) for pixels in whole), folder / "whole", per_shard=128)
     write_shards((_jpeg(pixels, 95) for pixels in shrunk), folder / "shrunk", per_shard=512)
@@ -60,11 +60,13 @@ def jobs(folder: Path) -> list[Job]:
 
 
 def _photographs(number: int, side: int | None) -> Iterator[np.ndarray]:
-    """Cut-outs of two real photographs (scikit-learn's), nearly whole or shrunk to a square."""
+    """Crops of scikit-learn's two sample photographs: nearly whole, or squares shrunk to `side`."""
     try:
         from sklearn.datasets import load_sample_images
     except ImportError:
-        raise Refused("the photographs are scikit-learn's, which is not installed: pip install scikit-learn") from None
+        raise Refused(
+            "the photographs come with scikit-learn, which is not installed: pip install scikit-learn"
+        ) from None
     photographs, rng = load_sample_images().images, np.random.default_rng(0)
     for index in range(number):
         photograph = photographs[index % 2]
@@ -107,7 +109,7 @@ def ours(decoder: str) -> Callable[[Job, int], Iterator]:
 
 
 def webdataset_pillow(job: Job, threads: int) -> Iterator:
-    """webdataset's pipeline with Pillow, same square and filter; its decoding has one thread a process."""
+    """webdataset's pipeline with Pillow, with the same square crop and filter; it decodes on one thread per process."""
     import webdataset
 
     def square(sample: tuple) -> tuple[np.ndarray, str]:
@@ -154,7 +156,7 @@ CONTENDERS = {
 
 
 def rate(batches: Iterator, seconds: float) -> tuple[float, float]:
-    """Images a CPU-second (all threads) and images a second, after a warm-up; the first batch is checked."""
+    """Images per CPU-second (of all threads) and images per second, after a warm-up; the first batch is checked."""
     images_NHWC, captions = next(batches)
     assert images_NHWC.dtype == torch.uint8 and len(images_NHWC) == len(captions) == BATCH
     for _ in range(4):
@@ -201,7 +203,7 @@ def main() -> None:
     """Measures, prints, and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of one measurement")
+    parser.add_argument("--seconds", type=float, default=2.0, help="length of one measurement")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", "--out", type=Path, help="where the result goes (default: bench/results/)")
     options = parser.parse_args()

@@ -30,7 +30,7 @@ TINY = UNetConfig(
 )
 NAMED = {"reference": REFERENCE, "small": SMALL, "tiny": TINY}
 SIZES = {"reference": 128, "small": 64, "tiny": 16, "sd15": 64}
-# Stable Diffusion 1.5 as its config.json has it, where that differs from the class's defaults: 859.5 M parameters.
+# What Stable Diffusion 1.5's config.json changes of the class's defaults: 859.5 M parameters.
 SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 
 
@@ -40,13 +40,13 @@ def diffusers():
     try:
         import diffusers as library
     except ImportError:
-        raise Refused("diffusers is not installed, and it is what this compares with: pip install diffusers") from None
+        raise Refused("diffusers is not installed, but this bench compares with it: pip install diffusers") from None
     library.utils.logging.set_verbosity(logging.CRITICAL)
     return library
 
 
 def their_unet(wanted: str, size: int):
-    """A diffusers UNet, freshly initialised or from a folder; raises Refused where there is none."""
+    """A diffusers UNet, freshly initialised or from a folder; raises Refused if the folder holds none."""
     if wanted == "sd15":
         return diffusers().UNet2DConditionModel(**SD15)
     if wanted not in NAMED:
@@ -59,7 +59,7 @@ def from_folder(path: Path):
     try:
         kind = json.loads((path / "config.json").read_text())["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Refused(f"{path} is no diffusers UNet folder ({one_line(error)}): it needs a config.json") from None
+        raise Refused(f"{path} is not a diffusers UNet folder ({one_line(error)}): it needs a config.json") from None
     if kind not in (diffusers_unet.CONDITIONED, diffusers_unet.PLAIN):
         raise Refused(f"{path} holds a {kind}: --unet takes UNet2DModel or UNet2DConditionModel")
     library = diffusers()
@@ -72,10 +72,12 @@ def from_folder(path: Path):
 
 
 def refuse_unfed(path: Path, config) -> None:
-    """Inputs that the benches do not make up."""
+    """Raises Refused if the UNet takes inputs that the benches do not generate."""
     for name in ("addition_embed_type", "encoder_hid_dim_type", "class_embed_type"):
         if getattr(config, name, None) is not None:
-            raise Refused(f"{path} has {name} = {getattr(config, name)!r}: the bench has no such input to give it")
+            raise Refused(
+                f"{path} has {name} = {getattr(config, name)!r}: the benches generate no such input; give a UNet without it"
+            )
 
 
 def one_line(error: Exception) -> str:

@@ -1,10 +1,10 @@
-"""A run of recipes/mnist_concat.py by epochs, beside the ten losses that its notebook publishes.
+"""Losses of a run of recipes/mnist_concat.py by epoch, beside the ten that its notebook publishes.
 
 python bench/notebook_losses.py runs/mnist_concat
 python bench/notebook_losses.py runs/mnist_concat --json losses.json
 
-The notebook prints after each epoch of MNIST the mean loss of its last 100 batches. Here it is the mean of those of them that
-metrics.jsonl holds, with its 95 % interval: every tenth, or all with --log.every 1. On other data there is nothing to stand beside.
+After each epoch of MNIST, the notebook prints the mean loss of the last 100 batches. Here the mean, with its 95 % interval, is over
+those of these batches that metrics.jsonl holds: every tenth, or all with --log.every 1. On other data there is nothing to compare.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def epochs(steps: list[dict], length: int, batch: int) -> list[dict]:
     rows = []
     for end in range(length, steps[-1]["images"] + 1, length):
         last = [step["loss"] for step in steps if end - BATCHES * batch < step["images"] <= end]
-        losses = [loss for loss in last if loss is not None]  # as one that is not finite stands in metrics.jsonl
+        losses = [loss for loss in last if loss is not None]  # metrics.jsonl holds null for one that is not finite
         if len(losses) > 1:
             half = 1.96 * statistics.stdev(losses) / len(losses) ** 0.5
             rows.append(
@@ -37,7 +37,7 @@ def epochs(steps: list[dict], length: int, batch: int) -> list[dict]:
 
 
 def data_of(recipe: Recipe) -> dict:
-    """What the shards of a run say of themselves, where they are still there."""
+    """The dataset.json of a run's shards, or an empty one if they are gone."""
     path = (recipe.data.shards or Path()) / "dataset.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
@@ -53,7 +53,7 @@ def steps_of(run: Path) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a run")
-    parser.add_argument("--epoch", type=int, help="images of an epoch; by default as many as the run's shards hold")
+    parser.add_argument("--epoch", type=int, help="images per epoch (default: as many as the run's shards hold)")
     parser.add_argument("--json", type=Path, help="also write the losses here")
     arguments = parser.parse_args()
     try:
@@ -67,11 +67,11 @@ def main() -> None:
     if length < 1 and arguments.epoch is not None:
         refuse(f"--epoch {length}: an epoch has at least one image")
     if length < 1:
-        refuse(f"the shards of {arguments.run} are not where they were: give --epoch, the images of one")
+        refuse(f"the shards of {arguments.run} are no longer there: give --epoch, the number of images in one")
     rows = epochs(steps, length, recipe.batch_size)
     if not rows:
         refuse(
-            f"{arguments.run} has {steps[-1]['images']:,} images, and no epoch of {length:,} ends with two logged batches"
+            f"{arguments.run} has trained on {steps[-1]['images']:,} images: no epoch of {length:,} ends with two logged batches"
         )
     name = data.get("about", {}).get("names")
     for row, published in zip(rows, PUBLISHED if name == "mnist" else ()):

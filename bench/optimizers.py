@@ -1,10 +1,10 @@
-"""AdamW against Muon on Fashion-MNIST at 28 px: losses on held-out images, by images and by seconds of a core.
+"""AdamW against Muon on Fashion-MNIST at 28 px: losses on held-out images, by images and by core-seconds.
 
 python bench/optimizers.py --scratch DIR                     the speedrun's network, 9,600 images, each contender on a core
 python bench/optimizers.py --scratch DIR --images 48000
 
-Same network, first weights, images and draws; each runs its cosine down to 0. EMA weights are measured, always on the same 1,024
-held-out images and noise, at eight levels that training draws equally often.
+Both have the same network, initial weights, images and random draws; the cosine schedule of each runs down to 0. EMA weights are
+measured, always on the same 1,024 held-out images and noise, at eight noise levels that training draws equally often.
 """
 
 import argparse
@@ -31,7 +31,7 @@ class Contender:
 
 
 SAME = ("--batch-size", str(BATCH), "--optimizer.weight-decay", "0", "--optimizer.warmup", "1600")
-# AdamW's rate was the best of 2e-3, 4e-3 and 8e-3, Muon's of 3e-3, 6e-3 and 12e-3, both with 16 channels at full resolution.
+# AdamW's learning rate was the best of 2e-3, 4e-3 and 8e-3, Muon's of 3e-3, 6e-3 and 12e-3, both with 16 channels at full resolution.
 CONTENDERS = (
     Contender("AdamW", ("optimizer:adam-w", "--optimizer.lr", "4e-3", *SAME)),
     Contender("Muon", ("optimizer:muon", "--optimizer.lr", "3e-3", *SAME)),
@@ -39,7 +39,7 @@ CONTENDERS = (
 
 
 def flags_of(contender: Contender, data: Path, scratch: Path, images: int) -> list[str]:
-    """What the speedrun's recipe is told, of which it keeps the rest."""
+    """The flags that differ from the speedrun's recipe."""
     every, out = str(images // MEASUREMENTS), scratch / "optimizers" / contender.name
     flags = [*contender.flags, "--data.shards", str(data), "--data.held-out", "0.05", "--images", str(images)]
     flags += ["--validation.every", every, "--validation.images", "1024", "--checkpoint.every", "0"]
@@ -47,7 +47,7 @@ def flags_of(contender: Contender, data: Path, scratch: Path, images: int) -> li
 
 
 def started(contender: Contender, scratch: Path, images: int) -> subprocess.Popen:
-    """Its training, in one process on one thread."""
+    """Starts its training, in one process on one thread."""
     environment = os.environ | {"LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     flags = [*flags_of(contender, shards(scratch, "train"), scratch, images), "--fresh"]
     command = [sys.executable, str(Path(__file__).with_name("speedrun.py")), *flags]
@@ -57,7 +57,7 @@ def started(contender: Contender, scratch: Path, images: int) -> subprocess.Pope
 
 
 def core_seconds(running: dict[str, subprocess.Popen]) -> dict[str, float]:
-    """What each used until it ended; refuses as soon as one has failed."""
+    """The core-seconds that each used until it ended; refuses as soon as one has failed."""
     named, seconds = {process.pid: (name, process) for name, process in running.items()}, {}
     while named:
         pid, status, used = os.wait4(-1, 0)
@@ -79,7 +79,7 @@ def curve(folder: Path) -> list[tuple[int, float]]:
 
 
 def images_until(loss: float, measured: list[tuple[int, float]]) -> float | None:
-    """Where a curve first comes down to a loss, between its measurements by their logarithms."""
+    """The images after which a curve first falls to a loss, interpolated between measurements in logarithms; None if it never does."""
     for (before, above), (after, below) in zip(measured, measured[1:]):
         if below <= loss <= above:
             share = math.log(above / loss) / math.log(above / below)
@@ -112,11 +112,11 @@ def main() -> None:
     if arguments.images < 1 or arguments.images % between:
         refuse(f"--images {arguments.images}: give a multiple of {between}, the batch times the measurements")
     refuse_unwritable(arguments.json)
-    shards(arguments.scratch, "train")  # before both ask for them
+    shards(arguments.scratch, "train")  # prepared before both contenders ask for them
     running = {c.name: started(c, arguments.scratch, arguments.images) for c in CONTENDERS}
     try:
         seconds = core_seconds(running)
-    finally:  # where one has failed, the other races nobody
+    finally:  # if one has failed, the other is stopped
         for process in running.values():
             if process.returncode is None:
                 process.terminate()
@@ -125,7 +125,11 @@ def main() -> None:
     print(table(result["rows"]))
     share = result["share_of_its_images"]
     print(f"core-seconds: {', '.join(f'{name} {used:.0f}' for name, used in seconds.items())}")
-    print(f"AdamW's last loss after {share:.0%} of its images" if share else "AdamW's last loss is not reached")
+    print(
+        f"Muon reaches AdamW's last loss after {share:.0%} of its images"
+        if share
+        else "Muon never reaches AdamW's last loss"
+    )
     command = f"python bench/optimizers.py --scratch DIR --images {arguments.images}"
     contenders = {c.name: " ".join(c.flags) for c in CONTENDERS}
     write_json(arguments.json, {"command": command, "contenders": contenders} | result | {"machine": machine()})

@@ -1,7 +1,7 @@
-"""What the kernels are held against: PyTorch eager and compiled, and other libraries where they are installed.
+"""What the kernels are compared with: PyTorch eager and compiled, and other libraries if they are installed.
 
-A factory gives a call of the subject's inputs, or raises with the reason why there is none here. Libraries are asked through
-their modules, whose own choice among their kernels is theirs to make.
+A factory returns a function of the subject's inputs, or raises with the reason why there is none here. Libraries are called
+through their modules, which choose among their own kernels.
 """
 
 import functools
@@ -17,7 +17,7 @@ MODULATION = ("add_NC", "scale_NC", "shift_NC")
 
 
 def compiled(function):
-    """For the very shapes of a case: after a second shape torch.compile would write code for any, which is slower."""
+    """Compiles for exactly one case's shapes: after a second shape, torch.compile would write slower code for any shape."""
 
     def factory():
         torch._dynamo.reset()
@@ -30,7 +30,7 @@ def compiled(function):
 
 
 def eager_norm(i):
-    """In the image's type, as a person writes it."""
+    """In the image's dtype, as one would write it by hand."""
     x_NCHW, weight, bias = i["x"], i["weight"].to(i["x"].dtype), i["bias"].to(i["x"].dtype)
     if "scale_NC" not in i:
         return F.silu(F.group_norm(x_NCHW, i["groups"], weight, bias))
@@ -96,7 +96,7 @@ _MOST_SCORES = 2**30
 
 
 def eager_attention(i):
-    """Two matrix products and a softmax in the tokens' type."""
+    """Two matrix products and a softmax in the tokens' dtype."""
     (images, queries, heads, _), keys = i["q"].shape, i["k"].shape[1]
     if images * heads * queries * keys > _MOST_SCORES:
         raise NotImplementedError("its scores would take the memory of a GPU")
@@ -115,7 +115,7 @@ def definition_of_diffuse(i):
 
 
 def diffuse_with_torchs_noise(i):
-    """The same job with PyTorch's generator: other numbers, which no position fixes."""
+    """The same job with PyTorch's generator: other noise, which does not depend on positions."""
     images_NHWC, flip_N, coefficients_N4, *_ = i["arguments"]
     x0_NHWC = images_NHWC.float() / 127.5 - 1
     x0_NHWC = torch.where(flip_N[:, None, None, None], x0_NHWC.flip(2), x0_NHWC)
@@ -130,7 +130,7 @@ def definition_of_guidance(i):
 
 
 def diffusers_guidance():
-    """Its pipelines' lines, and their function for the rescale."""
+    """The lines of diffusers' pipelines, and their function for the rescale."""
     pipeline = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"
     rescaled = importlib.import_module(pipeline).rescale_noise_cfg
 
@@ -149,7 +149,7 @@ def diffusers_guidance():
 
 
 def torch_adamw(i):
-    """torch's own fused AdamW, which takes gradients of the weights' type alone."""
+    """torch's own fused AdamW, which only takes gradients of the weights' dtype."""
     master, gradient, average, square = i["state"]
     options = i["options"]
     torch._fused_adamw_(
@@ -166,7 +166,7 @@ def cast(i):
 
 
 def torch_update():
-    """Fused AdamW, foreach EMA and cast: three passes, and a fourth before them where gradients are in bf16, which are cast."""
+    """Fused AdamW, foreach EMA and cast: three passes, and before them a fourth that casts gradients in bf16."""
 
     def call(i):
         master = torch_adamw(i)
@@ -191,7 +191,7 @@ def diffusers_update():
     def call(i):
         master = torch_adamw(i)
         for model in tracking(i):
-            model.step([torch.nn.Parameter(master)])  # it averages what would be trained
+            model.step([torch.nn.Parameter(master)])  # it averages only what requires a gradient
         cast(i)
         return master
 
@@ -199,7 +199,7 @@ def diffusers_update():
 
 
 def apex_update():
-    """FusedAdamSWA's kernel with its pointers at hand: its step() sends them from the host, which no graph can replay."""
+    """FusedAdamSWA's kernel with its pointers already on the GPU: its step() copies them there, which no CUDA graph can replay."""
     module = importlib.import_module("apex.contrib.openfold_triton.fused_adam_swa")
     made = {}
 

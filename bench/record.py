@@ -1,4 +1,4 @@
-"""What a result says of the machine and commit it comes from, how it is written and how it is shown."""
+"""What a result records about the machine and commit it comes from, how it is written and how it is shown."""
 
 import contextlib
 import datetime
@@ -17,7 +17,7 @@ NOT_MEASURED = "not yet measured"
 
 
 def refuse(line: str) -> None:
-    """One line, exit code 2."""
+    """Prints one line and ends the process with exit code 2."""
     print(f"duotone: refused: {line}", file=sys.stderr)
     sys.exit(2)
 
@@ -46,12 +46,12 @@ def installed(package: str) -> str | None:
 
 
 def load_average() -> float:
-    """Processes that wanted a core during the last minute: how disturbed a CPU's figures are."""
+    """How many processes wanted a core during the last minute: a sign of how disturbed a CPU's figures are."""
     return round(os.getloadavg()[0], 2)
 
 
 def command() -> str:
-    """How this result is made again."""
+    """The command that reproduces this result."""
     script = Path(sys.argv[0])
     return " ".join(["python", f"bench/{script.name}", *sys.argv[1:]])
 
@@ -62,14 +62,14 @@ def _git(*arguments):
 
 
 def result_path(asked: Path | None, name: str) -> Path:
-    """Where a result goes: --json, or one file per bench, device and date; refused before anything is measured."""
+    """Where a result goes: --json, or one file per bench, device and date; refuses a path that cannot be written."""
     path = asked or RESULTS / f"{name}-{device()}-{datetime.date.today().isoformat()}.json"
     refuse_unwritable(path)
     return path
 
 
 def device() -> str:
-    """As it stands in a file's name."""
+    """The device's name as used in file names."""
     return torch.cuda.get_device_name(0).replace(" ", "-").lower() if torch.cuda.is_available() else "cpu"
 
 

@@ -1,14 +1,14 @@
-"""What guidance costs: forwards per evaluation and milliseconds per image of each way to get both predictions.
+"""What guidance costs: forwards per evaluation and milliseconds per image for each way to compute both predictions.
 
     python bench/sampling.py                          # random weights: the reference network, on a CPU the small one
-    python bench/sampling.py --run runs/coco_clip     # a trained model, by its own prompts
+    python bench/sampling.py --run runs/coco_clip     # a trained model, with its own prompts
     python bench/sampling.py --run runs/captioned_shapes --quality
 
-Ways, each with all the savings of the one above: two forwards (the oracle), one batch of both, keys and values of the text
-projected once, the layers before the text computed once for both. These are exact, and their largest difference from the
-oracle is shown in pixel levels of 255. Guidance in an interval of noise levels is not exact: --quality sweeps intervals on
-a model of the captioned shapes, forwards against the share of pictures whose colours are those of their caption; --confirm
-draws one of them anew, many times, beside guidance everywhere.
+Each way adds a saving to the one before: two forwards (the oracle), both in one batch, keys and values of the text projected
+once, the layers before the text computed once for both. These are exact, and their largest difference from the oracle is
+shown in pixel levels of 255. Guidance in an interval of noise levels is not exact. On a model of the captioned shapes,
+--quality sweeps intervals and shows forwards against the share of pictures with the colours of their caption; --confirm
+compares one interval with guidance everywhere on many new samples.
 
     python bench/sampling.py --run runs/short --confirm --interval 0.3 10 --per-caption 12
 """
@@ -46,7 +46,7 @@ EVERYWHERE = (0.0, float("inf"))
 
 
 class OneBatch(GuidedDenoiser):
-    """Both branches in one batch, their text projected anew at every step, nothing shared."""
+    """Both branches in one batch; their text is projected again at every step, and nothing is shared."""
 
     projects_once = False
 
@@ -121,7 +121,7 @@ def job_of(model: artifact.Model, images: int, steps: int) -> Job:
 
 
 def condition_of(model: artifact.Model, images: int) -> Conditioning:
-    """The model's own prompts and its null state; for random weights, random tokens."""
+    """The model's own prompts and its null condition; for random weights, random tokens."""
     config = model.network.unet.config
     if "text" not in model.network.conditioners:
         g = torch.Generator().manual_seed(0)
@@ -133,10 +133,10 @@ def condition_of(model: artifact.Model, images: int) -> Conditioning:
 
 
 def sampled(job: Job, way: Way) -> tuple[torch.Tensor, float]:
-    """x_NCHW at the end, and the forwards that an image took."""
+    """The final x_NCHW, and how many forwards an image took."""
     guidance = Guidance(scale_N=torch.full((job.images,), way.scale, device=job.model.device), interval=way.interval)
     denoise = way.denoiser(job.model.network, job.model.objective, job.both, guidance)
-    denoise.pair_cost = job.pair_cost  # known beforehand: counting multiplications is no part of sampling
+    denoise.pair_cost = job.pair_cost  # given beforehand: counting multiplications is not part of sampling
     shape = (job.images, *image_shape(job.model, None))
     seeds = [(0, number) for number in range(job.images)]
     x_NCHW = noise(seeds, draws.Purpose.SAMPLE_START, 0, shape, job.model.device) * job.sigmas[0].item()
@@ -165,7 +165,7 @@ def timed(job: Job, chosen: list[Way], rounds: int) -> dict[str, list[float]]:
 
 
 def compare(job: Job, chosen: list[Way], rounds: int) -> list[dict]:
-    """One row a way: forwards, times, and for exact ones the distance from the oracle."""
+    """One row per way: forwards, times, and for exact ones the distance from the oracle."""
     oracle, calls = sampled(job, chosen[0])[0], evaluations(job)
     found = {way.name: sampled(job, way) for way in chosen}
     times = timed(job, chosen, rounds)
@@ -181,7 +181,7 @@ def compare(job: Job, chosen: list[Way], rounds: int) -> list[dict]:
 
 
 def levels_apart(x_NCHW: torch.Tensor, oracle_NCHW: torch.Tensor) -> float:
-    """The largest difference in levels of 255, before rounding, of pictures as they are shown."""
+    """The largest difference between pictures as they are shown, in levels of 255 and before rounding."""
     shown = [(t.float().clamp(-1, 1) + 1) * 127.5 for t in (x_NCHW, oracle_NCHW)]
     return (shown[0] - shown[1]).abs().max().item()
 
@@ -190,7 +190,7 @@ def levels_apart(x_NCHW: torch.Tensor, oracle_NCHW: torch.Tensor) -> float:
 
 
 def intervals(model: artifact.Model) -> list[tuple[float, float]]:
-    """Everywhere, and stretches of the noise levels that the model is sampled at."""
+    """Guidance everywhere, and within every interval between a few fixed noise levels."""
     edges = (0.0, 0.3, 1.0, 3.0, 10.0, float("inf"))
     return [
         EVERYWHERE,
@@ -229,9 +229,9 @@ def verdict(rows: list[dict], most: float = 1.4) -> dict:
 
 
 def confirmed(model: artifact.Model, scale: float, interval: tuple, steps: int, per_caption: int) -> dict:
-    """One interval against guidance everywhere, on noise that chose nothing: the same pictures both ways, and how far apart.
+    """One interval against guidance everywhere, in pairs of pictures from the same noise, none of it used to choose the interval.
 
-    The difference is of shares of pictures with the caption's colour and background, with its 95 % interval over pairs.
+    The difference is that of the shares of pictures with the caption's colour and background, with its 95 % interval over pairs.
     """
     captions = captioned_shapes.captions()
     right = {"everywhere": [], "interval": []}
@@ -258,7 +258,7 @@ def confirmed(model: artifact.Model, scale: float, interval: tuple, steps: int, 
 
 
 def random_model(name: str, device: str) -> artifact.Model:
-    """The named network with random weights, none of them zero."""
+    """The named network with random weights, none of them initialised to zero."""
     config = replace(NAMED[name], zero_init=False)
     recipe = Recipe(name=name, data=Shards(size=SIZES[name]), model=config, objective=EDM())
     if device == "cuda":
@@ -271,16 +271,20 @@ def random_model(name: str, device: str) -> artifact.Model:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="a run's folder or its ema.safetensors, trained on text")
-    parser.add_argument("--network", choices=list(NAMED), help="random weights of this shape")
-    parser.add_argument("--batch", type=int, nargs="+", help="images at a time (1 4 64 on a GPU, 1 2 on a CPU)")
-    parser.add_argument("--steps", type=int, help="Heun steps (18 on a GPU, 3 on a CPU)")
+    parser.add_argument("--network", choices=list(NAMED), help="random weights in this network")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", help="images per batch (default: 1 4 64 on a GPU, 1 2 on a CPU)"
+    )
+    parser.add_argument(
+        "--steps", type=int, help="Heun steps (default: 18 on a GPU, 3 on a CPU; 18 for --quality and --confirm)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--interval", type=float, nargs=2, default=(0.3, 3.0), metavar=("LOW", "HIGH"), help="in sigma")
     parser.add_argument("--quality", action="store_true", help="sweep intervals on a run of the captioned shapes")
-    parser.add_argument("--per-caption", type=int, default=2, help="pictures of each caption in the sweep")
+    parser.add_argument("--per-caption", type=int, default=2, help="pictures per caption for --quality and --confirm")
     parser.add_argument(
-        "--confirm", action="store_true", help="--interval against guidance everywhere, on a run, nothing else"
+        "--confirm", action="store_true", help="only compare --interval with guidance everywhere, on a run"
     )
     parser.add_argument("--json", type=Path, help="where the result goes (default: bench/results/)")
     return parser.parse_args()
@@ -288,14 +292,14 @@ def parse() -> argparse.Namespace:
 
 def model_of(asked: argparse.Namespace, device: str) -> artifact.Model:
     if (asked.quality or asked.confirm) and asked.run is None:
-        raise Refused("--quality and --confirm read colours back from a trained model: give its --run")
+        raise Refused("--quality and --confirm need a trained model, whose pictures' colours they read: give its --run")
     if asked.run is None:
         model = random_model(asked.network or ("reference" if device == "cuda" else "small"), device)
     else:
         model = artifact.load(asked.run, device)
         if set(model.network.conditioners) != {"text"}:
             raise Refused(
-                f"{asked.run} is conditioned on {', '.join(model.network.conditioners) or 'nothing'}: text alone is compared"
+                f"{asked.run} is conditioned on {', '.join(model.network.conditioners) or 'nothing'}: give a run on text alone"
             )
     if device == "cuda" and not (asked.quality or asked.confirm):
         model.network.to(torch.bfloat16)
@@ -310,7 +314,7 @@ def confirm(model: artifact.Model, asked: argparse.Namespace, path: Path) -> Non
 
 
 def name_of(asked: argparse.Namespace, model: artifact.Model) -> str:
-    """Of the result: what was measured on one network, or asked of it, stands beside what others gave."""
+    """The result's name: a chosen network or run, --quality and --confirm have their own, so that none replaces another."""
     if asked.confirm or asked.quality:
         return "interval" if asked.confirm else "guidance"
     return f"sampling_{asked.network or model.recipe.name}" if asked.network or asked.run else "sampling"
@@ -326,7 +330,7 @@ def main() -> None:
     if min(*sizes, steps if asked.steps is None else asked.steps, asked.rounds, asked.per_caption) < 1:
         refuse("--batch, --steps, --rounds and --per-caption must be at least 1")
     if not 0 <= asked.interval[0] < asked.interval[1]:
-        refuse(f"--interval {asked.interval[0]:g} {asked.interval[1]:g}: it must rise, from 0 or more")
+        refuse(f"--interval {asked.interval[0]:g} {asked.interval[1]:g}: LOW must be at least 0, and below HIGH")
     try:
         model = model_of(asked, device)
         path = result_path(asked.json, name_of(asked, model))

@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "schedules.png")
     out = parser.parse_args().out
     if out.suffix.removeprefix(".") not in FigureCanvasBase.get_supported_filetypes():
-        refuse(f"--out {out}: no picture is written under such a name; give one that ends with .png, .svg or .pdf")
+        refuse(f"--out {out}: no picture can be written in this format; give a name that ends with .png, .svg or .pdf")
     refuse_unwritable(out, "--out")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     draw_signal(left)

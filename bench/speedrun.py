@@ -1,21 +1,21 @@
-"""A race on Fashion-MNIST, 28 px, by class, two CPU cores: our engine against the loop of a well-known notebook.
+"""A race on class-conditional Fashion-MNIST, 28 px, two CPU cores: our engine against the loop of a well-known notebook.
 
 python bench/speedrun.py --scratch DIR                 both sides, one after the other
 python bench/speedrun.py --scratch DIR --side engine   one of them
-python bench/speedrun.py --scratch DIR --side engine --minutes 60          in parts: the same command goes on, the clock adds up
-python bench/speedrun.py --scratch DIR --side engine --again --checks 1    the last weights measured once more
-python bench/speedrun.py --scratch DIR --side engine --json FILE    the record, and its picture, elsewhere than among the results
-python bench/speedrun.py --scratch DIR --side engine --device cuda          our side on one GPU
+python bench/speedrun.py --scratch DIR --side engine --minutes 60          in parts: the same command resumes, the clock adds up
+python bench/speedrun.py --scratch DIR --side engine --again --checks 1    measure the last weights once more
+python bench/speedrun.py --scratch DIR --side engine --json FILE           write the record and its picture elsewhere
+python bench/speedrun.py --scratch DIR --side engine --device cuda         our side on one GPU
 
-The bar: 1,000 samples that a classifier of the data recognises in 90 % of cases, and whose Frechet distance from the training
-set, in that classifier's features, is at most 1.5 times that of 1,000 real test images. The clock runs from the start of
-the training process to the moment when the weights that are measured lay on disk. It is kept twice: in seconds, and in the
-seconds that the process and its children had a core, which a busy machine disturbs least. Shards and classifier are made
-before, samples are drawn after, and their seconds are listed. Both sides see the same classifier and the same labels.
+The bar: of 1,000 samples, a classifier of the data recognises 90 %, and their Frechet distance from the training set, in that
+classifier's features, is at most 1.5 times that of 1,000 real test images. The clock runs from the start of the training
+process until the measured weights are on disk. It is kept twice: in wall seconds, and in core-seconds of the process and its
+children, which a busy machine disturbs least. Shards and classifier are made before the clock starts; samples are drawn after
+it has stopped, and their seconds are listed. Both sides have the same classifier and the same labels.
 
-The other side is a well-known notebook's loop (bench/speedrun_notebook.py): as many core-seconds as ours has used in DIR, unless
---core-seconds says otherwise, and as many DDIM steps as --notebook-steps says. What else the last weights of our side tell is in
-bench/speedrun_sampling.py and bench/speedrun_noises.py.
+The other side is a well-known notebook's loop (bench/speedrun_notebook.py). It has as many core-seconds as our side has used in
+DIR, or those of --core-seconds, and is sampled in --notebook-steps steps of DDIM. bench/speedrun_sampling.py and
+bench/speedrun_noises.py find out more from the last weights of our side.
 """
 
 import argparse
@@ -57,7 +57,7 @@ from duotone.engine.speed import Speed
 RECORDS = RESULTS / "speedrun"
 LEAST_ACCURACY, MOST_RATIO = 0.9, 1.5
 IMAGES, CHECKS, SEED = 1_152_000, 3, 1
-# Nothing is tried beforehand or compiled, which would take its time, and few lines are waited for.
+# Trying out an accumulation, compiling and waiting for log lines would all count in the time.
 ON_A_GPU = ("--accumulation", "1", "--speed.whole-step", "--speed.compile", "False", "--log.every", "100")
 IMAGES_ON_A_GPU = 2_304_000
 TOLD = ("loss", "grad_norm", "learning_rate", "images_per_second")
@@ -70,16 +70,16 @@ class Sampling:
     sampler: str = "dpmpp_2m"
     steps: int = 10
     guidance: float = 1.75
-    # Guided from the first step on, a class's samples are too much alike: there the noise still hides what is drawn.
+    # With guidance from the first step on, a class's samples are too much alike: there, noise still hides what is drawn.
     interval: tuple[float, float] = (0.0, 3.0)
-    # The steps below would be spent on what no one sees.
+    # Steps below this level would be spent on what cannot be seen.
     sigma_min: float = 0.05
     sigma_max: float = 40.0
-    # On a sample's way the network predicts a little more noise than on training images of the same level.
+    # While sampling, the network predicts a little more noise than on training images of the same noise level.
     epsilon: float = 1.005
-    """The predicted noise is divided by it."""
+    """The predicted noise is divided by this number."""
     guide: int = 0
-    """The other branch is the checkpoint of so many images instead of the null label."""
+    """Unless 0, guidance leads away from the checkpoint of this many images instead of the null label."""
 
     def solver(self) -> Callable:
         solver = SAMPLERS[self.sampler]
@@ -99,7 +99,7 @@ recipe = Recipe(
     name="speedrun",
     data=DATA,
     conditioning=(Label(dropout=0.1),),
-    # Variety within a class is lost at noise 1 to 5 (--from-real): more of the steps go there than EDM's own choice sends.
+    # Variety within a class is lost at noise 1 to 5 (--from-real): training draws these levels more often than EDM's defaults do.
     objective=EDM(sigma_data=0.7, log_mean=0.0, log_std=1.1, sigma_max=40.0, stratified=True),
     model=UNetConfig(
         channels=(32, 64, 128),
@@ -117,7 +117,7 @@ recipe = Recipe(
     # AdamW needs three times the images for the same loss (optimizers.json).
     optimizer=Muon(lr=3e-3, weight_decay=0.0, clip=1.0, warmup=12_800, schedule="cosine"),
     ema=Ema(half_life=6_400, rampup=0.1),
-    # Twice 64 on two cores: a third faster than twice 16, for the same loss an image.
+    # 64 on each of two cores: a third faster than 16 on each, for the same loss after as many images.
     batch_size=128,
     images=IMAGES,
     checkpoint=Checkpoints(every=IMAGES // CHECKS, keep=CHECKS + 10),
@@ -131,9 +131,9 @@ recipe = Recipe(
 
 
 def engine_side(scratch: Path, course: Course, images: int) -> dict:
-    """Trains by the recipe above, a rank on each core or one on the GPU, and measures the EMA of every checkpoint."""
+    """Trains the recipe above, with a rank on each core or one on the GPU, and measures the EMA weights of every checkpoint."""
     out, between = scratch / f"engine{where()}", images // CHECKS  # each device has weights and a clock of its own
-    launcher = (sys.executable, "-m", "deepspeed.launcher.runner")  # of this environment, activated or not
+    launcher = (sys.executable, "-m", "deepspeed.launcher.runner")  # this environment's own, activated or not
     ranks, switches = ("1", ON_A_GPU) if parsed().device == "cuda" else ("2", ())
     command = [
         *launcher,
@@ -150,7 +150,7 @@ def engine_side(scratch: Path, course: Course, images: int) -> dict:
     goes_on = log.with_suffix(".json").exists() and not (out / "ema.safetensors").exists()
     clock = clocked([*command, *([] if goes_on else ["--fresh"])], log, goes_on)
     if not (out / "ema.safetensors").exists():
-        print(f"{clock.seconds:.0f} s, {clock.cpu_seconds:.0f} core-s so far: the same command goes on")
+        print(f"{clock.seconds:.0f} s, {clock.cpu_seconds:.0f} core-s so far: repeat the same command to resume")
         sys.exit()
     checks = []
     for path in last(out / "checkpoints", "images-*", between):
@@ -158,18 +158,20 @@ def engine_side(scratch: Path, course: Course, images: int) -> dict:
         began = time.monotonic()
         drawn = samples(model, course.labels_N, SAMPLING, seed=parsed().seed)
         took, at = time.monotonic() - began, clock.at((path / "manifest.json").stat().st_mtime)
-        # Steps cost alike, so a checkpoint's share of the run's core-seconds is its share of the images.
+        # All steps cost the same, so a checkpoint's share of the run's core-seconds is its share of the images.
         used = clock.cpu_seconds * model.images / images
         checks.append(check(course, drawn, (at, used), model.images, took))
     if not checks:
-        refuse(f"{out / 'checkpoints'} holds none of the checks of {images:,} images: train without --again")
+        refuse(
+            f"{out / 'checkpoints'} holds none of the checkpoints that a run of {images:,} images measures: train without --again"
+        )
     picture(drawn, "engine")
     parameters = sum(p.numel() for p in model.network.parameters())
     return record("engine", course, checks, clock, str(SAMPLING), parameters) | {"log": told(out / "metrics.jsonl")}
 
 
 def told(metrics: Path, parts: int = 48) -> list[dict]:
-    """The run's own log, the mean of its lines in each of so many equal parts."""
+    """The run's own log, averaged over the lines in each of `parts` equal parts."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     of_part = [math.ceil(line["images"] / lines[-1]["images"] * parts) for line in lines]
     rows = []
@@ -180,7 +182,7 @@ def told(metrics: Path, parts: int = 48) -> list[dict]:
 
 
 def mean_of(name: str, lines: list[dict]) -> float | None:
-    """Of the lines that have one: a step that was skipped has no gradient norm."""
+    """The mean over the lines that have a value: a skipped step has no gradient norm."""
     values = [line[name] for line in lines if line[name] is not None]
     return round(statistics.mean(values), 6) if values else None
 
@@ -196,7 +198,7 @@ def trained(path: Path, course: Course, dtype: torch.dtype = torch.float32, devi
 
 
 def posed(model: artifact.Model, how: Sampling) -> artifact.Model:
-    """The model with the noise levels between which it is to be sampled."""
+    """The model, with the noise levels between which `how` samples it."""
     return replace(model, objective=replace(recipe.objective, sigma_min=how.sigma_min, sigma_max=how.sigma_max))
 
 
@@ -208,7 +210,7 @@ def samples(
     seed: int = SEED,
     **other,
 ) -> np.ndarray:
-    """A sample of each label; `other` arguments of `sample` count before what `how` says."""
+    """One sample per label; `other` arguments of `sample` override what `how` says."""
     steering = {"guidance": how.guidance, "interval": how.interval, "guide": guide}
     solving = {"steps": how.steps, "sampler": how.solver(), "seed": seed, "chunk": 100}
     return sample(model, labels=labels_N.tolist(), **(steering | solving | other))
@@ -253,9 +255,9 @@ class Part:
     began: float
     seconds: float
     cpu_seconds: float
-    """In which it or a child had a core."""
+    """Processor time of the process and its children."""
     load: float
-    """Average of the last five minutes at its end, its own included."""
+    """The load average of the last five minutes at its end, including its own load."""
 
 
 @dataclass(frozen=True)
@@ -273,29 +275,29 @@ class Clock:
         return sum(part.cpu_seconds for part in self.parts)
 
     def at(self, moment: float) -> float:
-        """Seconds of training before a moment of the day."""
+        """Seconds of training before a moment, given as time.time() counts."""
         return sum(min(part.seconds, max(0.0, moment - part.began)) for part in self.parts)
 
 
 def clocked(command: list[str], log: Path, goes_on: bool = False) -> Clock:
-    """Runs a training process to its end; the clock of one that goes on adds up."""
+    """Runs a training process to its end; the clock of a resumed one adds up."""
     kept = log.with_suffix(".json")
     if parsed().again and not kept.exists():
-        refuse(f"--again: {kept} is not there, nothing was trained here; leave --again out")
+        refuse(f"--again: {kept} does not exist, so nothing was trained here; leave --again out")
     parts = stored(kept).parts if goes_on or parsed().again else []
     if parsed().again:
         return Clock(parts)
-    kept.unlink(missing_ok=True)  # a part that is killed leaves no clock: the next training begins anew
+    kept.unlink(missing_ok=True)  # a part that is killed leaves no clock: the next training starts over
     before, began = core_seconds_of_children(), time.time()
-    # One thread a process: threads that wait for each other on a busy machine burn what they wait for.
+    # One thread per process: on a busy machine, threads that wait for each other burn core time while they wait.
     environment = os.environ | {"DS_ACCELERATOR": parsed().device, "OMP_NUM_THREADS": "1"}
     with log.open("a" if goes_on else "w") as file:
         code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
     load = round(os.getloadavg()[1], 2)
     parts.append(Part(began, time.time() - began, core_seconds_of_children() - before, load))
-    write_json(kept, [asdict(part) for part in parts])  # of a part that failed too: its time was spent
+    write_json(kept, [asdict(part) for part in parts])  # also for a part that failed: its time was spent
     if code:
-        refuse(f"the training ended with exit code {code}: what it said is in {log}")
+        refuse(f"the training ended with exit code {code}: its output is in {log}")
     return Clock(parts)
 
 
@@ -304,7 +306,7 @@ def stored(path: Path) -> Clock:
 
 
 def last(folder: Path, pattern: str, between: int = 1) -> list[Path]:
-    """What was kept on the way, oldest first, where a check was due; with --checks, only the last of it."""
+    """The weights kept during training for which a check is due, oldest first; only the last --checks of them."""
     paths = [path for path in sorted(folder.glob(pattern)) if int(path.stem.split("-")[1]) % between == 0]
     return paths[-parsed().checks :]
 
@@ -371,10 +373,10 @@ def record(side: str, course: Course, checks: list[dict], clock: Clock, sampling
 
 
 def budget() -> float:
-    """Core-seconds of the notebook's side: those asked for, or as many as ours has used in this folder, all parts together."""
+    """Core-seconds of the notebook's side: --core-seconds, or as many as all parts of ours have used in this folder."""
     asked, ours = parsed().core_seconds, parsed().scratch / "engine.json"
     if asked is None and not ours.exists():
-        refuse(f"{ours} is not there, so our side's core-seconds are not known: give --core-seconds")
+        refuse(f"{ours} does not exist, so our side's core-seconds are not known: give --core-seconds")
     seconds = stored(ours).cpu_seconds if asked is None else asked
     if seconds <= 0:
         refuse(f"--core-seconds {seconds:g}: it must be above 0")
@@ -390,7 +392,7 @@ def usual_images() -> int:
 
 
 def name(side: str) -> str:
-    """Of a side's record; what was trained before and is measured once more overwrites none, nor does other noise."""
+    """The name of a side's record; with --again or other noise it has its own, so that the usual record stays."""
     again = "-again" if parsed().again else ""
     return (
         side
@@ -406,7 +408,7 @@ def result(side: str) -> Path:
 
 
 def picture(drawn: np.ndarray, side: str) -> None:
-    """Ten of each class, a row for each."""
+    """Ten samples of each class, one row per class."""
     path = result(side).with_suffix(".png")
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = drawn.reshape(CLASSES, -1, *drawn.shape[1:])[:, :10]
@@ -420,12 +422,12 @@ def race(arguments: argparse.Namespace) -> None:
         refuse("--json is for one side: give --side engine or --side notebook")
     between = CHECKS * recipe.batch_size
     if arguments.images is not None and (arguments.images < 1 or arguments.images % between):
-        refuse(f"--images {arguments.images}: give a multiple of {between}, of batches and checks")
+        refuse(f"--images {arguments.images}: give a multiple of {between}, the batch times the checks")
     if arguments.checks < 1 or arguments.notebook_steps < 1:
         refuse("--checks and --notebook-steps must be at least 1")
     sides = ("engine", "notebook") if arguments.side == "both" else (arguments.side,)
     if sides == ("notebook",) or "notebook" in sides and arguments.device == "cuda":
-        budget()  # nothing that is yet to run will say it
+        budget()  # refuses now: nothing in this call will make it known
     for side in sides:
         refuse_unwritable(result(side))
     course = Course.laid(arguments.scratch)
@@ -447,19 +449,25 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--images", type=int, help=f"budget of our side (default: {IMAGES}, on a GPU {IMAGES_ON_A_GPU})"
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="our side's: two cores or one GPU")
     parser.add_argument(
-        "--minutes", type=float, default=0, help="of our side's training before it stops; 0 = all it needs"
+        "--device", choices=("cpu", "cuda"), default="cpu", help="our side's device: two CPU cores or one GPU"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=0, help="minutes after which our side's training stops; 0 = when it is done"
     )
     parser.add_argument(
         "--core-seconds",
         type=float,
         help="budget of the notebook's side (default: as many as ours used in this folder)",
     )
-    parser.add_argument("--again", action="store_true", help="measure what was trained before once more")
-    parser.add_argument("--checks", type=int, default=CHECKS, help="measure only the last so many of what was kept")
-    parser.add_argument("--seed", type=int, default=SEED, help="of the noise that our side's samples begin with")
-    parser.add_argument("--json", type=Path, help="of one side's record (default: bench/results/speedrun/)")
+    parser.add_argument(
+        "--again", action="store_true", help="train nothing; measure the weights of the last training once more"
+    )
+    parser.add_argument(
+        "--checks", type=int, default=CHECKS, help="measure only this many of the kept weights, the last"
+    )
+    parser.add_argument("--seed", type=int, default=SEED, help="seed of the noise that our side's samples begin with")
+    parser.add_argument("--json", type=Path, help="where one side's record goes (default: bench/results/speedrun/)")
     parser.add_argument("--notebook-steps", type=int, default=25, help="DDIM steps of the notebook's side")
     return parser.parse_args()
 

@@ -1,10 +1,10 @@
-"""How much of a record of bench/speedrun.py is the luck of its noise: the same weights, measured from the record's noise and from others.
+"""How much of a bench/speedrun.py record is due to its noise: the same weights, sampled from the record's noise and from others.
 
 python bench/speedrun_noises.py --scratch DIR                                the last run's weights
 python bench/speedrun_noises.py --scratch DIR --weights ema.safetensors      exported weights, from any machine
-python bench/speedrun_noises.py --scratch DIR --guidance 1.5 --name calmer   sampled with less guidance, into a result of its own
+python bench/speedrun_noises.py --scratch DIR --guidance 1.5 --name calmer   less guidance, written to a separate result
 
-Beside them training images, drawn afresh class by class, are measured: samples of a network without fault would be as far as they are.
+Training images, drawn at random class by class, are measured as well: a perfect network's samples would be at their distance.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def from_noises(course: Course, model: artifact.Model, count: int, guidance: flo
 
 
 def of_real(course: Course) -> list[dict]:
-    """A row for each draw of as many training images."""
+    """A row for each draw of as many training images as there are samples."""
     train, rows = course.splits.train, []
     for seed in range(DRAWS_OF_REAL):
         places_N = of_each_class(train.labels_N, course.labels_N, seed)
@@ -45,7 +45,7 @@ def of_real(course: Course) -> list[dict]:
 
 
 def of_each_class(labels_M: np.ndarray, wanted_N: np.ndarray, seed: int) -> np.ndarray:
-    """N of M places without repetition, one with each wanted label."""
+    """N of M places without repetition, whose labels are those of `wanted_N`."""
     generator, places_N = np.random.default_rng(seed), np.empty(len(wanted_N), np.int64)
     for label, count in zip(*np.unique(wanted_N, return_counts=True)):
         places_N[wanted_N == label] = generator.choice(np.flatnonzero(labels_M == label), count, replace=False)
@@ -53,7 +53,7 @@ def of_each_class(labels_M: np.ndarray, wanted_N: np.ndarray, seed: int) -> np.n
 
 
 def summary(rows: list[dict]) -> dict:
-    """Mean and standard deviation of the distances, and the mean share that is recognised."""
+    """Mean and standard deviation of the distances, and the mean share of images that are recognised."""
     distances = [row["frechet"] for row in rows]
     return {
         "frechet": statistics.mean(distances),
@@ -63,10 +63,12 @@ def summary(rows: list[dict]) -> dict:
 
 
 def loaded(path: Path) -> artifact.Model:
-    """Weights that can draw what the course measures."""
+    """The model of some weights; raises Refused unless it draws what the course measures."""
     model = artifact.load(path, "cpu")
     if model.size != SIDE or not model.facts.classes or "label" not in model.network.conditioners:
-        raise Refused(f"{path} draws no garments of {SIDE} px by class: give weights that bench/speedrun.py trained")
+        raise Refused(
+            f"{path} does not draw garments of {SIDE} px by class: give weights that bench/speedrun.py trained"
+        )
     return model
 
 
@@ -74,9 +76,13 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, required=True, help="folder of bench/speedrun.py")
     parser.add_argument("--weights", type=Path, help="an exported ema.safetensors (default: the last run's)")
-    parser.add_argument("--noises", type=int, default=4, help="how many, the record's own among them (default: 4)")
-    parser.add_argument("--guidance", type=float, default=SAMPLING.guidance, help="instead of the record's")
-    parser.add_argument("--name", default="noises", help="of the result (default: noises)")
+    parser.add_argument(
+        "--noises", type=int, default=4, help="number of noises, including the record's own (default: 4)"
+    )
+    parser.add_argument(
+        "--guidance", type=float, default=SAMPLING.guidance, help="guidance scale (default: the record's)"
+    )
+    parser.add_argument("--name", default="noises", help="name of the result (default: noises)")
     return parser.parse_args()
 
 

@@ -1,10 +1,10 @@
 """The other side of the speedrun: the loop of Hugging Face's diffusion-models-class, unit 2, written here from its description.
 
 diffusers' UNet2DModel with the class as four embedded channels beside the image, DDPM with 1000 steps of the cosine schedule,
-Adam at 1e-3, batch 128. Its own sampling takes 1000 steps an image; here its samples come from diffusers' DDIM, without
+Adam at 1e-3, batch 128. Its own sampling takes 1000 steps per image; here its samples come from diffusers' DDIM, without
 guidance, since labels are never dropped in its training.
 
-python bench/speedrun_notebook.py --scratch DIR --core-seconds 1000 --kept 3     its training alone; bench/speedrun.py measures
+python bench/speedrun_notebook.py --scratch DIR --core-seconds 1000 --kept 3     only trains; bench/speedrun.py measures
 """
 
 import argparse
@@ -27,7 +27,7 @@ SCHEDULE = "squaredcos_cap_v2"
 
 
 class ClassBesideImage(nn.Module):
-    """UNet2DModel on the image and four constant channels, the embedded class."""
+    """UNet2DModel on the image and four constant channels that hold the embedded class."""
 
     def __init__(self):
         super().__init__()
@@ -48,7 +48,7 @@ class ClassBesideImage(nn.Module):
 
 
 def training(scratch: Path, core_seconds: float, kept: int) -> None:
-    """The loop for so many seconds of a core; its weights are kept so often, at equal distances."""
+    """Runs the loop for `core_seconds` and saves its weights `kept` times, at equal intervals."""
     torch.manual_seed(0)
     train = read_splits(replace(DATA, shards=shards(scratch, "train")), shards(scratch, "t10k"), 60_000).train
     x_NCHW = torch.from_numpy(train.images_NHWC).permute(0, 3, 1, 2)
@@ -76,7 +76,7 @@ def training(scratch: Path, core_seconds: float, kept: int) -> None:
 
 @torch.inference_mode()
 def samples(model: ClassBesideImage, labels_N: np.ndarray, steps: int) -> np.ndarray:
-    """A sample of each label, uint8 (N, H, W, C), by `steps` steps of DDIM."""
+    """One sample per label, uint8 (N, H, W, C), drawn in `steps` steps of DDIM."""
     random, parts = torch.Generator().manual_seed(1), []
     for labels_B in torch.from_numpy(labels_N).split(100):
         # Clipping x0, as the notebook's own scheduler does: without it DPM-Solver++ saturates an epsilon model on this schedule.
@@ -92,8 +92,8 @@ def samples(model: ClassBesideImage, labels_N: np.ndarray, steps: int) -> np.nda
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, required=True, help="folder of bench/speedrun.py")
-    parser.add_argument("--core-seconds", type=float, default=1000, help="budget")
-    parser.add_argument("--kept", type=int, default=3, help="how often the weights are kept on the way")
+    parser.add_argument("--core-seconds", type=float, default=1000, help="budget of the training")
+    parser.add_argument("--kept", type=int, default=3, help="how many times the weights are saved during training")
     arguments = parser.parse_args()
     if arguments.core_seconds <= 0 or arguments.kept < 1:
         refuse("--core-seconds must be above 0 and --kept at least 1")

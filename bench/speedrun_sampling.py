@@ -1,14 +1,14 @@
-"""What the weights that bench/speedrun.py trained still tell: how best to sample them, and where on the way they go wrong.
+"""More about the weights that bench/speedrun.py trained: how best to sample them, and at which noise levels they go wrong.
 
 python bench/speedrun_sampling.py --scratch DIR               both of the following
 python bench/speedrun_sampling.py --scratch DIR --sweep       the last weights sampled in several ways
-python bench/speedrun_sampling.py --scratch DIR --from-real   test images under noise, brought back by the last weights
+python bench/speedrun_sampling.py --scratch DIR --from-real   test images under noise, denoised by the last weights
 
-Brought back from little noise, a test image is nearly itself; from most noise, it is a sample like any other. The noise level
-from which on the distance grows is the one at which the network errs.
+Denoised from little noise, a test image is nearly itself; from much noise, it is a sample like any other. The network errs at
+the noise level from which on the distance grows.
 
-500 samples each, in bf16, which is twice as fast on some CPUs, and from other noise than the record's: what is best here is not
-best by that noise alone.
+Each row has 500 samples, in bf16, which is twice as fast on some CPUs, and from other noise than the record's, so that what is
+best here is not tuned to that noise.
 """
 
 import argparse
@@ -33,7 +33,7 @@ LEVELS = [0.3, 1.0, 2.0, 4.0, 8.0]
 
 
 def ways(first: int) -> list[Sampling]:
-    """Ways of sampling, one of them led away from the checkpoint of the `first` so many images."""
+    """Ways of sampling; one of them is guided away from the checkpoint of `first` images."""
     return [
         SAMPLING,
         NOWHERE,
@@ -66,7 +66,7 @@ def sweep(course: Course, models: dict[int, artifact.Model]) -> list[dict]:
 
 
 def from_real(course: Course, model: artifact.Model) -> list[dict]:
-    """Test images under noise of each level, sampled from there, without guidance and with it."""
+    """Test images under noise of each level, sampled from that level on without guidance and with it."""
     real = course.splits.held_out.drawn(SAMPLES)
     course = replace(course, labels_N=real.labels_N)
     rows = [{"level": 0.0, "guidance": None} | described(course, real.images_NHWC)]
@@ -82,7 +82,7 @@ def from_real(course: Course, model: artifact.Model) -> list[dict]:
 
 
 class Under:
-    """A sampler that begins at given images under the first noise level, a chunk of them at every call."""
+    """A sampler that begins with given images under noise of the first level; every call takes the next chunk of them."""
 
     def __init__(self, images_NHWC: np.ndarray, solver: Callable):
         self.left_NCHW = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -116,8 +116,8 @@ def said(row: dict, what: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, required=True, help="folder of bench/speedrun.py")
-    parser.add_argument("--sweep", action="store_true", help="only the ways of sampling")
-    parser.add_argument("--from-real", action="store_true", help="only the way back from noise")
+    parser.add_argument("--sweep", action="store_true", help="only sample the last weights in several ways")
+    parser.add_argument("--from-real", action="store_true", help="only denoise test images")
     arguments = parser.parse_args()
     both = arguments.sweep == arguments.from_real
     checkpoints = trained_last(arguments.scratch) / "checkpoints"

@@ -1,7 +1,7 @@
-"""What one compiled training step is made of, without a GPU: launches of our kernels, graph breaks, recompiles.
+"""What one compiled training step consists of, counted without a GPU: launches of our kernels, graph breaks, recompiles.
 
 Launches are counted on the reference text network (109.5 M parameters, 128 px, batch 64) without storage; breaks and recompiles
-come from the record of a real run of six steps under DeepSpeed, its blocks traced fullgraph forward and backward (aot_eager).
+come from the record of a real run of six steps under DeepSpeed, whose blocks are traced with fullgraph, both passes (aot_eager).
 """
 
 import json
@@ -45,7 +45,7 @@ def update(parameters: int) -> None:
 
 
 def compiled_run(stage: int) -> dict[str, int]:
-    """Graph breaks and recompiles after step 2 of a short compiled run at a ZeRO stage."""
+    """Graph breaks, and recompiles after step 2, of a short compiled run at a ZeRO stage."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         flags = [
@@ -69,13 +69,13 @@ def compiled_run(stage: int) -> dict[str, int]:
 
 
 def counters() -> dict:
-    """Everything of this file."""
+    """All counters of this file."""
     runs = {f"ZeRO {stage}": compiled_run(stage) for stage in (1, 2)}
     return {"launches": launches_of_a_step(), "runs": runs}
 
 
 def violations(found: dict) -> list[str]:
-    """A compiled step has no break and settles after two steps."""
+    """A line for every graph break and every recompile after step 2, of which a compiled run must have none."""
     return [
         f"{stage}: {name.replace('_', ' ')} = {count}"
         for stage, run in found["runs"].items()

@@ -43,7 +43,7 @@ class Subject:
 
 
 def forward_backward(call, inputs):
-    """The call, and where the kernel is trained the gradients of every leaf."""
+    """Runs the call and, if the kernel is trained, computes the gradients of every leaf."""
     trained = leaves(inputs)
 
     def run():
@@ -80,7 +80,7 @@ _in_turns = functools.partial(group_norm_silu.group_norm_silu, in_turns=True)
 
 
 def _has_turns(case):
-    """Maps larger than one program holds."""
+    """True for maps larger than one program holds."""
     return case.timed and case.shape[2] * case.shape[3] >= 32 * 32
 
 

@@ -1,10 +1,10 @@
-"""What each switch of engine/speed.py costs or saves: the training step of our own network with one switch moved at a time.
+"""What each switch of engine/speed.py costs or saves: the training step of our own network with one switch changed at a time.
 
     python bench/switches.py                 # the reference network; on a CPU the small one
     python bench/switches.py --rounds 5 --json out.json
 
-Interleaved rounds on the same weights and batches; ratios are of medians, to the settings that a run takes here by itself,
-which take their steps beside each switch's own. Memory is what autograd keeps between the passes.
+Rounds are interleaved, on the same weights and batches. Ratios are of medians, relative to the settings that a run chooses on
+this device by itself; these are timed anew beside each switch. Memory is what autograd keeps between the passes.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from duotone.engine.speed import Choice, Speed, choose, make_ready, set_up
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to run a step; `why_not` where this device cannot."""
+    """One way to run a step; `why_not` says why this device cannot run it."""
 
     name: str
     choice: Choice
@@ -35,7 +35,7 @@ class Setting:
 
 
 def settings(usual: Choice) -> list[Setting]:
-    """The usual choice first, then one switch moved at a time."""
+    """The usual choice first, then one switch changed at a time."""
     other = "fp32" if usual.precision == "bf16" else "bf16"
     cuda = usual.device == "cuda"
     minutes = None if cuda else "compilation takes minutes on a CPU"
@@ -54,7 +54,7 @@ def settings(usual: Choice) -> list[Setting]:
 
 
 class Step:
-    """Forward, backward and AdamW with fp32 master weights left out: what a switch changes is in the passes."""
+    """Forward, backward and AdamW, without fp32 master weights: what a switch changes is in the passes."""
 
     def __init__(self, unet: UNet, setting: Setting):
         self.unet = copy.deepcopy(unet).to(setting.choice.device, setting.choice.dtype)
@@ -97,7 +97,7 @@ def drawn(config, size: int, images: int, device: str) -> dict:
 
 
 def measure(network: str, images: int, rounds: int, usual: Choice) -> Iterator[list[dict]]:
-    """All rows so far, after each switch; the usual choice takes a step beside every step of the moved one."""
+    """Yields all rows so far after each switch; the usual choice takes a step beside every step of the changed one."""
     torch.manual_seed(0)
     unet, batch = NAMED[network].build(), drawn(NAMED[network], SIZES[network], images, usual.device)
     chosen, *moved = settings(usual)
@@ -123,7 +123,7 @@ def row_of(setting: Setting, step: Step, base: Step, batch: dict) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=list(NAMED), help="our network of this shape")
-    parser.add_argument("--batch", type=int, help="images (32 on a GPU, 2 on a CPU)")
+    parser.add_argument("--batch", type=int, help="images per batch (default: 32 on a GPU, 2 on a CPU)")
     parser.add_argument("--rounds", type=int, default=10, help="interleaved rounds")
     parser.add_argument("--json", type=Path, help="where the result goes (default: bench/results/)")
     asked = parser.parse_args()

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def newest(pattern: str) -> tuple[Path, dict]:
-    """By the date in its name, whatever the machine's."""
+    """The file with the latest date in its name, whatever machine it is from, and its content."""
     path = max(RESULTS.glob(pattern), key=lambda path: (re.findall(r"\d{4}-\d{2}-\d{2}", path.stem), path.name))
     return path, json.loads(path.read_text())
 
@@ -27,7 +27,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def source(path: Path) -> str:
-    """The file that a table was made from; main() makes the link right for the page that it stands on."""
+    """A link to the file that a table was made from; written() makes it relative to the table's page."""
     return f"\n\n[{path.name}](bench/results/{path.name})"
 
 
@@ -44,7 +44,7 @@ def demo() -> str:
 
 
 def kernels() -> str:
-    """What the compiler says of every launch, and a GPU's times beside everyone else's."""
+    """What the compiler reports for every launch, and our times on a GPU beside everyone else's."""
     path, compiled = newest("throughput-cpu-*.json")
     gpu_path, timed = newest("throughput-nvidia-*.json")
     launched = {(row["kernel"], row["case"]): row["launches"] for row in compiled["results"]}
@@ -78,7 +78,7 @@ def kernels_in_brief() -> str:
 
 
 def times_ours(row: dict) -> dict[str, float]:
-    """Everybody else's time as a multiple of ours; none where the case failed."""
+    """Everybody else's time as a multiple of ours; empty if the case failed."""
     times = {name: time["median"] for name, time in row.get("milliseconds", {}).items() if name != "in turns"}
     ours = times.pop("ours", None)
     return {name: time / ours for name, time in times.items()}
@@ -97,13 +97,13 @@ def over(ratios: list[dict], who: str) -> str:
 
 
 def build(result: dict) -> str:
-    """What was compiled, and by what."""
+    """The versions and the commit that a result was made with."""
     machine = result["machine"]
     return f"triton {machine['triton']}, torch {machine['torch']}, commit {machine['commit'][:8]} of {machine['date']}"
 
 
 def occupied(launches: list[dict]) -> list[str]:
-    """Launches, registers and spilled bytes on Hopper; other people's kernels have none here."""
+    """Launches, registers and spilled bytes on Hopper; empty for other people's kernels."""
     here = [launch for launch in launches if launch["chip"] == "sm_90"]
     most = [str(max(launch[name] for launch in here)) if here else "" for name in ("registers", "spilled_bytes")]
     return [str(len(here)) if here else "", *most]
@@ -128,7 +128,7 @@ def promised() -> str:
 
 
 def predicted() -> str:
-    """The ledger's times, made before any GPU was there, against what one took."""
+    """Times on a GPU against those that the ledger predicted before any GPU was available."""
     path, ledger = newest("ledger.json")
     _, timed = newest("throughput-nvidia-*.json")
     found = {(row["kernel"], row["case"]): row for row in timed["results"]}
@@ -379,22 +379,20 @@ PAGES = {
 
 
 def written(text: str, page: str) -> str:
-    """The page with its tables made anew, links counted from where it lies."""
+    """The page with its tables made anew, and their links relative to it."""
     up = "../" * page.count("/")
     for name, make in PAGES[page].items():
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
         made = make().replace("](bench/", f"]({up}bench/")
         text, found = re.subn(pattern, lambda m, made=made: f"{m[1]}{made}\n{m[2]}", text, flags=re.S)
         if found != 1:
-            sys.exit(f"{page} has {found} places for the table {name!r}: it needs one")
+            sys.exit(f"{page} has {found} places for the table {name!r}: it needs exactly one")
     return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit code 1 where a table is not up to date"
-    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a table is not up to date")
     check = parser.parse_args().check
     for page in PAGES:
         path = ROOT / page

@@ -1,10 +1,10 @@
-"""Kernels against every peer that is present and against the bytes they must move: table, JSON and, on a GPU, a PNG.
+"""Kernels against every peer that is installed and against the bytes they must move: table, JSON and, on a GPU, a PNG.
 
     python bench/throughput.py                          # everything
     python bench/throughput.py --kernel attention --case level_16_words --dtype bf16 --json out.json
 
-On a GPU: medians and quartiles of interleaved rounds, the level-2 cache emptied before each, graphs replayed, beside the
-copy bandwidth measured in the same process. Without one: what the compiler says of every launch, and the reference's time
+On a GPU: medians and quartiles of interleaved rounds of CUDA graph replays, with the L2 cache flushed before each, and the
+copy bandwidth measured in the same process. Without one: what the compiler reports for every launch, and the reference's time
 on this CPU, marked as such; the GPU's columns say "not yet measured", and nothing is inferred.
 """
 
@@ -29,7 +29,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def measure_on_cpu(subject, case, dtype, chips):
-    """The compiler's view of every launch, and the definition's time on one core, in fp32 and small."""
+    """The compiler's view of every launch, and the definition's time on one core, for a small case in fp32."""
     rows = []
     for launch in launches_of(subject, case, dtype):
         for chip in chips:
@@ -42,7 +42,7 @@ def measure_on_cpu(subject, case, dtype, chips):
 
 
 def measure_on_gpu(subject, case, dtype, rounds, device="cuda"):
-    """Every contender on the same inputs; one that gives a wrong result, or that no graph can hold, is not timed."""
+    """Times every contender on the same inputs, except one with a wrong result or that no CUDA graph can capture."""
     apart = difference(subject, subject.ours, case, dtype, device)
     if not apart < _ALLOWED:
         return {"failed": f"differs from its definition by {apart:.3g} of its size; nothing was timed"}
@@ -78,7 +78,7 @@ def contenders_for(subject, case, dtype, inputs, device) -> tuple[dict, dict]:
 
 
 _ALLOWED = 0.02
-_ALLOWED_TO_PEERS = 0.1  # another's roundings are its own affair; another's result is not the same job
+_ALLOWED_TO_PEERS = 0.1  # a peer may round in its own way, but a peer with another result does not do the same job
 
 
 def _refuse_wrong(subject, call, case, dtype, device):
@@ -162,7 +162,7 @@ def _print_gpu(results, ceiling):
 
 
 def _draw_chart(results, path):
-    """A line for each case, and on it everyone's time as a multiple of ours."""
+    """One row per case, with everyone's time as a multiple of ours."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -209,7 +209,7 @@ def _chosen(kernel, case):
 
 
 def _path_of(options) -> Path | None:
-    """A part is no record of the whole, and takes no whole record's place."""
+    """The record's path; a partial run has none without --json, because it must not replace a whole record."""
     whole = (options.kernel, options.case, options.dtype, options.chips) == (None, None, "bf16", [90])
     return result_path(options.json, "throughput") if whole or options.json else None
 
@@ -242,7 +242,7 @@ def main():
             print(f"no chart: {error}", file=sys.stderr)
     else:
         _print_cpu(results)
-    print(f"\nrecord: {path}" if path else "\nno record of a part: --json FILE keeps it")
+    print(f"\nrecord: {path}" if path else "\na partial run leaves no record: give --json FILE to keep one")
     sys.exit(1 if any("failed" in result for result in results) else 0)
 
 
@@ -251,7 +251,7 @@ def _measured(subject, case, dtype, on_gpu, options) -> dict:
         return measure_on_cpu(subject, case, dtype, options.chips)
     try:
         return measure_on_gpu(subject, case, dtype, options.rounds)
-    except Exception as error:  # the other cases are worth their time
+    except Exception as error:  # the other cases are still worth measuring
         return {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 

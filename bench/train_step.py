@@ -1,4 +1,4 @@
-"""The training step of one network several ways: diffusers eager, the same with fuse(), and on a GPU both compiled.
+"""The training step of one network in several ways: diffusers eager, the same with fuse(), and on a GPU both compiled.
 
     python bench/train_step.py                          # the reference text network; on a CPU a small one
     python bench/train_step.py --unet sd15              # Stable Diffusion 1.5's shape
@@ -6,8 +6,8 @@
     python bench/train_step.py --steps 200 --json out.json
 
 Same weights, same batches, same AdamW, in interleaved rounds; ratios are of medians. Counted before and after fuse():
-operator calls and the bytes they move, changes of layout, graph breaks, on a GPU kernel launches. Measured: milliseconds,
-share of the matrix product's rate in this process, memory, what each part of a step costs. The loss curves lie in a PNG
+operator calls and the bytes they move, changes of layout, graph breaks, and on a GPU kernel launches. Measured: milliseconds,
+share of the matrix product's rate in this process, memory, and what each part of a step costs. The loss curves go to a PNG
 beside the JSON. A CPU is timed in processor time; counts "as on a GPU" come from tensors without storage.
 """
 
@@ -56,7 +56,7 @@ class Step:
         self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-4, fused=True)
         self.forward = torch.compile(self.unet) if compiled else self.unet
         self.device, self.milliseconds, self.losses, self.peak = device, [], [], 0
-        # Processor time on a CPU: a busy neighbour takes the core away, but not the time it was had.
+        # Processor time on a CPU: it does not run while another process has the core.
         self.clock = time.perf_counter if device == "cuda" else time.process_time
 
     def __call__(self, batch: dict) -> None:
@@ -87,7 +87,7 @@ class Step:
         return self.milliseconds[WARM_UP:]
 
     def gibibytes(self, batch: dict) -> float:
-        """Weights, both moments, and what a step needs on top: measured on a GPU, what autograd keeps on a CPU."""
+        """Weights, both moments, and what a step adds: on a GPU the measured peak, on a CPU gradients and what autograd keeps."""
         own = 3 * sum(p.nbytes for p in self.unet.parameters())
         above = self.peak or saved_bytes(self.unet, lambda: forward(self.unet, batch)) + own // 3
         return (own + above) / 2**30
@@ -102,12 +102,12 @@ def contenders(unet, setting: Setting) -> dict[str, Step]:
 
 
 def race(steps: dict[str, Step], config, setting: Setting) -> None:
-    """Every contender takes every batch, until the minutes are spent; the order turns round each time, so that no one
-    always follows another."""
+    """Every contender takes every batch, until the minutes are spent; the order is reversed each time, so that none always
+    follows the same other one."""
     for number, feed in enumerate(
         batches(config, setting.size, setting.steps + WARM_UP, setting.batch, setting.device)
     ):
-        if number == WARM_UP:  # whatever compiles has compiled
+        if number == WARM_UP:  # by now everything is compiled
             began = time.monotonic()
         if number >= WARM_UP + LEAST and time.monotonic() - began > 60 * setting.minutes:
             break
@@ -213,7 +213,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--unet", help="reference, small, tiny, sd15, or a diffusers UNet folder")
     parser.add_argument("--steps", type=int, default=200, help="timed steps of each contender")
     parser.add_argument(
-        "--minutes", type=float, default=1.5, help="fewer steps, at least 5, where these are spent before"
+        "--minutes", type=float, default=1.5, help="end earlier, but after at least 5 steps, when these are spent"
     )
     parser.add_argument("--batch", type=int, help="images per step")
     parser.add_argument("--size", type=int, help="side in pixels")

@@ -414,10 +414,10 @@ HERE = {"device": "a GPU", "commit": "1"}
 
 
 @pytest.mark.parametrize("before, said", [
-    ({"machine": HERE | {"device": "another"}}, "a day of another device, another and not a GPU: give another --out"),
-    ({"machine": HERE | {"commit": "0"}}, "a day of another commit, 0 and not 1: give another --out"),
+    ({"machine": HERE | {"device": "another"}}, "a day of another device, another instead of a GPU: give another --out"),
+    ({"machine": HERE | {"commit": "0"}}, "a day of another commit, 0 instead of 1: give another --out"),
     ({}, "a day of another device, None"),
-    (None, "no record of a day: give another --out"),
+    (None, "not the record of a day: give another --out"),
 ])  # fmt: skip
 def test_another_days_folder_is_refused(before, said, bench, day, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -15,7 +15,7 @@ def test_every_gate_holds():
     command = [sys.executable, "bench/ledger.py", "--check", "--kernels-alone"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout.splitlines()[-5:] + done.stderr.splitlines()[-5:]
-    assert "every gate holds" in done.stdout.splitlines()[-1]
+    assert "every gate passes" in done.stdout.splitlines()[-1]
 
 
 SOUND = {"kernel": "diffuse", "case": "c", "launches": 1, "bytes": 100, "path_floor": 100, "programs": {}}

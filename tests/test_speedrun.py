@@ -100,9 +100,9 @@ def test_weights_that_draw_something_else_are_refused(bench_script, tmp_path):
 
     assert noises.loaded(saved(speedrun.recipe, garments)).images == 320
     larger = replace(speedrun.recipe, data=replace(speedrun.recipe.data, size=32))
-    with pytest.raises(Refused, match="draws no garments of 28 px by class"):
+    with pytest.raises(Refused, match="does not draw garments of 28 px by class"):
         noises.loaded(saved(larger, garments))
-    with pytest.raises(Refused, match="draws no garments of 28 px by class"):
+    with pytest.raises(Refused, match="does not draw garments of 28 px by class"):
         noises.loaded(saved(replace(speedrun.recipe, conditioning=()), Facts()))
 
 
@@ -150,7 +150,7 @@ def test_the_notebooks_budget_is_what_our_side_used(bench_script, monkeypatch, c
         return speedrun.budget()
 
     assert budget("--core-seconds", "7") == 7
-    for flags, said in (((), "engine.json is not there"), (("--core-seconds", "0"), "--core-seconds 0")):
+    for flags, said in (((), "engine.json does not exist"), (("--core-seconds", "0"), "--core-seconds 0")):
         with pytest.raises(SystemExit) as stop:
             budget(*flags)
         errors = capsys.readouterr().err.splitlines()
