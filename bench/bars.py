@@ -15,7 +15,7 @@ def timed(results) -> list[dict]:
 
 
 def backward_median(result, name):
-    """Milliseconds of the backward pass: the median of both passes minus that of forward alone, from the same rounds."""
+    """Milliseconds of the backward pass: the median of both passes minus that of forward, from the same rounds."""
     forward = result["forward_milliseconds"].get(name)
     return forward and result["milliseconds"][name]["median"] - forward["median"]
 

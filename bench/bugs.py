@@ -3,9 +3,10 @@
 python bench/bugs.py --scratch DIR                   the sound run and every bug, one after another, each on one core
 python bench/bugs.py --scratch DIR --only dropout    one of them, added to the record
 
-Every run sees the same images, noise and budget: 28 px, DDPM's cosine schedule, v-prediction, 10 core-minutes. From each,
-1,000 samples are drawn from the same noise at guidance scales 1 and 3 and measured with a classifier of the data. Networks
-trained in DIR before are reused and measured again; the record keeps the rows of earlier calls with the same settings.
+Every run sees the same images, noise and budget: 28 px, DDPM's cosine schedule, v-prediction, 10 core-minutes. From
+each, 1,000 samples are drawn from the same noise at guidance scales 1 and 3 and measured with a classifier of the data.
+Networks trained in DIR before are reused and measured again; the record keeps the rows of earlier calls with the same
+settings.
 """
 
 import argparse
@@ -222,7 +223,7 @@ def last_line(log: Path) -> str:
 
 
 def model_of(bug: Bug, recipe: Recipe, course: Course) -> artifact.Model:
-    """The EMA weights with the sound objective, whose noise levels hold for every bug."""
+    """The EMA weights, to be sampled at the sound objective's noise levels, as every run is."""
     facts = Facts(classes=course.splits.train.classes)
     network = artifact.build(recipe, facts)
     path = recipe.out / "ema.safetensors"
@@ -238,7 +239,7 @@ def batch_norms(model: artifact.Model) -> list[BatchNormSiLU]:
 
 @torch.inference_mode()
 def settle(model: artifact.Model, images: Images) -> None:
-    """Recomputes batch norm's statistics for the EMA weights over training batches: those kept in training are of other weights."""
+    """Recomputes batch norm's statistics on training batches: those kept in training are not the EMA weights'."""
     layers, size = batch_norms(model), model.recipe.batch_size
     for layer in layers:
         layer.reset_running_stats()

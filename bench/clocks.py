@@ -1,4 +1,4 @@
-"""Timing in interleaved rounds, and the two ceilings of a process: how fast it copies and how fast it multiplies matrices.
+"""Timing in interleaved rounds, and the two ceilings of a process: how fast it copies and multiplies matrices.
 
 On a GPU, events around CUDA graph replays are timed, with the L2 cache flushed before each. On a CPU, processor time is
 taken, which other processes disturb far less than wall-clock time; with several threads it is the sum over them.
@@ -43,7 +43,7 @@ def _captured(call):
 
 
 def rounds_on_cpu(contenders: dict, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of processor time of each contender in every round, in turns; a first round is discarded as warm-up."""
+    """Milliseconds of processor time of each contender in every round, in turns; the first round is a warm-up."""
     milliseconds = {name: [] for name in contenders}
     for round in range(rounds + 1):
         for name, call in contenders.items():
@@ -61,7 +61,7 @@ def interleaved(contenders: dict, rounds: int, device: str) -> dict[str, list[fl
 def copy_bandwidth() -> float:
     """Gigabytes per second, read plus written, of the faster of two copies: the driver's, and a kernel's.
 
-    The driver's copy alone is no ceiling: in a graph on an H200 it moved 2.7 TB/s, and one of our kernels 3.8 within a minute.
+    The driver's copy alone is no ceiling: in a graph on an H200 it moved 2.7 TB/s, one of our kernels 3.8.
     """
     source = torch.zeros(2**28, dtype=torch.int32, device="cuda")
     target = torch.empty_like(source)

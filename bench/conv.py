@@ -1,14 +1,14 @@
-"""Times every convolution of a network, forward and both gradients, in each way it can be run, and names the best per shape.
+"""Times every convolution of a network, forward and both gradients, in each way it can be run; names the best of each.
 
     python bench/conv.py                     # the reference network, 64 images of 128 px; on a CPU the small one
     python bench/conv.py --small             # the small network, 2 images of 64 px, anywhere
     python bench/conv.py --shapes 5 --json out.json      # rewritten after each shape
 
-Hooks on the network itself find the shapes and how often each occurs. On a GPU, in bf16 and channels-last: cuDNN (benchmark
-on), the compiler's templates (max-autotune; it has none for a weight gradient, nor for the data gradient of a strided
-convolution), and for 1 x 1 a matrix product. On a CPU, in fp32: planes (NCHW) against channels-last, which says nothing about
-a GPU. Rates are shown as shares of the matrix product's rate in the same process; the totals weight each shape by how often
-it occurs in a step.
+Hooks on the network itself find the shapes and how often each occurs. On a GPU, in bf16 and channels-last: cuDNN
+(benchmark on), the compiler's templates (max-autotune; it has none for a weight gradient, nor for the data gradient of
+a strided convolution), and for 1 x 1 a matrix product. On a CPU, in fp32: planes (NCHW) against channels-last, which
+says nothing about a GPU. Rates are shown as shares of the matrix product's rate in the same process; the totals weight
+each shape by how often it occurs in a step.
 """
 
 import argparse
@@ -104,7 +104,7 @@ class Inputs:
 
 
 def draw(shape: Shape, device: str, layout: torch.memory_format) -> Inputs:
-    """Random tensors in a layout, except weights: they stay contiguous, as in training, so converting them is part of the cost."""
+    """Random tensors in a layout. Weights stay contiguous, as in training: converting them is part of the cost."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
     def image(channels: int, *size: int) -> torch.Tensor:
@@ -197,7 +197,7 @@ def measure(shape: Shape, number: int, device: str, rounds: int, with_templates:
 
 
 def measure_all(found: Counter, device: str, asked: argparse.Namespace) -> Iterator[list[dict]]:
-    """Yields all rows so far after each shape, heaviest first; the compiler tries templates until its minutes are spent."""
+    """Yields all rows so far after each shape, heaviest first; templates are tried until their minutes are spent."""
     heaviest = sorted(found, key=lambda shape: -found[shape] * shape.flops)
     rows, began = [], time.monotonic()
     for shape in heaviest[: asked.shapes]:

@@ -110,7 +110,7 @@ def counts_of(unet, batch: dict) -> Counts:
 
 
 def ghost_counts(unet, size: int, batch: int) -> dict[str, dict]:
-    """Counts before and after fuse(), in bf16, as on a GPU: each of our kernels is one call; copies inside cuDNN are not seen."""
+    """Counts before and after fuse(), in bf16, as on a GPU: our kernels are one call each; cuDNN's copies do not show."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     found = {}
@@ -211,7 +211,7 @@ def profile_of(step, device: str):
 
 
 def times_by_group(profile, device: str) -> Counter:
-    """Microseconds of each part's operators, without the operators they call; on a GPU, of the kernels they launched."""
+    """Microseconds of each part's operators, without those they call; on a GPU, of the kernels they launched."""
     own = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
     times: Counter = Counter()
     for row in profile.key_averages():

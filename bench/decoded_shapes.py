@@ -1,4 +1,4 @@
-"""Writes the embedded captioned shapes as shards of decoded images, so that a training stage does not wait for a decoder.
+"""Writes the embedded captioned shapes as shards of decoded images, so that training does not wait for a decoder.
 
 python bench/decoded_shapes.py --out shards/decoded-128px --size 128
 """

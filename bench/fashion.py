@@ -1,4 +1,4 @@
-"""Fashion-MNIST at 28 px as a course for models: its shards, its classifier, and the statistics that samples are compared with.
+"""Fashion-MNIST at 28 px as a course for models: its shards, its classifier, and what samples are compared with.
 
 python bench/fashion.py --scratch DIR    prepares the course; every bench that uses it does this itself if needed
 """

@@ -1,11 +1,11 @@
-"""What torch.compile would launch on a GPU, without one: the code that Inductor generates for a block, launch by launch.
+"""What torch.compile would launch on a GPU, without one: the code that Inductor writes for a block, launch by launch.
 
     python bench/gpu_code.py                     # blocks of the reference network, and diffusers' own, counted
     python bench/gpu_code.py --case text_8       # one of them, launch by launch
 
-A block is traced on the CPU with the kernels that a GPU would run, differentiated and partitioned; each graph is then moved
-to a CUDA device that exists in name only and lowered for it. Nothing is run, and no time is claimed: the result shows which
-launches there are, and whether any of them merely fills or copies a feature map.
+A block is traced on the CPU with the kernels that a GPU would run, differentiated and partitioned; each graph is then
+moved to a CUDA device that exists in name only and lowered for it. Nothing is run, and no time is claimed: the result
+shows which launches there are, and whether any of them merely fills or copies a feature map.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def a_gpu_in_name():
 
 @contextlib.contextmanager
 def cudnn_in_name():
-    """Makes convolutions keep the layout of their image or weight, as cuDNN's do; this build's own rule would ask for NCHW."""
+    """Makes convolutions keep the layout of their image or weight, as cuDNN's do; this build's own would use NCHW."""
 
     def layout(image, weight, *_):
         is_last = any(t.is_contiguous(memory_format=torch.channels_last) for t in (image, weight))

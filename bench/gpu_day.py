@@ -6,9 +6,9 @@
     python bench/gpu_day.py --out FOLDER          # resume a day that was cut short: finished stages are not repeated
     python bench/gpu_day.py --dry-run             # the plan, and whether every command can start; needs no GPU
 
-A stage that fails or runs out of time is recorded, and the next one begins. What it has written stays: it gets SIGTERM before its
-time is over, and training answers that with a checkpoint. A stage whose packages (training needs deepspeed) or input files are
-missing is skipped with one line.
+A stage that fails or runs out of time is recorded, and the next one begins. What it has written stays: it gets SIGTERM
+before its time is over, and training answers that with a checkpoint. A stage whose packages (training needs deepspeed)
+or input files are missing is skipped with one line.
 """
 
 import argparse
@@ -136,10 +136,10 @@ def stages(out: Path) -> list[Stage]:
 
 
 def distance(out: Path) -> tuple[str, ...]:
-    """How the 100 epochs are measured: with the published run's sampler, steps and guidance, but 9,000 samples, not 50,000.
+    """How the 100 epochs are measured: by the published run's sampler, steps and guidance, on 9,000 samples, not 50,000.
 
-    The features are those of a classifier of the data, because Inception's weights are not part of the package. The distance
-    cannot be compared with the published one, only with its own floor.
+    The features are those of a classifier of the data, because Inception's weights are not part of the package. The
+    distance cannot be compared with the published one, only with its own floor.
     """
     return (
         *(str(out / "100_epochs"), "--test", str(out / "speedrun" / "shards" / "t10k")),
@@ -149,7 +149,7 @@ def distance(out: Path) -> tuple[str, ...]:
 
 
 def reference(out: Path) -> tuple[str, ...]:
-    """Flags that train the reference network on the decoded shapes: its rate with the real loop, optimizer, EMA and reader."""
+    """Flags that train the reference network on the decoded shapes, with the real loop, optimizer, EMA and reader."""
     return (
         *("--data.shards", str(out / "shards"), "--data.size", "128", "--model.groups", "32"),
         *("--model.channels", "128", "128", "256", "384", "384", "--model.heads", "4", "4", "4", "4", "4"),
@@ -180,7 +180,7 @@ def skipped(stage: Stage, earlier: Sequence[Stage] = ()) -> str:
 
 
 def boxed(words: tuple[str, ...], seconds: float, log) -> int | str:
-    """The exit code, or what happened instead; a command that runs out of time is ended with everything that it started."""
+    """The exit code, or what happened instead; a command out of time is ended with everything that it started."""
     process = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     grace = min(GRACE, seconds / 3)
     try:
@@ -245,7 +245,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", help="run only these stages")
     parser.add_argument("--out", type=Path, help="where results go (default: bench/results/gpu-DATE)")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the plan and check that each command can start; run nothing"
+        "--dry-run", action="store_true", help="print the plan and check that each command can start; measure nothing"
     )
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Records kernel launches without making them, compiles them for chips that are absent, and counts the bytes they request.
+"""Records kernel launches without making them, compiles them for absent chips, and counts the bytes they request.
 
 Nothing in this file knows a kernel by name. A launch is recorded by running the operator on tensors without storage and
 noting what it would have launched; the kernel is then compiled for real chips with the same arguments.
@@ -133,7 +133,7 @@ def resources(launch: Launch, capability: int) -> Resources:
 
 
 def fp64_arithmetic(launch: Launch, capability: int) -> list[str]:
-    """fp64 instructions if numbers arrive in fp64, as torch.compile passes them; those that narrow them do not count."""
+    """fp64 instructions if numbers arrive in fp64, as torch.compile passes them; narrowing them does not count."""
     source, options = _source(launch, numbers="fp64")
     ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
     words = [line.split() for line in ptx.splitlines() if ".f64" in line and not line.strip().startswith((".", "//"))]

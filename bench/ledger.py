@@ -4,9 +4,10 @@
     python bench/ledger.py --check         # the same for sm_90 alone; exit code 1 if a gate fails
     python bench/ledger.py --chips 80 90   # compile for these
 
-Bytes come from the interpreter's own loads and stores on one image (maps of at most 36 x 36). The floor of the path taken
-counts every argument of every launch once, or twice if it is updated in place. A predicted time is the floor's bytes at nine
-tenths of the data sheet's bandwidth plus two microseconds per launch: a prediction to be checked later, not a measurement.
+Bytes come from the interpreter's own loads and stores on one image (maps of at most 36 x 36). The floor of the path
+taken counts every argument of every launch once, or twice if it is updated in place. A predicted time is the floor's
+bytes at nine tenths of the data sheet's bandwidth plus two microseconds per launch: a prediction to be checked later,
+not a measurement.
 """
 
 import argparse
@@ -70,7 +71,7 @@ def count_traffic() -> list[dict]:
 
 
 def begin_counting() -> subprocess.Popen:
-    """Counts in a separate process, since kernels choose the interpreter when imported; the compiler runs at the same time."""
+    """Counts in a separate process, since kernels choose the interpreter when imported; the compiler runs meanwhile."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, __file__, "--count-traffic"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
@@ -112,7 +113,7 @@ _to_compile: list[tuple] = []
 
 
 def resources_of_all(wanted) -> dict[tuple, dict]:
-    """What every distinct program occupies, by chip and compile key; compiled in as many processes as there are cores."""
+    """What every distinct program occupies, by chip and compile key; compiled in one process per core."""
     different = {(chip, *compile_key(launch)): (chip, launch) for chip, launch in wanted}
     # Kernels cannot be pickled: a forked process has them already, and is only told a number.
     _to_compile[:] = different.values()
@@ -135,8 +136,8 @@ def _predict(floor_bytes, launches, chip):
 def violations(rows, before) -> list[str]:
     """A line for everything that fails a gate.
 
-    Gates are: no spills and an occupancy above 0 on sm_90, bytes at the path's floor, no more launches than in the committed
-    ledger, and no fused multiply-adds in kernels that promise the same bits on every device.
+    Gates are: no spills and an occupancy above 0 on sm_90, bytes at the path's floor, no more launches than in the
+    committed ledger, and no fused multiply-adds in kernels that promise the same bits on every device.
     """
     found = []
     committed = {(row["kernel"], row["case"]): row["launches"] for row in before}

@@ -1,7 +1,8 @@
 """Images per CPU-second from the same shards: our reader with DALI and with Pillow, webdataset with Pillow, plain DALI.
 
-Every contender yields uint8 batches with their captions. They take turns within a round, and ratios are computed within a
-round, so that other load slows all of them alike. Our reader reads in shuffled order, the others in the shards' order.
+Every contender yields uint8 batches with their captions. They take turns within a round, and ratios are computed within
+a round, so that other load slows all of them alike. Our reader reads in shuffled order, the others in the shards'
+order.
 
     python bench/loader.py                   # table, and its record in bench/results
 """

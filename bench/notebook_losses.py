@@ -3,8 +3,9 @@
 python bench/notebook_losses.py runs/mnist_concat
 python bench/notebook_losses.py runs/mnist_concat --json losses.json
 
-After each epoch of MNIST, the notebook prints the mean loss of the last 100 batches. Here the mean, with its 95 % interval, is over
-those of these batches that metrics.jsonl holds: every tenth, or all with --log.every 1. On other data there is nothing to compare.
+After each epoch of MNIST, the notebook prints the mean loss of the last 100 batches. Here the mean, with its 95 %
+interval, is over those of these batches that metrics.jsonl holds: every tenth, or all with --log.every 1. On other data
+there is nothing to compare.
 """
 
 import argparse

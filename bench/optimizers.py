@@ -3,8 +3,9 @@
 python bench/optimizers.py --scratch DIR                     the speedrun's network, 9,600 images, each contender on a core
 python bench/optimizers.py --scratch DIR --images 48000
 
-Both have the same network, initial weights, images and random draws; the cosine schedule of each runs down to 0. EMA weights are
-measured, always on the same 1,024 held-out images and noise, at eight noise levels that training draws equally often.
+Both have the same network, initial weights, images and random draws; the cosine schedule of each runs down to 0. EMA
+weights are measured, always on the same 1,024 held-out images and noise, at eight noise levels that training draws
+equally often.
 """
 
 import argparse
@@ -31,7 +32,8 @@ class Contender:
 
 
 SAME = ("--batch-size", str(BATCH), "--optimizer.weight-decay", "0", "--optimizer.warmup", "1600")
-# AdamW's learning rate was the best of 2e-3, 4e-3 and 8e-3, Muon's of 3e-3, 6e-3 and 12e-3, both with 16 channels at full resolution.
+# Learning rates: AdamW's was the best of 2e-3, 4e-3 and 8e-3, Muon's of 3e-3, 6e-3 and 12e-3, both with 16 channels
+# at full resolution.
 CONTENDERS = (
     Contender("AdamW", ("optimizer:adam-w", "--optimizer.lr", "4e-3", *SAME)),
     Contender("Muon", ("optimizer:muon", "--optimizer.lr", "3e-3", *SAME)),
@@ -79,7 +81,7 @@ def curve(folder: Path) -> list[tuple[int, float]]:
 
 
 def images_until(loss: float, measured: list[tuple[int, float]]) -> float | None:
-    """The images after which a curve first falls to a loss, interpolated between measurements in logarithms; None if it never does."""
+    """The images after which a curve first falls to a loss, interpolated in logarithms; None if it never does."""
     for (before, above), (after, below) in zip(measured, measured[1:]):
         if below <= loss <= above:
             share = math.log(above / loss) / math.log(above / below)

@@ -1,7 +1,7 @@
 """What the kernels are compared with: PyTorch eager and compiled, and other libraries if they are installed.
 
-A factory returns a function of the subject's inputs, or raises with the reason why there is none here. Libraries are called
-through their modules, which choose among their own kernels.
+A factory returns a function of the subject's inputs, or raises with the reason why there is none here. Libraries are
+called through their modules, which choose among their own kernels.
 """
 
 import functools
@@ -17,7 +17,7 @@ MODULATION = ("add_NC", "scale_NC", "shift_NC")
 
 
 def compiled(function):
-    """Compiles for exactly one case's shapes: after a second shape, torch.compile would write slower code for any shape."""
+    """Compiles for exactly one case's shapes: after a second one, torch.compile would write slower code for any."""
 
     def factory():
         torch._dynamo.reset()
@@ -199,7 +199,7 @@ def diffusers_update():
 
 
 def apex_update():
-    """FusedAdamSWA's kernel with its pointers already on the GPU: its step() copies them there, which no CUDA graph can replay."""
+    """FusedAdamSWA's kernel with pointers already on the GPU: its step() copies them, which no CUDA graph can replay."""
     module = importlib.import_module("apex.contrib.openfold_triton.fused_adam_swa")
     made = {}
 

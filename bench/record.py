@@ -62,7 +62,7 @@ def _git(*arguments):
 
 
 def result_path(asked: Path | None, name: str) -> Path:
-    """Where a result goes: --json, or one file per bench, device and date; refuses a path that cannot be written."""
+    """Where a result goes: --json, or one file per bench, device and date; refused at once if it cannot be written."""
     path = asked or RESULTS / f"{name}-{device()}-{datetime.date.today().isoformat()}.json"
     refuse_unwritable(path)
     return path

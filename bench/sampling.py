@@ -4,11 +4,11 @@
     python bench/sampling.py --run runs/coco_clip     # a trained model, with its own prompts
     python bench/sampling.py --run runs/captioned_shapes --quality
 
-Each way adds a saving to the one before: two forwards (the oracle), both in one batch, keys and values of the text projected
-once, the layers before the text computed once for both. These are exact, and their largest difference from the oracle is
-shown in pixel levels of 255. Guidance in an interval of noise levels is not exact. On a model of the captioned shapes,
---quality sweeps intervals and shows forwards against the share of pictures with the colours of their caption; --confirm
-compares one interval with guidance everywhere on many new samples.
+Each way adds a saving to the one before: two forwards (the oracle), both in one batch, keys and values of the text
+projected once, the layers before the text computed once for both. These are exact, and their largest difference from
+the oracle is shown in pixel levels of 255. Guidance in an interval of noise levels is not exact. On a model of the
+captioned shapes, --quality sweeps intervals and shows forwards against the share of pictures with the colours of their
+caption; --confirm compares one interval with guidance everywhere on many new samples.
 
     python bench/sampling.py --run runs/short --confirm --interval 0.3 10 --per-caption 12
 """
@@ -229,9 +229,9 @@ def verdict(rows: list[dict], most: float = 1.4) -> dict:
 
 
 def confirmed(model: artifact.Model, scale: float, interval: tuple, steps: int, per_caption: int) -> dict:
-    """One interval against guidance everywhere, in pairs of pictures from the same noise, none of it used to choose the interval.
+    """One interval against guidance everywhere, in pairs from the same noise, none of which helped to choose the interval.
 
-    The difference is that of the shares of pictures with the caption's colour and background, with its 95 % interval over pairs.
+    The difference is of shares of pictures with the caption's colour and background, with its 95 % interval over pairs.
     """
     captions = captioned_shapes.captions()
     right = {"everywhere": [], "interval": []}
@@ -314,7 +314,7 @@ def confirm(model: artifact.Model, asked: argparse.Namespace, path: Path) -> Non
 
 
 def name_of(asked: argparse.Namespace, model: artifact.Model) -> str:
-    """The result's name: a chosen network or run, --quality and --confirm have their own, so that none replaces another."""
+    """The result's name: a chosen network or run, --quality and --confirm have names of their own."""
     if asked.confirm or asked.quality:
         return "interval" if asked.confirm else "guidance"
     return f"sampling_{asked.network or model.recipe.name}" if asked.network or asked.run else "sampling"

@@ -1,4 +1,4 @@
-"""A race on class-conditional Fashion-MNIST, 28 px, two CPU cores: our engine against the loop of a well-known notebook.
+"""A race on class-conditional Fashion-MNIST, 28 px, two CPU cores: our engine against a well-known notebook's loop.
 
 python bench/speedrun.py --scratch DIR                 both sides, one after the other
 python bench/speedrun.py --scratch DIR --side engine   one of them
@@ -7,15 +7,16 @@ python bench/speedrun.py --scratch DIR --side engine --again --checks 1    measu
 python bench/speedrun.py --scratch DIR --side engine --json FILE           write the record and its picture elsewhere
 python bench/speedrun.py --scratch DIR --side engine --device cuda         our side on one GPU
 
-The bar: of 1,000 samples, a classifier of the data recognises 90 %, and their Frechet distance from the training set, in that
-classifier's features, is at most 1.5 times that of 1,000 real test images. The clock runs from the start of the training
-process until the measured weights are on disk. It is kept twice: in wall seconds, and in core-seconds of the process and its
-children, which a busy machine disturbs least. Shards and classifier are made before the clock starts; samples are drawn after
-it has stopped, and their seconds are listed. Both sides have the same classifier and the same labels.
+The bar: of 1,000 samples, a classifier of the data recognises 90 %, and their Frechet distance from the training set,
+in that classifier's features, is at most 1.5 times that of 1,000 real test images. The clock runs from the start of the
+training process until the measured weights are on disk. It is kept twice: in wall seconds, and in core-seconds of the
+process and its children, which a busy machine disturbs least. Shards and classifier are made before the clock starts;
+samples are drawn after it has stopped, and their seconds are listed. Both sides have the same classifier and the same
+labels.
 
-The other side is a well-known notebook's loop (bench/speedrun_notebook.py). It has as many core-seconds as our side has used in
-DIR, or those of --core-seconds, and is sampled in --notebook-steps steps of DDIM. bench/speedrun_sampling.py and
-bench/speedrun_noises.py find out more from the last weights of our side.
+The other side is a well-known notebook's loop (bench/speedrun_notebook.py). It has as many core-seconds as our side has
+used in DIR, or those of --core-seconds, and is sampled in --notebook-steps steps of DDIM. bench/speedrun_sampling.py
+and bench/speedrun_noises.py find out more from the last weights of our side.
 """
 
 import argparse
@@ -70,7 +71,7 @@ class Sampling:
     sampler: str = "dpmpp_2m"
     steps: int = 10
     guidance: float = 1.75
-    # With guidance from the first step on, a class's samples are too much alike: there, noise still hides what is drawn.
+    # With guidance from the first step on, a class's samples are too much alike: noise still hides what is drawn.
     interval: tuple[float, float] = (0.0, 3.0)
     # Steps below this level would be spent on what cannot be seen.
     sigma_min: float = 0.05
@@ -99,7 +100,7 @@ recipe = Recipe(
     name="speedrun",
     data=DATA,
     conditioning=(Label(dropout=0.1),),
-    # Variety within a class is lost at noise 1 to 5 (--from-real): training draws these levels more often than EDM's defaults do.
+    # Variety within a class is lost at noise 1 to 5 (--from-real): these levels are drawn more often than by default.
     objective=EDM(sigma_data=0.7, log_mean=0.0, log_std=1.1, sigma_max=40.0, stratified=True),
     model=UNetConfig(
         channels=(32, 64, 128),
@@ -131,7 +132,7 @@ recipe = Recipe(
 
 
 def engine_side(scratch: Path, course: Course, images: int) -> dict:
-    """Trains the recipe above, with a rank on each core or one on the GPU, and measures the EMA weights of every checkpoint."""
+    """Trains the recipe above, a rank on each core or one on the GPU, and measures every checkpoint's EMA weights."""
     out, between = scratch / f"engine{where()}", images // CHECKS  # each device has weights and a clock of its own
     launcher = (sys.executable, "-m", "deepspeed.launcher.runner")  # this environment's own, activated or not
     ranks, switches = ("1", ON_A_GPU) if parsed().device == "cuda" else ("2", ())
@@ -163,7 +164,7 @@ def engine_side(scratch: Path, course: Course, images: int) -> dict:
         checks.append(check(course, drawn, (at, used), model.images, took))
     if not checks:
         refuse(
-            f"{out / 'checkpoints'} holds none of the checkpoints that a run of {images:,} images measures: train without --again"
+            f"{out / 'checkpoints'} holds no checkpoint to measure of a run of {images:,} images: train without --again"
         )
     picture(drawn, "engine")
     parameters = sum(p.numel() for p in model.network.parameters())
@@ -463,9 +464,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--again", action="store_true", help="train nothing; measure the weights of the last training once more"
     )
-    parser.add_argument(
-        "--checks", type=int, default=CHECKS, help="measure only this many of the kept weights, the last"
-    )
+    parser.add_argument("--checks", type=int, default=CHECKS, help="measure only the last CHECKS of the kept weights")
     parser.add_argument("--seed", type=int, default=SEED, help="seed of the noise that our side's samples begin with")
     parser.add_argument("--json", type=Path, help="where one side's record goes (default: bench/results/speedrun/)")
     parser.add_argument("--notebook-steps", type=int, default=25, help="DDIM steps of the notebook's side")

@@ -1,10 +1,10 @@
-"""How much of a bench/speedrun.py record is due to its noise: the same weights, sampled from the record's noise and from others.
+"""How much of a bench/speedrun.py record is due to its noise: the same weights, sampled from that noise and from others.
 
 python bench/speedrun_noises.py --scratch DIR                                the last run's weights
 python bench/speedrun_noises.py --scratch DIR --weights ema.safetensors      exported weights, from any machine
 python bench/speedrun_noises.py --scratch DIR --guidance 1.5 --name calmer   less guidance, written to a separate result
 
-Training images, drawn at random class by class, are measured as well: a perfect network's samples would be at their distance.
+Training images, drawn at random class by class, are measured as well: a perfect network would be at their distance.
 """
 
 import argparse

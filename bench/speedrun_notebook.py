@@ -1,8 +1,8 @@
 """The other side of the speedrun: the loop of Hugging Face's diffusion-models-class, unit 2, written here from its description.
 
-diffusers' UNet2DModel with the class as four embedded channels beside the image, DDPM with 1000 steps of the cosine schedule,
-Adam at 1e-3, batch 128. Its own sampling takes 1000 steps per image; here its samples come from diffusers' DDIM, without
-guidance, since labels are never dropped in its training.
+diffusers' UNet2DModel with the class as four embedded channels beside the image, DDPM with 1000 steps of the cosine
+schedule, Adam at 1e-3, batch 128. Its own sampling takes 1000 steps per image; here its samples come from diffusers'
+DDIM, without guidance, since labels are never dropped in its training.
 
 python bench/speedrun_notebook.py --scratch DIR --core-seconds 1000 --kept 3     only trains; bench/speedrun.py measures
 """

@@ -1,14 +1,14 @@
-"""More about the weights that bench/speedrun.py trained: how best to sample them, and at which noise levels they go wrong.
+"""More about the weights that bench/speedrun.py trained: how best to sample them, and at which noise levels they err.
 
 python bench/speedrun_sampling.py --scratch DIR               both of the following
 python bench/speedrun_sampling.py --scratch DIR --sweep       the last weights sampled in several ways
 python bench/speedrun_sampling.py --scratch DIR --from-real   test images under noise, denoised by the last weights
 
-Denoised from little noise, a test image is nearly itself; from much noise, it is a sample like any other. The network errs at
-the noise level from which on the distance grows.
+Denoised from little noise, a test image is nearly itself; from much noise, it is a sample like any other. The network
+errs at the noise level from which on the distance grows.
 
-Each row has 500 samples, in bf16, which is twice as fast on some CPUs, and from other noise than the record's, so that what is
-best here is not tuned to that noise.
+Each row has 500 samples, in bf16, which is twice as fast on some CPUs, and from other noise than the record's, so that
+what is best here is not tuned to that noise.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def from_real(course: Course, model: artifact.Model) -> list[dict]:
 
 
 class Under:
-    """A sampler that begins with given images under noise of the first level; every call takes the next chunk of them."""
+    """A sampler that begins with given images under noise of the first level; every call takes the next chunk."""
 
     def __init__(self, images_NHWC: np.ndarray, solver: Callable):
         self.left_NCHW = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -1,7 +1,8 @@
-"""What one compiled training step consists of, counted without a GPU: launches of our kernels, graph breaks, recompiles.
+"""What one compiled training step consists of, without a GPU: launches of our kernels, graph breaks, recompiles.
 
-Launches are counted on the reference text network (109.5 M parameters, 128 px, batch 64) without storage; breaks and recompiles
-come from the record of a real run of six steps under DeepSpeed, whose blocks are traced with fullgraph, both passes (aot_eager).
+Launches are counted on the reference text network (109.5 M parameters, 128 px, batch 64) without storage; breaks and
+recompiles come from the record of a real run of six steps under DeepSpeed, whose blocks are traced with fullgraph, both
+passes (aot_eager).
 """
 
 import json

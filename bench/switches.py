@@ -1,10 +1,11 @@
-"""What each switch of engine/speed.py costs or saves: the training step of our own network with one switch changed at a time.
+"""What each switch of engine/speed.py costs or saves: our own network's training step with one switch changed at a time.
 
     python bench/switches.py                 # the reference network; on a CPU the small one
     python bench/switches.py --rounds 5 --json out.json
 
-Rounds are interleaved, on the same weights and batches. Ratios are of medians, relative to the settings that a run chooses on
-this device by itself; these are timed anew beside each switch. Memory is what autograd keeps between the passes.
+Rounds are interleaved, on the same weights and batches. Ratios are of medians, relative to the settings that a run
+chooses on this device by itself; these are timed anew beside each switch. Memory is what autograd keeps between the
+passes.
 """
 
 import argparse

@@ -3,9 +3,9 @@
     python bench/throughput.py                          # everything
     python bench/throughput.py --kernel attention --case level_16_words --dtype bf16 --json out.json
 
-On a GPU: medians and quartiles of interleaved rounds of CUDA graph replays, with the L2 cache flushed before each, and the
-copy bandwidth measured in the same process. Without one: what the compiler reports for every launch, and the reference's time
-on this CPU, marked as such; the GPU's columns say "not yet measured", and nothing is inferred.
+On a GPU: medians and quartiles of interleaved rounds of CUDA graph replays, with the L2 cache flushed before each, and
+the copy bandwidth measured in the same process. Without one: what the compiler reports for every launch, and the
+reference's time on this CPU, marked as such; the GPU's columns say "not yet measured", and nothing is inferred.
 """
 
 import argparse

@@ -6,9 +6,10 @@
     python bench/train_step.py --steps 200 --json out.json
 
 Same weights, same batches, same AdamW, in interleaved rounds; ratios are of medians. Counted before and after fuse():
-operator calls and the bytes they move, changes of layout, graph breaks, and on a GPU kernel launches. Measured: milliseconds,
-share of the matrix product's rate in this process, memory, and what each part of a step costs. The loss curves go to a PNG
-beside the JSON. A CPU is timed in processor time; counts "as on a GPU" come from tensors without storage.
+operator calls and the bytes they move, changes of layout, graph breaks, and on a GPU kernel launches. Measured:
+milliseconds, share of the matrix product's rate in this process, memory, and what each part of a step costs. The loss
+curves go to a PNG beside the JSON. A CPU is timed in processor time; counts "as on a GPU" come from tensors without
+storage.
 """
 
 import argparse
@@ -87,7 +88,7 @@ class Step:
         return self.milliseconds[WARM_UP:]
 
     def gibibytes(self, batch: dict) -> float:
-        """Weights, both moments, and what a step adds: on a GPU the measured peak, on a CPU gradients and what autograd keeps."""
+        """Weights, moments, and what a step adds: measured on a GPU; on a CPU, gradients and what autograd keeps."""
         own = 3 * sum(p.nbytes for p in self.unet.parameters())
         above = self.peak or saved_bytes(self.unet, lambda: forward(self.unet, batch)) + own // 3
         return (own + above) / 2**30
@@ -102,8 +103,8 @@ def contenders(unet, setting: Setting) -> dict[str, Step]:
 
 
 def race(steps: dict[str, Step], config, setting: Setting) -> None:
-    """Every contender takes every batch, until the minutes are spent; the order is reversed each time, so that none always
-    follows the same other one."""
+    """Every contender takes every batch, until the minutes are spent; the order is reversed each time, so that none
+    always follows the same other one."""
     for number, feed in enumerate(
         batches(config, setting.size, setting.steps + WARM_UP, setting.batch, setting.device)
     ):
