@@ -14,7 +14,7 @@ from duotone.data.batch import Plan
 
 @pytest.fixture(scope="session")
 def photos():
-    """Two real photographs, uint8 (427, 640, 3), that scikit-learn ships."""
+    """Two real photographs, uint8 (427, 640, 3), which come with scikit-learn."""
     datasets = pytest.importorskip("sklearn.datasets")
     return datasets.load_sample_images().images
 
@@ -36,7 +36,7 @@ def encode():
 
 @pytest.fixture(scope="session")
 def members_of(photos, encode):
-    """members_of(count) -> [(name, bytes)]: small real pictures with a caption and a JSON each."""
+    """members_of(count) -> [(name, bytes)]: small real pictures, each with a caption and a JSON."""
 
     def members_of(count):
         found = []
@@ -54,7 +54,7 @@ def members_of(photos, encode):
 
 @pytest.fixture(scope="session")
 def write_tar():
-    """write_tar(path, [(name, bytes)], format=...): a tar by Python's tarfile."""
+    """write_tar(path, [(name, bytes)], format=...): writes a tar with Python's tarfile."""
 
     def write_tar(path, members, format=tarfile.USTAR_FORMAT):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def write_tar():
 
 @pytest.fixture
 def shard_folder(tmp_path, members_of, write_tar):
-    """A folder of two shards with 7 and 5 samples, as any WebDataset tool writes them."""
+    """A folder of two shards of 7 and 5 samples, as any WebDataset tool would write them."""
     members = members_of(12)
     write_tar(tmp_path / "shards" / "00000.tar", members[: 3 * 7])
     write_tar(tmp_path / "shards" / "00001.tar", members[3 * 7 :])

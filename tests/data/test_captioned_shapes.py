@@ -1,4 +1,4 @@
-"""The embedded set: balanced, reproducible, of whole objects."""
+"""The embedded set: balanced, reproducible, and no object is cut off."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Shards opened and read: what comes out, in which order, and what is refused in one line."""
+"""Opening and reading shards: what comes out, in which order, and what is refused in one line."""
 
 import gc
 import io
@@ -179,7 +179,7 @@ def test_a_border_has_no_room_in_images_of_the_full_size(tmp_path, cpu):
 
 @pytest.mark.parametrize("resize", ["crop", "squash"])
 def test_enlarged_images_are_noted(tmp_path, cpu, write_tar, encode, resize):
-    """The third is turned by its EXIF, and its shorter side lies there the other way; the fourth cannot be read."""
+    """The third is turned by its EXIF, which swaps height and width; the fourth cannot be read."""
     sides, turned = [(40, 60), (32, 32), (60, 31), (20, 20)], Image.Exif()
     turned[0x0112] = 6
     raws = [encode(np.zeros((*side, 3), np.uint8), exif=turned if i == 2 else b"") for i, side in enumerate(sides)]
@@ -215,7 +215,7 @@ OPAQUE = [
 
 
 def test_images_with_transparent_parts_are_noted(tmp_path, cpu, write_tar, plan_for):
-    """Nobody looks at their alpha: the colour beneath is what is trained on."""
+    """Readers ignore alpha, so training sees the colour beneath."""
 
     def stored(mode, extension, options):
         raw, image = io.BytesIO(), Image.new("RGBA", (32, 32), (200, 30, 30, 0))
@@ -278,7 +278,7 @@ def test_bytes_that_changed_behind_the_index_are_refused(shard_folder, cpu, plan
     shard.write_bytes(raw)
     os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     changed = opened(shard_folder, cpu)
-    if part == "txt":  # the JSON has the caption too, but not as a list: the .txt is read
+    if part == "txt":  # the JSON also has the caption, but not as a list, so the .txt is read
         assert changed.columns["json_size"][3] > 0
     with pytest.raises(Refused, match=r"00000.tar: key '00003'.*checksum"):
         changed.read(plan_for([0, 3]))

@@ -1,4 +1,4 @@
-"""Pixels: Pillow's path against Pillow used plainly, DALI's against Pillow's."""
+"""Pixels: our Pillow path against plain calls of Pillow, our DALI path against our Pillow path."""
 
 import io
 
@@ -27,7 +27,7 @@ EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, photos, encode):
-    """Every kind of image, and every orientation, in sides that differ."""
+    """Every kind of image and every orientation, each with different sides."""
     samples = []
     for number, (mode, format, options) in enumerate(KINDS):
         raw = encode(photos[number % 2][: 300 + 3 * number, : 500 - 7 * number], format, mode, **options)
@@ -51,7 +51,7 @@ def read(folder, cpu, plan, decoder, **options):
 @pytest.mark.parametrize("channels", [3, 1])
 @pytest.mark.parametrize("resize, crop", [("crop", "center"), ("crop", "random"), ("squash", "center")])
 def test_dali_agrees_with_pillow(folder, cpu, plan_for, channels, resize, crop):
-    """The same rectangle and filter: every image within 1 level on average, and nowhere more than 24 of 255."""
+    """With the same rectangle and filter, every image is within 1 level of 255 on average, and within 24 everywhere."""
     pytest.importorskip("nvidia.dali")
     count = len(KINDS) + 8
     plan = plan_for(range(count), crops=np.random.default_rng(0).random((count, 2)))
@@ -64,7 +64,7 @@ def test_dali_agrees_with_pillow(folder, cpu, plan_for, channels, resize, crop):
 
 @pytest.mark.parametrize("crops", [(0.0, 0.0), (0.999, 0.999), (0.3, 0.7)])
 def test_the_crop_is_where_the_plan_says(folder, cpu, plan_for, crops):
-    """Against Pillow used plainly: turn the whole picture, cut the square, resize it."""
+    """Against plain calls of Pillow: turn the whole picture, cut the square, resize it."""
     count = len(KINDS) + 8
     batch = read(folder, cpu, plan_for(range(count), crops=[crops] * count), "pillow", crop="random")
     dataset = Shards(shards=folder).open(cpu)
@@ -75,7 +75,7 @@ def test_the_crop_is_where_the_plan_says(folder, cpu, plan_for, crops):
         top, left = (int(share * (length - side + 1)) for share, length in zip(crops, image.size[::-1]))
         plain_HWC = image.crop((left, top, left + side, top + side)).resize((64, 64), Image.Resampling.BICUBIC)
         difference_HWC = np.abs(ours_HWC.astype(int) - np.asarray(plain_HWC))
-        assert difference_HWC.mean() < 1.5, batch.captions[sample]  # at the rim one filter sees past the cut
+        assert difference_HWC.mean() < 1.5, batch.captions[sample]  # one of the filters sees past the crop's rim
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -121,7 +121,7 @@ def test_images_at_their_size_are_not_resampled(tmp_path, cpu, plan_for, photos,
 
 @pytest.mark.parametrize("on_bad", ["refuse", "replace"])
 def test_what_dali_lacks_is_no_pictures_fault(folder, cpu, plan_for, monkeypatch, on_bad):
-    """Memory that is short for a moment passes as it is; a machine where nothing can be decoded is one line."""
+    """An out-of-memory error is raised as it is, and reading works later; if DALI can decode nothing, one line says so."""
     dali = pytest.importorskip("duotone.data.dali")
     dataset = Shards(shards=folder, size=64, decoder="dali", on_bad=on_bad).open(cpu)
     real, calls = dali.DaliDecoder._run, []
@@ -150,9 +150,9 @@ def test_what_dali_lacks_is_no_pictures_fault(folder, cpu, plan_for, monkeypatch
 
 @pytest.mark.gpu
 def test_a_batch_is_sent_without_waiting_for_the_device():
-    """Behind a long calculation, and what is written into the CPU's memory afterwards does not arrive."""
+    """Even after a long calculation; and writing to the CPU's memory afterwards does not change what arrives."""
     images_NHWC = torch.ones(64, 128, 128, 3, dtype=torch.uint8)
-    sent(images_NHWC, "cuda")  # the first one asks for memory
+    sent(images_NHWC, "cuda")  # the first call allocates memory
     torch.cuda.synchronize()
     torch.cuda._sleep(2_000_000_000)
     began = torch.cuda.current_stream().record_event()
@@ -165,7 +165,7 @@ def test_a_batch_is_sent_without_waiting_for_the_device():
 @pytest.mark.gpu
 @pytest.mark.parametrize("channels", [3, 1])
 def test_dali_on_the_gpu_agrees_with_pillow(folder, cpu, plan_for, channels):
-    """nvJPEG rounds and upsamples colour in its own way: within 3 levels on average."""
+    """Within 3 levels on average, as nvJPEG rounds and upsamples colour in its own way."""
     pytest.importorskip("nvidia.dali")
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

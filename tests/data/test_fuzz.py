@@ -1,6 +1,6 @@
-"""Damaged shards: every sample is delivered as it was, or counted, or the shard is refused; none vanishes in silence.
+"""Damaged shards: every sample is delivered unchanged or counted, or the shard is refused; none is lost silently.
 
-`pytest -m long tests/data/test_fuzz.py` runs 100,000 mutants, of which the ordinary run takes a sample.
+`pytest -m long tests/data/test_fuzz.py` runs 100,000 mutants; the ordinary run takes a sample of them.
 """
 
 import os
@@ -54,7 +54,7 @@ def garbage(raw, rng):
 
 
 def header_field(raw, rng):
-    """Another value in a header, its checksum made good: nothing but sense can tell."""
+    """Changes a value in a header and corrects its checksum, so that only the value's meaning can give it away."""
     headers = [at for at in range(0, len(raw) - 512, 512) if raw[at + 257 : at + 262] == b"ustar"]
     at = rng.choice(headers)
     start, length = rng.choice([(0, 20), (124, 12), (156, 1), (345, 10), (257, 8)])
@@ -89,7 +89,7 @@ def mutants(original, count, mutators, seed):
 
 
 def check_foreign(folder, original, count, cpu, plan_for):
-    """No index yet: what the tar says is all there is. Keys may only go with a refusal, texts stay with their images."""
+    """Without an index, only the tar counts: keys may only be lost with a refusal, and texts stay with their images."""
     outcomes, shard = Counter(), folder / "0.tar"
     for name, raw in mutants(original, count, MUTATORS, seed=0):
         index_path(shard).unlink(missing_ok=True)
@@ -101,7 +101,7 @@ def check_foreign(folder, original, count, cpu, plan_for):
             outcomes["refused"] += 1
             continue
         replaced = {line.partition(":")[0] for line in batch.skipped}
-        if name != "header_field":  # which can rename a sample, and that no reader could know
+        if name != "header_field":  # it can rename a sample, which no reader could notice
             assert dataset.keys == [f"{number:05d}" for number in range(SAMPLES)], name
         for planned, key, caption in zip(dataset.keys, batch.keys, batch.captions):
             assert (key == planned) != (planned in replaced), name
@@ -111,13 +111,13 @@ def check_foreign(folder, original, count, cpu, plan_for):
 
 
 def texts_of(raw, dataset, sample):
-    """The bytes of one sample's own text members, wherever damage may have put others."""
+    """The bytes of one sample's own text members, even if damage has put others elsewhere."""
     at = {name: int(column[sample]) for name, column in dataset.columns.items()}
     return b"\n".join(raw[at[f"{part}_offset"] :][: at[f"{part}_size"]] for part in ("txt", "json"))
 
 
 def check_indexed(folder, original, count, cpu, plan_for):
-    """The index was built before the damage, which left size and time alone: every sample is bit for bit, or counted."""
+    """The index is older than the damage, which kept size and time: every sample is exact to the bit, or counted."""
     outcomes, shard = Counter(), folder / "0.tar"
     shard.write_bytes(original)
     index_path(shard).unlink(missing_ok=True)
@@ -159,7 +159,7 @@ def test_all_mutants(tmp_path, original, cpu, plan_for, check):
 
 
 def webdataset_outcome(shard):
-    """How many of the samples webdataset delivers from a shard, and how many faults it tells its handler."""
+    """How many of the samples webdataset delivers from a shard, and how many faults it reports to its handler."""
     import webdataset
 
     told = []
@@ -170,7 +170,7 @@ def webdataset_outcome(shard):
 
 @pytest.mark.long
 def test_the_same_damage_elsewhere(tmp_path, original):
-    """The teeth of this campaign: webdataset's own reader loses samples from these mutants without a word."""
+    """These mutants do harm: webdataset's own reader silently loses samples from them."""
     silent, trials = 0, 1500
     for _, raw in mutants(original, trials, MUTATORS, seed=0):
         (tmp_path / "0.tar").write_bytes(raw)

@@ -1,4 +1,4 @@
-"""What is held out of training: complete, apart, the same however the shards are cut, and refused where nothing is left."""
+"""The held-out split: complete, disjoint from training, independent of how shards are cut, refused if empty."""
 
 import numpy as np
 import pytest
@@ -57,7 +57,7 @@ def test_a_part_reads_its_own_images(folders, plan_for):
 
 
 def test_bad_samples_keep_their_places(tmp_path):
-    """A sample that cannot be read stays with its key on whichever side it falls."""
+    """A sample that cannot be read keeps its key, whichever side of the split it is on."""
     samples = [Sample(image=np.full((8, 8, 1), n, np.uint8)) for n in range(40)]
     write_shards(samples, tmp_path / "s", image_format="npy")
     index = open_index(next((tmp_path / "s").glob("*.tar")))

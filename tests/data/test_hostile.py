@@ -47,7 +47,7 @@ print(json.dumps(outcome))
 
 @pytest.mark.parametrize("decoder", ["pillow", "dali"])
 def test_nothing_runs_and_nothing_swells(tmp_path, write_tar, members_of, decoder):
-    """In a process of its own, which hears of every unpickled name, program, connection and file opened to write."""
+    """In a separate process that records every unpickled name, program, connection and file opened for writing."""
     if decoder == "dali":
         pytest.importorskip("nvidia.dali")
     payload = b"cposix\nsystem\n(S'true'\ntR."

@@ -1,4 +1,4 @@
-"""Image headers against Pillow, and images that no decoder must see."""
+"""Image headers against Pillow, and images that must never reach a decoder."""
 
 import io
 import struct
@@ -41,7 +41,7 @@ def test_agrees_with_pillow(photos, encode, format, mode, options):
 
 
 def test_a_png_may_end_long_before_its_file_does(photos, encode):
-    """Some tools write data of their own behind it."""
+    """Some tools append data of their own."""
     raw = encode(photos[0][:40, :60], "PNG")
     assert read_header(raw + bytes(100)) == read_header(raw)
 
@@ -68,7 +68,7 @@ def test_orientation_is_pillows_in_every_format(photos, encode, format, options)
 
 
 def test_orientation_wherever_cameras_and_editors_write_it(photos, encode):
-    """As a long number, after PNG's needless prefix; and of two blocks in a JPEG the first, as Pillow has it."""
+    """As a long integer, after a needless prefix in PNG, and in two JPEG blocks; the first counts, as in Pillow."""
     tiff = {kind: struct.pack(">4sIHHHI", b"MM\0*", 8, 1, 0x0112, kind, 1) for kind in (3, 4)}
     long, short = tiff[4] + struct.pack(">I", 6), tiff[3] + struct.pack(">HH", 6, 0)
     upright = tiff[3] + struct.pack(">HH", 1, 0)

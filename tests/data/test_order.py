@@ -1,4 +1,4 @@
-"""The order of samples: every epoch an exact shuffle, a function of (seed, position) alone, the same for ever."""
+"""The order of samples: every epoch an exact shuffle, and a function of (seed, position) alone that never changes."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_epochs_and_seeds_differ():
 
 
 def test_order_is_frozen():
-    """A resumed run of an older version must see the same samples: these numbers never change."""
+    """A run of an older version must see the same samples after a resume, so these numbers never change."""
     assert samples_at(0, np.arange(10), 10).tolist() == FROZEN[0]
     assert samples_at(1234, np.arange(20, 30), 10).tolist() == FROZEN[1]
 

@@ -1,4 +1,4 @@
-"""prepare idx and cifar10: arrays become shards, pixel for pixel; what is no such file is refused, and never unpickled."""
+"""prepare idx and cifar10: arrays become shards, pixel for pixel; any other file is refused, and never unpickled."""
 
 import gzip
 import os
@@ -132,7 +132,7 @@ def test_cifar10_pixel_for_pixel(tmp_path, cpu, plan_for, version):
 
 
 def test_a_batch_as_python_2_wrote_it():
-    """Byte strings as keys and type names, written out opcode by opcode: no Python 3 pickles like this."""
+    """Byte strings as keys and type names, written out opcode by opcode, because Python 3 cannot pickle like this."""
 
     def short(text):
         return b"U" + bytes([len(text)]) + text
@@ -149,11 +149,11 @@ def test_a_batch_as_python_2_wrote_it():
 @pytest.mark.parametrize("core", ["core", "_core"])
 @pytest.mark.parametrize("pixels", [PIXELS, np.asfortranarray(PIXELS)])
 def test_a_batch_that_was_pickled_anew(core, pixels):
-    """numpy names a function of its own for pickle's protocol 5."""
+    """With pickle's protocol 5, numpy names another function of its own."""
     raw = pickle.dumps({b"data": pixels}, protocol=5)
     name = f"numpy.{core}.numeric".encode()
     raw = raw.replace(b"\x8c\x13numpy._core.numeric", b"\x8c" + bytes([len(name)]) + name)
-    raw = raw[:2] + raw[11:]  # without the frame, whose length is another now
+    raw = raw[:2] + raw[11:]  # without the frame opcode, whose length is no longer right
     assert (read_pickled_arrays(Path("data_batch_1"), raw)[b"data"] == PIXELS).all()
 
 
@@ -168,7 +168,7 @@ class Buffer:
 @pytest.mark.parametrize(
     "arguments",
     [
-        (np.array([None] * 4), np.dtype("u1"), (32,), "C"),  # where objects lie
+        (np.array([None] * 4), np.dtype("u1"), (32,), "C"),  # pointers to objects as bytes
         (bytes(8), np.dtype("O"), (1,), "C"),
         (10**15, np.dtype("u1"), (1,), "C"),
         (bytes(8), np.dtype("u1"), (10**15,), "C"),

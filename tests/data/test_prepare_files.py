@@ -1,4 +1,4 @@
-"""prepare coco, folder and celeba: picture files of all sorts become shards, and every fault has its line."""
+"""prepare coco, folder and celeba: picture files of all sorts become shards, and every fault is reported in a line."""
 
 import dataclasses
 import json
@@ -111,7 +111,7 @@ def test_coco_names_what_is_wrong(coco, photos):
 
 @pytest.mark.parametrize("on_bad", ["refuse", "skip"])
 def test_a_picture_that_training_would_refuse_is_told_by_name(coco, monkeypatch, on_bad):
-    """Of captions past their limit, and of a picture that is past its own once it is stored anew."""
+    """Captions longer than their limit, and a picture that exceeds its limit only in the form in which it is stored."""
     edit(coco, lambda content: content["annotations"][1].update(caption="x" * (1 << 20)))
     config = PrepareCoco(**coco, on_bad=on_bad)
     if on_bad == "refuse":
@@ -138,7 +138,7 @@ def test_a_picture_without_its_transparency_may_be_too_large(tmp_path, photos, m
 
 
 def test_a_pipe_is_no_picture(coco):
-    """Waited for, it would keep the whole preparation."""
+    """Opening it would block the whole preparation."""
     (coco["images"] / "000000000001.jpg").unlink()
     os.mkfifo(coco["images"] / "000000000001.jpg")
     assert "000000000001.jpg: it cannot be read (it is not a file)" in refusal(PrepareCoco(**coco))
@@ -182,7 +182,7 @@ def test_broken_pictures_can_be_left_out(coco):
 
 @pytest.mark.parametrize("on_bad", ["refuse", "skip"])
 def test_coco_beside_another_folder(coco, on_bad):
-    """Left out one by one, not one would be left."""
+    """Refused even with on_bad skip: skipping missing pictures one by one would leave none."""
     elsewhere = coco["images"].rename(coco["images"].with_name("train2017"))
     message = refusal(PrepareCoco(**(coco | {"images": elsewhere.parent}), on_bad=on_bad))
     assert message.startswith(f"images {elsewhere.parent}: ") and message.endswith(f"pass --images {elsewhere}")
@@ -235,7 +235,7 @@ def test_captions_beside_the_pictures(tmp_path, pictures, cpu, plan_for):
 
 
 def test_captions_beside_no_picture_are_told(tmp_path, pictures):
-    """A caption in a.jpg.txt would be missing without a word."""
+    """Otherwise a caption in a.jpg.txt would be missing silently."""
     named = pictures("cat/a.jpg")
     (tmp_path / "pictures" / "cat" / "a.jpg.txt").write_text("a red cat")
     (tmp_path / "pictures" / "cat" / "b.TXT").touch()
@@ -292,7 +292,7 @@ def test_folders_that_cannot_be_used(tmp_path, pictures):
 
 @pytest.mark.parametrize("classes", ["folders", "none"])
 def test_pictures_of_other_formats_are_refused_or_told(tmp_path, pictures, classes):
-    """Counted as other files, a class of GIFs would be missing without a word."""
+    """Counted only as other files, a class of GIFs would be missing silently."""
     pictures("cats/a.jpg")
     pictures("cats/b.bmp")
     gif = pictures("birds/B.GIF", mode="P")
@@ -353,7 +353,7 @@ def test_transparent_becomes_white_and_orientation_is_kept(tmp_path, pictures, p
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, pictures, monkeypatch):
-    """Passed over, its class would be missing without a word."""
+    """If it were skipped without a message, its class would be missing silently."""
     pictures("cats/a.jpg")
     locked, scan = pictures("dogs/b.jpg").parent, os.scandir
 
@@ -385,7 +385,7 @@ def test_a_linked_folder_is_a_class_and_a_circle_is_refused(tmp_path, pictures):
 
 @pytest.mark.parametrize("first", ["link", "folder"])
 def test_of_a_folder_and_its_link_the_link_is_to_be_removed(tmp_path, first):
-    """Whichever the file system names first: the other is the one that holds the pictures."""
+    """Whichever of them the file system lists first, the message names the link: the folder holds the pictures."""
     folder, link = tmp_path / "folder", tmp_path / "link"
     folder.mkdir()
     link.symlink_to(folder)
@@ -396,7 +396,7 @@ def test_of_a_folder_and_its_link_the_link_is_to_be_removed(tmp_path, first):
 
 
 def test_a_key_stays_its_pictures_own_when_others_are_added(tmp_path, pictures, cpu):
-    """By keys a run holds images out, and remembers which."""
+    """A run chooses its held-out split by keys, and remembers them."""
     keys = {}
     for out, name in (("one", "cats/b.jpg"), ("two", "cats/a.jpg")):
         pictures(name)
@@ -424,7 +424,7 @@ def test_names_that_are_not_utf8(tmp_path, pictures, cpu, plan_for):
     PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out").run()
     _, batch = images_of(tmp_path / "out", cpu, plan_for, 2)
     assert batch.captions == ["a photo of a caf\ufffd", "a photo of a tea"]
-    pictures(os.fsdecode(b"caf\xe9/\xfe.jpg"))  # both file names are read as one
+    pictures(os.fsdecode(b"caf\xe9/\xfe.jpg"))  # both file names decode to the same text
     assert PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out3").run()["images"] == 3
     keys = Shards(shards=tmp_path / "out3", size=64).open(cpu).keys
     assert len(set(keys)) == 3
@@ -533,7 +533,7 @@ def test_celeba_lists_that_are_not(tmp_path, pictures, text):
     ],
 )
 def test_a_celeba_list_names_its_attributes(tmp_path, pictures, name, text, said):
-    """Without its head, a list would lose its first picture and name its attributes -1 and 1."""
+    """If a list had no header, its first picture would be taken for one, and attributes would be called -1 and 1."""
     for number in range(3):
         pictures(f"{number}.jpg")
     (tmp_path / name).write_text(text)
@@ -600,7 +600,7 @@ def test_celeba_partitions_that_are_not(faces, tmp_path, text, said):
 
 @pytest.mark.parametrize("on_bad", ["refuse", "skip"])
 def test_celeba_beside_another_folder_of_faces(faces, tmp_path, on_bad):
-    """By the number alone, 0.jpg of one set would take the attributes of another's 00000.jpg."""
+    """If only the number counted, 00000.jpg of another set would get the attributes of 0.jpg."""
     for number in range(3):
         (tmp_path / "pictures" / f"{number}.jpg").rename(tmp_path / "pictures" / f"{number:05d}.jpg")
     message = refusal(PrepareCeleba(**faces, on_bad=on_bad))

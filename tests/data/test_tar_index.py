@@ -1,4 +1,4 @@
-"""The index beside a shard: right, reused, rebuilt after any change, and refusing what cannot be paired."""
+"""The index beside a shard: correct, reused, rebuilt after any change, refused for members that cannot be paired."""
 
 import json
 import os

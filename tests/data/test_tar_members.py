@@ -1,4 +1,4 @@
-"""The tar walk against Python's tarfile and GNU tar, and against everything that goes wrong with a tar."""
+"""Our walk through a tar against Python's tarfile and GNU tar, and against everything that can go wrong with a tar."""
 
 import random
 import shutil
@@ -56,7 +56,7 @@ def test_agrees_with_gnu_tar(tmp_path, format):
 
 
 def test_sizes_beyond_octal(tmp_path, write_tar):
-    """GNU and PAX write sizes from 8 GiB in their own ways; here small ones are written so by hand."""
+    """GNU and PAX write sizes from 8 GiB on in their own ways; here, small sizes are written like that by hand."""
     raw = bytearray(write_tar(tmp_path / "a.tar", [("a.jpg", b"x" * 700)]).read_bytes())
     raw[124:136] = (0x80).to_bytes(1, "big") + (700).to_bytes(11, "big")
     assert [member.size for member in members(np.frombuffer(resealed(raw), np.uint8))] == [700]
@@ -68,7 +68,7 @@ def test_sizes_beyond_octal(tmp_path, write_tar):
 
 
 def resealed(raw):
-    """The first header with a checksum that holds again."""
+    """Corrects the checksum of the first header."""
     raw[148:156] = b" " * 8
     raw[148:156] = b"%06o\0 " % sum(raw[:512])
     return bytes(raw)
@@ -93,7 +93,7 @@ def test_any_flipped_bit_in_a_header_is_damage(tmp_path, write_tar):
             found = list(members(np.frombuffer(bytes(flipped), np.uint8)))
         except Damaged:
             continue
-        assert found == whole  # a blank for a zero around the checksum says the same
+        assert found == whole  # a blank instead of a zero around the checksum means the same
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, b"Z"])

@@ -1,4 +1,4 @@
-"""Writing: what is read back is what was given, and nothing is ever half-written."""
+"""Writing shards: what is read back is what was written, and nothing is ever left half-written."""
 
 import io
 import json
@@ -150,7 +150,7 @@ def test_a_signal_that_ends_the_process_leaves_nothing(tmp_path, monkeypatch, nu
         with pytest.raises(SystemExit) as left:
             write_shards(stopped(), tmp_path / "s", per_shard=2)
         assert left.value.code == code and list(tmp_path.iterdir()) == []
-        assert heard == [signal.SIG_IGN] and at(number) is signal.SIG_DFL  # a second one does not stop the cleaning
+        assert heard == [signal.SIG_IGN] and at(number) is signal.SIG_DFL  # a second one does not stop the clean-up
     finally:
         signal.signal(number, before)
 

@@ -15,7 +15,7 @@ from duotone.kernels import dispatch
 HOW = 'tests/kernels need the interpreter or a GPU: TRITON_INTERPRET=1 pytest tests/kernels -m "not gpu and not long"'
 # In the environment, so that every worker of a run has the same.
 SEED = int(os.environ.setdefault("KERNEL_TEST_SEED", str(time.time_ns() % 10**6)))
-# The interpreter cuts fp32 off where a GPU rounds to the nearest bf16.
+# The interpreter truncates fp32 to bf16, where a GPU rounds to the nearest.
 UNIT_ROUNDOFF = {
     torch.float32: 2.0**-24,
     torch.float16: 2.0**-11,
@@ -34,7 +34,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Without a way to run a kernel nothing passes; with a GPU, `-m gpu` takes what runs on the device as well."""
+    """Without a way to run a kernel, pytest ends in an error; on a GPU, `-m gpu` also selects tests that use `device`."""
     here = [item for item in items if Path(__file__).parent in item.path.parents]
     if here and not (dispatch.INTERPRETED or torch.cuda.is_available()):
         raise pytest.UsageError(HOW)
@@ -55,7 +55,7 @@ def device():
 
 @pytest.fixture(autouse=True)
 def poisoned_and_fresh(request):
-    """Uninitialised memory is NaN, so an element that a kernel forgets to write is seen; inputs differ per test."""
+    """Fills uninitialised memory with NaN, which shows elements that a kernel forgets to write; inputs differ per test."""
     torch.manual_seed(SEED + zlib.crc32(request.node.name.encode()))
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -64,9 +64,9 @@ def poisoned_and_fresh(request):
 
 @pytest.fixture(autouse=True)
 def one_writer_within_bounds(monkeypatch):
-    """Every address is stored once per launch: the interpreter's order of programs would hide a race of two.
+    """Every address is stored once per launch: the interpreter runs programs in order, which would hide a race.
 
-    And every access lies within one of the launch's tensors: beside them it would go unseen, or end the process.
+    And every access lies within one of the launch's tensors: outside, it would go unnoticed, or crash the process.
     """
     if not dispatch.INTERPRETED:
         return
@@ -80,14 +80,14 @@ def one_writer_within_bounds(monkeypatch):
         addresses = pointers.data[mask.data]
         low, high = (addresses.min(), addresses.max()) if addresses.size else (0, 0)
         if not addresses.size or any(first <= low and high < end for first, end in extents):
-            return addresses  # nearly always: an access meets one tensor
+            return addresses  # nearly always: an access lies within one tensor
         inside = numpy.zeros(addresses.shape, bool)
         for first, end in extents:
             inside |= (first <= addresses) & (addresses < end)
             if inside.all():
                 return addresses
         assert not extents, "a kernel reads or writes outside of its tensors"
-        return addresses  # started by a test's own executor, whose tensors are its affair
+        return addresses  # started by a test's own executor, whose tensors are not known here
 
     def noting_load(self, pointers, mask, *rest):
         note(pointers, mask)
@@ -111,14 +111,14 @@ def one_writer_within_bounds(monkeypatch):
 
 
 def extent(tensor) -> tuple[int, int]:
-    """The first address of a tensor, and the one behind its last element."""
+    """The first address of a tensor, and the one after its last element."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 @pytest.fixture
 def launching():
-    """A block that must launch the named kernel and must not go to its reference."""
+    """A context that must launch the named kernel and must not fall back to its reference."""
 
     @contextmanager
     def block(kernel, launches=None):
@@ -134,7 +134,7 @@ def launching():
 
 @pytest.fixture
 def agree():
-    """Compare with fp64: one rounding to the result's own type, and fp32 arithmetic relative to the largest value."""
+    """Compares with fp64; allows one rounding to the result's dtype, and fp32 arithmetic relative to the largest value."""
 
     def check(got, exact, what, arithmetic=1e-5, scale=None):
         assert got.shape == exact.shape, f"{what}: {tuple(got.shape)} instead of {tuple(exact.shape)}"

@@ -39,7 +39,7 @@ def test_agrees_with_fp64(case, tensors, device, agree, launching):
     given_decays = [torch.tensor(decay, device=device) for decay in decays] if tensors else decays
     with launching(NAME, launches=1):
         adamw_ema_(*state, emas, **options, ema_decays=given_decays, weights_out=weights)
-    # One parameter may come out near 0: judge it beside what it was made from.
+    # A parameter may come out near 0: judge its error relative to what it was computed from.
     drawn = {"exp_avg": 0.1, "exp_avg_sq": 0.01}
     for name, mine, exact in zip(("master", "grad", "exp_avg", "exp_avg_sq"), state, exact_state):
         agree(mine, exact, name, 5e-7, scale=exact.abs().amax().clamp(min=drawn.get(name, 1.0)))
@@ -51,7 +51,7 @@ def test_agrees_with_fp64(case, tensors, device, agree, launching):
 
 @pytest.mark.parametrize("step", [1, 2, 10, 1000, 100_000])
 def test_bias_correction_at_every_age(step, device, agree, launching):
-    """1 - beta ** step loses digits in fp32 for the first thousand steps unless it is computed with care."""
+    """In fp32, 1 - beta ** step loses digits for the first thousand steps unless it is computed with care."""
     (master, grad, average, square), _, _ = draw(CASES[1], device)
     exact = [t.double() for t in (master, grad, average, square)]
     options = OPTIONS | {"step": step, "weight_decay": 0.0, "lr": 1.0}
@@ -73,7 +73,7 @@ def test_bias_correction_at_every_age(step, device, agree, launching):
     ids=str,
 )
 def test_neither_a_small_beta_nor_a_large_gradient_loses_the_other(betas, average, square, gradient, device, launching):
-    """share * (new - old) would round a small new value away at a share of 1, and a large one's square has no room."""
+    """At a share of 1, share * (new - old) would round a small new value away; a large one's square would overflow."""
     flat = [torch.full((1024,), float(value), device=device) for value in (0.0, gradient, average, square)]
     exact = [t.double() for t in flat]
     options = OPTIONS | {"step": 1000, "weight_decay": 0.0, "betas": betas}
@@ -85,7 +85,7 @@ def test_neither_a_small_beta_nor_a_large_gradient_loses_the_other(betas, averag
 
 
 def test_eps_is_added_behind_the_bias_correction(device, agree, launching):
-    """Gradients about as small as eps, early in a run: where it is added decides the update."""
+    """Early in a run, with gradients about as small as eps, the place where eps is added decides the update."""
     (master, grad, *_), _, _ = draw(CASES[1], device)
     grad, average, square = grad * 1e-6, torch.zeros_like(grad), torch.zeros_like(grad)
     exact = [t.double() for t in (master, grad, average, square)]

@@ -21,14 +21,14 @@ from duotone.kernels.attention_backends import _backend as backend_of
 
 CHECKED = [case for case in CASES if not case.timed]
 BY_NAME = {case.name: case for case in CASES}
-# Weights are rounded to the images' type between the two products, as in every fused kernel.
-# A GPU computes fp32 in PyTorch's kernels; the interpreter shows this kernel's own arithmetic in it.
+# Attention weights are rounded to the images' dtype between the two products, as in every fused kernel.
+# On a GPU, fp32 goes to PyTorch's kernels; only the interpreter shows this kernel's own fp32 arithmetic.
 ARITHMETIC = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 3e-2}
 FINEST = torch.float32 if dispatch.INTERPRETED else torch.float16
 
 
 def draw(case, device, dtype):
-    """Query, key, value, mask; the last image attends to nothing where the case is masked."""
+    """Query, key, value, mask; in a masked case the last image attends to nothing."""
     tokens = [torch.randn(case.images, n, case.heads, case.width, device=device).to(dtype) for n in _lengths(case)]
     if not case.masked:
         return tokens, None
@@ -56,7 +56,7 @@ def compare(tokens, mask_NM, dout_NLHD, agree, launching, arithmetic=None, **opt
 def compare_with_fp64(got, tokens, mask_NM, dout_NLHD, agree, arithmetic=None, **options):
     exact = differentiate(attention_reference, tokens, mask_NM, dout_NLHD, torch.float64, **options)
     for name, mine, truth in zip(("out", "dq", "dk", "dv"), got, exact):
-        # Over a single key the weight is 1 and dq, dk are 0: judge them beside dv.
+        # Over a single key the weight is 1 and dq, dk are 0: judge their errors relative to dv.
         scale = (
             truth.abs().amax() if name in ("out", "dv") else torch.maximum(truth.abs().amax(), exact[3].abs().amax())
         )
@@ -65,7 +65,7 @@ def compare_with_fp64(got, tokens, mask_NM, dout_NLHD, agree, arithmetic=None, *
 
 
 def test_tokens_that_lie_too_far_apart_go_to_the_reference(device):
-    """A program's offsets have 32 bits; a gradient that lies so is made dense first."""
+    """A program's offsets have 32 bits. A gradient with such strides is made dense first."""
     dtype, near = FINEST, [torch.randn(1, n, 2, 16, device=device) for n in (3, 5, 5)]
     near = [tokens.to(dtype).requires_grad_() for tokens in near]
     far_NLHD = torch.empty_strided((1, 3, 2, 16), (1, 2**30, 16, 1), dtype=dtype, device=device)  # never touched
@@ -120,9 +120,9 @@ def test_gradients_of_any_stride(gradient, device, agree, launching):
 
 
 def test_scale_and_large_scores(device, agree, launching):
-    """Scores of hundreds: the row's maximum is taken away before the exponential.
+    """With scores of several hundreds, the row's maximum must be subtracted before the exponential.
 
-    A score's rounding is a weight's relative error: hundreds of times that of scores near 1.
+    The rounding error of a score becomes the relative error of a weight: hundreds of times that for scores near 1.
     """
     tokens, mask_NM = draw(BY_NAME["padded_words"], device, FINEST)
     tokens[0] = tokens[0] * 30
@@ -136,7 +136,7 @@ def test_queries_are_split_only_where_heads_are_few():
 
 
 def test_large_tiles_go_elsewhere_on_chips_with_little_shared_memory():
-    """The ledger's figures: 128 keys of 128 channels take 120 KiB where an RTX has 99 and an H100 227; a Turing has 64."""
+    """By the ledger, 128 keys of 128 channels take 120 KiB; a Turing has 64, an RTX 99 and an H100 227."""
     turing, rtx, a100, h100 = 65_536, 101_376, 166_912, 232_448
     assert not fits(77, 96, rtx) and fits(77, 64, rtx) and fits(64, 128, rtx)
     assert fits(77, 96, a100) and fits(128, 128, h100)
@@ -167,7 +167,7 @@ def test_many_keys_go_to_pytorch(device):
 
 @pytest.mark.parametrize("tokens", [49, 144, 2304, 9216])
 def test_self_attention_over_maps_of_every_size(tokens, device):
-    """Every 97th query of a map, judged alone: the definition's scores of all of them would not fit."""
+    """Only every 97th query of a map is judged: the definition's scores for all of them would not fit in memory."""
     q_NLHD, k_NMHD, v_NMHD = (torch.randn(1, tokens, 1, 8, device=device).to(FINEST) for _ in range(3))
     out_NLHD = attention(q_NLHD, k_NMHD, v_NMHD)[:, ::97]
     expected_NLHD = attention_reference(q_NLHD[:, ::97], k_NMHD, v_NMHD)
@@ -175,7 +175,7 @@ def test_self_attention_over_maps_of_every_size(tokens, device):
 
 
 def test_a_mask_over_many_keys_counts_for_pytorchs_kernels_too(device):
-    """The last image attends to nothing: 0, and no gradient, where they would answer NaN."""
+    """The last image attends to nothing: it gets 0 and no gradient, where PyTorch's kernels would return NaN."""
     tokens = [torch.randn(2, n, 2, 16, device=device).to(FINEST) for n in (40, 200, 200)]
     mask_NM = torch.arange(200, device=device) < torch.tensor([[150], [0]], device=device)
     dout_NLHD = torch.randn_like(tokens[0])
@@ -223,7 +223,7 @@ def test_refuses_what_lies_on_another_device():
 
 
 def test_each_shape_is_measured_once_and_a_backend_that_fails_is_named(monkeypatch):
-    """As on a GPU: the fastest runs, whatever another one raises; a shape met again is not measured again."""
+    """As on a GPU, the fastest backend runs, whatever another one raises; a shape is not measured a second time."""
     milliseconds, runs = {"default": 3.0, "flash": 1.0, "cudnn": 2.0}, []
 
     def time(run, *shape):
@@ -248,7 +248,7 @@ def test_each_shape_is_measured_once_and_a_backend_that_fails_is_named(monkeypat
 @pytest.mark.parametrize("backend", ["default", "flash", "efficient", "cudnn"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 def test_every_backend_of_pytorch_computes_the_definition(backend, masked, monkeypatch):
-    """Called as on a GPU; which of its kernels PyTorch restricts itself to, only a GPU can tell."""
+    """Called as on a GPU; whether PyTorch really restricts itself to one kernel, only a GPU can show."""
     monkeypatch.setattr("duotone.kernels.attention_backends.sdpa_kernel", lambda _: nullcontext())
     tokens = [torch.randn(2, n, 3, 16) for n in (40, 150, 150)]
     mask_NM = torch.arange(150) < torch.tensor([[90], [0]]) if masked else None

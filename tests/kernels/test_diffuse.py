@@ -35,7 +35,7 @@ def test_the_same_bits_on_every_device(case, dtype, device, launching):
     assert target_NCHW.cpu().equal(expected[1])
     there = diffuse_reference(**given, dtype=dtype)
     assert all(mine.cpu().equal(truth) for mine, truth in zip(there, expected)), "the definition, on the device"
-    if dtype == torch.bfloat16 and dispatch.INTERPRETED:  # which cuts off where devices round
+    if dtype == torch.bfloat16 and dispatch.INTERPRETED:  # which truncates where devices round
         torch.testing.assert_close(input_NCHW, expected[0], rtol=2.0**-7, atol=1e-6)
     else:
         assert input_NCHW.cpu().equal(expected[0])

@@ -1,4 +1,4 @@
-"""Where a call goes, and what is said about it; each claim in a process of its own."""
+"""Where a call goes, and what is reported about it; each claim is tested in a separate process."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ group_norm_silu.group_norm_silu(image_NCHW, weight_C, weight_C, 2).sum().backwar
 attention.attention(*[torch.randn(1, 4, 2, 8)] * 3)
 assert not dispatch.launches and not dispatch.fallbacks()
 """
-# torch.compile's caches ask for these to notice an edited kernel.
+# torch.compile's caches look these up to notice an edited kernel.
 KERNELS_ARE_FOUND = """
 from torch._library.triton import get_triton_kernels_for_op
 from duotone.kernels import attention, group_norm_silu, guided_step
@@ -29,7 +29,7 @@ found = {name: len(get_triton_kernels_for_op(f"duotone::{name}")) for name in (
     "group_norm_silu", "group_norm_silu_backward", "attention", "attention_backward", "guided_step")}
 assert list(found.values()) == [4, 4, 1, 1, 2], found
 """
-# Both passes are traced on tensors without storage, for a chip that is not there, and stopped before anything runs.
+# Both passes are traced on tensors without storage, for a chip that is absent, and stopped before anything runs.
 ONE_GRAPH = """
 import torch, triton
 from torch._dynamo.backends.common import aot_autograd
@@ -93,7 +93,7 @@ torch.compiler.reset()
 assert kernels_seen(norm, x_NCHW, empty(64), empty(2, 64), dynamic=True) == [2, 2]
 assert kernels_seen(attend, empty(3, 90, 4, 32), empty(3, 70, 4, 32), dynamic=True) == [1, 1]
 """
-# Everything of opcheck but the values, which a kernel would have to run for: what it leaves unwritten is NaN on both sides.
+# All of opcheck except the values, for which a kernel would have to run: results stay unwritten, NaN on both sides.
 OPERATORS_ARE_SOUND = """
 import functools, torch, triton
 from triton.backends.compiler import GPUTarget
@@ -131,7 +131,7 @@ check("squared_norm", flat[0])
 which = torch.zeros(2, dtype=torch.bool), torch.ones(2, 4), 3, torch.zeros(2, dtype=torch.int64)
 check("diffuse", torch.zeros(2, 8, 8, 3, dtype=torch.uint8), *which, 1, torch.bfloat16)
 """
-# As on a GPU with more keys than our kernel takes, but for the chip: measured while the graph is traced, in any shape.
+# As on a GPU with more keys than our kernel takes, but without the chip: measured while tracing, in any shape.
 MANY_KEYS_ARE_ONE_GRAPH = """
 import torch
 from duotone.kernels import attention

@@ -22,7 +22,7 @@ from duotone.kernels.group_norm_tiling import tiling
 CHECKED = [case for case in CASES if not case.timed]
 BY_NAME = {case.name: case for case in CASES}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# What differs between these is how a number is read and written, which the plain norms show in every type.
+# These dtypes only differ in how a number is read and written, which the plain norms test in every dtype.
 TWO_DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.long)]
 MODULATION = ("add_NC", "scale_NC", "shift_NC")
 
@@ -43,7 +43,7 @@ LAYOUTS = {f.__name__: f for f in (channels_last, sliced, cropped)} | {"contiguo
 
 
 def draw(case, device, dtype, offset=0.0):
-    """Image, weights and modulation: fp32 weights, everything else in the image's type, modulation as chunks."""
+    """Image, weights and modulation: weights in fp32, all else in the image's dtype; modulation is chunks of a tensor."""
     images, channels = case.shape[:2]
     x_NCHW = (torch.randn(case.shape, device=device) * 1.5 + offset).to(dtype)
     weights = {name: torch.randn(channels, device=device) for name in ("weight_C", "bias_C")}
@@ -69,7 +69,7 @@ def compare(case, inputs, dy_NCHW, agree, launching, silu=True, arithmetic=1e-5,
 
 
 def _scale(exact, name):
-    """The gradient of `add` sums the image's: it may be exactly 0 (one channel per group) where its terms are not."""
+    """The gradient of `add` sums the image's: with one channel per group it may be exactly 0, its terms are not."""
     terms = exact["dx_NCHW"].abs().sum(dim=(2, 3)) if name == "dadd_NC" else exact[name].abs()
     return terms.amax()
 
@@ -126,7 +126,7 @@ def test_gradients_of_any_stride(name, gradient, device, agree, launching):
 def test_statistics_do_not_cancel(name, device, agree, launching):
     """Images 2,000 standard deviations from zero: E[x^2] - E[x]^2 in fp32 would lose every digit.
 
-    What a mean's last bit is there, 1.6e-4 of a deviation, a large gain would multiply: it is kept to 2.
+    There, the mean's last bit is 1.6e-4 of a deviation. The gain, which multiplies this error, is kept to at most 2.
     """
     case = BY_NAME[name]
     inputs = draw(case, device, torch.float32, offset=3000.0)
@@ -137,7 +137,7 @@ def test_statistics_do_not_cancel(name, device, agree, launching):
 
 
 def test_the_output_on_chip_is_not_limited_by_the_means_last_bit(device, agree, launching):
-    """At 3,000 the mean's last bit is 1e-4 of a deviation; the output is right to a tenth of that."""
+    """At 3,000 the mean's last bit is 1e-4 of a deviation; the output is accurate to a tenth of that."""
     case = BY_NAME["four_per_group"]
     inputs = draw(case, device, torch.float32, offset=3000.0)
     del inputs["add_NC"]
@@ -164,7 +164,7 @@ def test_the_definition_does_not_cancel_either(layout, with_add, agree):
 
 
 def test_one_outlier_does_not_cancel(device, agree, launching):
-    """A pixel that no shift by a first element or a first row survives."""
+    """Shifting by the first element or the first row would not save the statistics from this pixel."""
     case = BY_NAME["chunks"]
     inputs = draw(case, device, torch.float32)
     inputs["x_NCHW"][:, :, 0, 0] = 1e4
@@ -173,7 +173,7 @@ def test_one_outlier_does_not_cancel(device, agree, launching):
 
 
 def test_shared_modulation(device, agree, launching):
-    """Two norms modulated by the same scale and shift: their gradients add (silently wrong in some compilers)."""
+    """Two norms with the same scale and shift: their gradients must add up (silently wrong in some compilers)."""
     case = BY_NAME["four_per_group"]
     inputs = draw(case, device, torch.float32)
     del inputs["add_NC"]
@@ -219,7 +219,7 @@ def test_weights_of_any_stride(device, agree, launching):
 
 
 def test_each_weight_gets_its_gradient_in_its_own_type(device, launching):
-    """A bias's sum over an image may have no room in the type of a half-precision gain."""
+    """The bias's gradient, a sum over the image, may overflow in the dtype of a half-precision gain."""
     x_NCHW = channels_last(torch.randn(2, 16, 8, 8, device=device))
     weight_C, bias_C = torch.ones(16, device=device, dtype=torch.float16), torch.zeros(16, device=device)
     leaves = [weight_C.requires_grad_(), bias_C.requires_grad_()]
@@ -231,7 +231,7 @@ def test_each_weight_gets_its_gradient_in_its_own_type(device, launching):
 
 
 def test_pixels_that_lie_too_far_apart_go_to_the_reference(device):
-    """Of a view of a larger tensor: a program's offsets have 32 bits."""
+    """Such pixels belong to a view of a larger tensor; a program's offsets have 32 bits."""
     x_NCHW, row_C = torch.randn(1, 4, 3, 2, device=device).bfloat16(), torch.ones(4, device=device)
     far_NCHW = torch.empty_strided(x_NCHW.shape, (1, 1, 2**30, 4), dtype=x_NCHW.dtype, device=device)  # never touched
     found = group_norm_silu(far_NCHW.copy_(x_NCHW), row_C, row_C, 2)
@@ -245,7 +245,7 @@ def test_pixels_that_lie_too_far_apart_go_to_the_reference(device):
 
 @pytest.mark.parametrize("layout", [channels_last, torch.Tensor.contiguous], ids=["channels_last", "contiguous"])
 def test_the_definition_gives_weights_alone_their_gradients(layout):
-    """A frozen layer before the norm: on a CPU PyTorch's own backward pass would end the process."""
+    """A frozen layer precedes the norm: on a CPU, PyTorch's own backward pass would crash the process."""
     x_NCHW, rows = layout(torch.randn(2, 8, 5, 7)), [torch.randn(8, requires_grad=True) for _ in range(2)]
     wide = [row.detach().double().requires_grad_() for row in rows]
     found = torch.autograd.grad(group_norm_silu_reference(x_NCHW, *rows, 4).sum(), rows)
@@ -255,7 +255,7 @@ def test_the_definition_gives_weights_alone_their_gradients(layout):
 
 
 def test_the_definition_draws_the_same_whether_or_not_weights_are_trained():
-    """Where no gradient is kept, nothing is to be got round."""
+    """Without gradients, the definition needs no workaround."""
     x_NCHW, rows = channels_last(torch.randn(2, 64, 9, 7)), [torch.randn(64, requires_grad=True) for _ in range(2)]
     with torch.no_grad():
         drawn = group_norm_silu_reference(x_NCHW, *rows, 8)
@@ -284,7 +284,7 @@ def test_programs_own_whole_groups_and_fill_cache_lines(channels, groups):
 
 @pytest.fixture
 def in_turns(monkeypatch):
-    """Large maps in one launch, first passes a single slab ahead: first alone, then both, then second passes alone."""
+    """The norm in one launch, first passes one slab ahead: first passes alone, then both, then second passes alone."""
     monkeypatch.setattr(group_norm_tiling, "_CHUNKS_AHEAD", 1)
     return partial(group_norm_silu, in_turns=True)
 
@@ -422,7 +422,7 @@ def test_joined_with_gradients_of_any_stride(name, border, layout, device, agree
 
 
 def test_joined_is_the_norm_of_the_concatenation(device, launching):
-    """Bit for bit as interpreted; compiled, each of the two kernels contracts products and sums in its own way."""
+    """Bit for bit in the interpreter; compiled, each of the two kernels fuses products and sums in its own way."""
     case = BY_NAME["chunks"]
     inputs = draw(case, device, torch.bfloat16)
     inputs["x_NCHW"] = channels_last(inputs["x_NCHW"])
@@ -436,7 +436,7 @@ def test_joined_is_the_norm_of_the_concatenation(device, launching):
 
 
 def test_joined_without_a_gradient_of_its_own(device, agree, launching):
-    """Nothing but the norm's output is used: the joined image adds nothing."""
+    """Only the norm's output is used: the joined image contributes no gradient."""
     case = BY_NAME["odd_map"]
     inputs = in_parts(draw(case, device, torch.float32), 24)
     dy_NCHW = torch.randn(case.shape, device=device)
@@ -454,8 +454,8 @@ def test_joined_without_a_gradient_of_its_own(device, agree, launching):
 @pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("in_turns", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_network_whose_norms_join_skips_is_the_same_network(in_turns, checkpointing, device, launching, monkeypatch):
-    """Borders between groups and within one, on chip and in chunks."""
-    # Convolutions that round what they multiply to 10 bits would make of a last bit a larger difference.
+    """Borders lie between groups and within one, for maps on chip and in chunks."""
+    # TF32 convolutions, which round their factors to 10 bits, would turn a last bit into a larger difference.
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     shape = {"channels": (16, 24), "attention": ("none",) * 2, "heads": (1, 1), "blocks": (1, 1), "depth": (1, 1)}
     unet = UNetConfig(**shape, middle="absent", groups=8, zero_init=False).build().to(device)

@@ -1,4 +1,4 @@
-"""guided_step against its definition in fp64, and against two networks' worth of arithmetic spelled out."""
+"""guided_step against its definition in fp64, and against the arithmetic of two network outputs written out."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def test_full_rescale_restores_each_images_deviation(device, launching):
 
 
 def test_a_flat_image_has_nothing_to_rescale(device, launching):
-    """A new network predicts nothing: its images would all be NaN."""
+    """An untrained network predicts zeros: rescaling by their deviation would make every image NaN."""
     given = draw((2, 3, 16, 16), device, torch.float32)
     given["x_NCHW"][0], given["prediction_2NCHW"][[0, 2]] = 0.0, 0.0
     with launching(NAME, launches=2):
@@ -74,13 +74,13 @@ def test_a_flat_image_has_nothing_to_rescale(device, launching):
 
 @pytest.mark.parametrize("side", [8, 16, 64, 96])
 def test_a_flat_image_of_any_colour_stays_as_it_is(side, device, launching):
-    """The mean of a constant is rounded, and what it leaves is no deviation to be scaled to another's."""
+    """The mean of a constant is rounded; what is left after subtracting it must not count as a deviation to rescale."""
     for colour, scale, rescale in ((0.1, 3.3, 0.7), (-0.3, 3.3, 0.7), (0.30859375, 3.3, 0.7), (0.1, 0.0, 1.0)):
         given = draw((2, 3, side, side), device, torch.float32)
         ones_N = torch.ones(2, device=device)
         given |= {"c_skip_N": 0 * ones_N, "c_out_N": ones_N, "scale_N": scale * ones_N}
         given["prediction_2NCHW"][2] = colour
-        if scale:  # without it what leads the way does not show
+        if scale:  # at scale 0 the conditional half does not show
             given["prediction_2NCHW"][0] = colour / 2
         with launching(NAME, launches=2):
             guided_NCHW = guided_step(**given, rescale=rescale)

@@ -34,7 +34,7 @@ norm_in_turns = partial(norm, in_turns=True)
 
 
 def joined_norm(x_NCHW, weight_C, bias_C, add_NC, scale_NC, shift_NC, in_turns=False):
-    """Of an image that comes in two parts, the border of which runs through a group; joined image and norm as one."""
+    """The norm of an image in two parts, whose border runs through a group; joined image and norm as one tensor."""
     parts = [part.contiguous(memory_format=torch.channels_last) for part in x_NCHW.tensor_split([50], dim=1)]
     modulation = {"add_NC": add_NC, "scale_NC": scale_NC, "shift_NC": shift_NC}
     y_NCHW, joined_NCHW = group_norm_silu.joined_group_norm_silu(
@@ -128,7 +128,7 @@ def test_norm_in_one_compiled_graph(side, norm):
 
 
 def test_turns_end_beside_other_work_and_within_a_captured_graph():
-    """Thousands of programs, most of which wait for some time, while another stream keeps the GPU busy."""
+    """Thousands of programs, most of which have to wait for a while, with another stream keeping the GPU busy."""
     inputs = [t.detach() for t in norm_inputs(images=64, side=64)]
     expected, beside, square = norm(*inputs), torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda")
     with torch.cuda.stream(beside):
@@ -203,7 +203,7 @@ def test_attention_gives_the_same_bits_again(images):
 
 
 def test_an_image_does_not_depend_on_its_batch():
-    """Programs are cut by the shape of one image, so its statistics are summed in the same order in any batch."""
+    """Work is divided by the shape of one image, so its statistics are summed in the same order in any batch."""
     inputs = norm_inputs(images=5, side=64)
     alone = norm(*(t[:1] if t.shape[0] == 5 else t for t in inputs))
     assert norm(*inputs)[:1].equal(alone)
@@ -235,7 +235,7 @@ def test_sound_kernels_pass_the_start_up_check():
 
 @pytest.mark.parametrize("backend", attention_backends.BACKENDS)
 def test_attention_over_many_keys_is_one_graph(backend):
-    """With every backend that was measured to run; xformers gives way to the next where a graph is compiled."""
+    """With every backend that the measurement may choose; in a compiled graph, the next one replaces xformers."""
     tokens, _ = attention_inputs(images=1, queries=256, keys=256)
     shape = dict(images=1, queries=256, keys=256, heads=4, width=64, dtype=torch.bfloat16, masked=False)
     with torch.inference_mode():
@@ -254,7 +254,7 @@ def test_attention_over_many_keys_is_one_graph(backend):
 
 
 def test_a_kernel_runs_where_its_tensors_are():
-    """Triton launches on the current device, which here is another one."""
+    """Triton launches on the current device, which in this test is another one."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     assert self_test("cuda:1") == [] and torch.cuda.current_device() == 0

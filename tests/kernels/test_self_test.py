@@ -19,7 +19,7 @@ def nothing_stays_disabled(monkeypatch):
 
 
 def test_every_kernel_is_checked_tested_and_measured(monkeypatch):
-    """A new file is not found by itself: what has a name and cases stands in the start-up check, in a test and among the benches' subjects."""
+    """A new kernel file is not found by itself: the start-up check, a test and the benches' subjects must name it."""
     monkeypatch.syspath_prepend(ROOT / "bench")
     subjects = importlib.import_module("subjects").SUBJECTS
     modules = [
@@ -47,7 +47,7 @@ def test_a_model_may_be_loaded_where_no_gradient_is_kept(device, mode):
 
 @pytest.fixture(scope="module")
 def norms_of_the_plain_check():
-    """Launches of the norms' kernels in a self-test without further cases."""
+    """Launches of the norms' kernels in a self-test without the further cases."""
     before = dispatch.launches[group_norm_silu.NAME]
     assert self_test("cpu" if dispatch.INTERPRETED else "cuda") == []
     return dispatch.launches[group_norm_silu.NAME] - before

@@ -1,4 +1,4 @@
-"""squared_norm against fp64, the same bits again, and what is not finite."""
+"""squared_norm against fp64, the same bits on every call, and values that are not finite."""
 
 import pytest
 import torch

@@ -41,7 +41,7 @@ def test_every_chunk_has_two_passes_and_each_waits_for_earlier_turns_alone(slabs
 
 
 def test_slabs_ahead_stay_within_the_cache():
-    """The reference network's largest maps: 64 images of 128 channels at 128 and 64 px, 2 MiB and half a MiB a slab."""
+    """The reference network's largest maps: 64 images, 128 channels, at 128 and 64 px: 2 MiB and half a MiB per slab."""
     for side, expected in ((128, 4), (64, 16)):
         cut = group_norm_tiling.tiling(128, 32, side**2, 2, in_turns=True)
         assert cut.span == 64 and group_norm_tiling.fits_the_cache(cut, side**2, 2)
@@ -55,9 +55,9 @@ def test_slabs_ahead_stay_within_the_cache():
 
 @pytest.fixture(params=[2, pytest.param(7, marks=pytest.mark.long)], ids="{}_at_once".format)
 def side_by_side(request, monkeypatch):
-    """Programs of a launch run as threads, a few at once; no slab is published before another program waits for it.
+    """Runs a launch's programs as threads, a few at once; no slab is published before another program waits for it.
 
-    Yields the slabs published so. Beside that, programs are held up at random where they count.
+    Yields the slabs published in this way. In addition, programs are delayed at random when they update a counter.
     """
     from triton.runtime import interpreter
 
@@ -73,14 +73,14 @@ def side_by_side(request, monkeypatch):
         if order == interpreter._ir.MEM_SEMANTIC.RELEASE:
             hold_until(lambda: slab in waited_for)
             published.append(slab)
-        time.sleep(0.2 if random.random() < 0.1 else 0)  # long beside a program, so that others overtake
+        time.sleep(0.2 if random.random() < 0.1 else 0)  # much longer than a program takes, so that others overtake
         count = atomic(self, operation, pointer, value, mask, order, scope)
         if not value.data.any():
             waited_for.add(slab)
         return count
 
     def threaded(self, *arguments, **options):
-        waited_for.clear()  # a launch's counters may lie where the last launch's lay
+        waited_for.clear()  # a launch's counters may have the addresses of the last launch's
         programs = Programs(self.fn, request.param)
         monkeypatch.setattr(self, "fn", programs.begin)
         call(self, *arguments, **options)
@@ -95,7 +95,7 @@ def side_by_side(request, monkeypatch):
 
 
 def hold_until(condition):
-    """Return when the condition holds, which another program brings about."""
+    """Returns once another program has made the condition true."""
     deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, "no program waits for this one, so nothing would be shown"
@@ -103,7 +103,7 @@ def hold_until(condition):
 
 
 class Programs:
-    """Runs the programs of one launch in threads, at most `at_once` of them, and ends when the last has ended."""
+    """Runs the programs of one launch in threads, at most `at_once` at a time, and returns when the last has ended."""
 
     def __init__(self, kernel, at_once):
         self.seats, self.threads, self.errors = threading.Semaphore(at_once), [], []
@@ -140,7 +140,7 @@ def norm_and_gradients(function, x_NCHW, modulation, dy_NCHW):
 
 
 def test_programs_side_by_side_give_the_same_bits(side_by_side, monkeypatch):
-    """Two images of one slab of ten chunks; the first passes are one slab ahead, so that some must wait."""
+    """Two images, each one slab of ten chunks; first passes are only one slab ahead, so that some must wait."""
     if not dispatch.INTERPRETED:
         pytest.skip("a GPU runs programs side by side anyway: test_on_gpu.py")
     monkeypatch.setattr(group_norm_tiling, "_CHUNKS_AHEAD", 1)
