@@ -201,7 +201,7 @@ def test_counts_may_be_written_short():
 def test_a_recipe_survives_json_and_builds_no_foreign_type():
     recipe = tiny()
     assert from_json(json.loads(json.dumps(to_json(recipe)))) == recipe
-    # Until 0.1 a type was stored with its module: such a run goes on.
+    # Up to version 0.1 a type was stored with its module: such a run can still be resumed.
     stored = to_json(recipe)
     stored["optimizer"]["type"] = "duotone.engine.elsewhere:AdamW"
     assert from_json(stored) == recipe and not differences(stored, recipe)
@@ -212,7 +212,7 @@ def test_a_recipe_survives_json_and_builds_no_foreign_type():
 
 @pytest.mark.parametrize("where", ["model", "objective", "conditioning"])
 def test_a_model_that_says_more_than_this_version_knows_is_refused(where):
-    """Left out without a word, a later version's field would draw other pictures; one that is off, or of the training, would not."""
+    """Ignoring a later version's field would draw other pictures, unless it is off or only concerns training."""
     header = artifact.header(tiny(), Facts(), 0)
     stored = json.loads(header["duotone.recipe"])
     part = stored["conditioning"][0] if where == "conditioning" else stored[where]
@@ -256,7 +256,7 @@ def test_a_wrong_key_is_refused_before_deepspeed_and_transformers_are_loaded(tmp
 
 @pytest.mark.parametrize("rank,says", [("0", "duotone: refused: "), ("1", "duotone: refused on rank 1 (")])
 def test_a_rank_that_refuses_alone_is_heard(rank, says, tmp_path):
-    """What only one machine lacks is said by its own rank, after the others had time to say the same."""
+    """A fault of one machine alone is reported by its own rank, after the other ranks had time to report the same."""
     alone = "import duotone.engine.entry as entry, runpy, sys; entry.ONLY_THIS_RANK = 0.1\n"
     alone += f"sys.argv = ['recipe', '--batch-size', '0']; runpy.run_path({str(RECIPE)!r}, run_name='__main__')"
     environment = os.environ | {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}
@@ -266,7 +266,7 @@ def test_a_rank_that_refuses_alone_is_heard(rank, says, tmp_path):
 
 
 def test_arithmetic_that_is_not_to_be_had_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    """fp16 on most CPUs."""
+    """Such as fp16 on most CPUs."""
     from deepspeed.accelerator import get_accelerator
 
     from duotone.engine.train import train
@@ -307,7 +307,7 @@ DATA = {
 
 
 def test_of_a_flag_that_is_given_again_the_last_counts():
-    """Appending to a command overrides it, wherever the first stood and however it was spelt."""
+    """A flag appended to a command overrides an earlier one, wherever that is and however it is spelt."""
     flags = [
         "optimizer:muon",
         "--log.every",
@@ -385,13 +385,13 @@ def test_a_checkpoint_that_does_not_verify_is_passed_over_by_name(tmp_path):
     assert checkpoint.newest(tmp_path)[0] == found
     shutil.rmtree(found)
     with pytest.raises(Refused, match="000000000016 passed over: .*put one back, or give --fresh"):
-        checkpoint.newest(tmp_path)  # to begin anew is not its to decide
+        checkpoint.newest(tmp_path)  # it must not decide to start over
     shutil.rmtree(newer)
     assert checkpoint.newest(tmp_path) == (None, [])
 
 
 def test_what_the_disk_does_not_give_is_no_damage(tmp_path, monkeypatch):
-    """Passed over, an intact checkpoint would be trained anew, and removed."""
+    """If an unreadable but intact checkpoint were skipped, its steps would be trained again and it would be removed."""
     checkpoint.publish(tmp_path, 8, tensors(), {})
     newer = checkpoint.publish(tmp_path, 16, tensors(), {})
 
@@ -404,7 +404,7 @@ def test_what_the_disk_does_not_give_is_no_damage(tmp_path, monkeypatch):
 
 
 def test_only_checkpoints_by_their_own_names_are_the_runs(tmp_path):
-    """Copies and links that a user keeps beside them are neither gone on from nor removed."""
+    """A run neither resumes from nor removes the copies and links that a user keeps beside its checkpoints."""
     kept = checkpoint.publish(tmp_path, 16, tensors(), {})
     for name in ("images-best", f"{kept.name}-mine"):
         shutil.copytree(kept, tmp_path / name)
@@ -430,7 +430,7 @@ def test_a_checkpoint_can_be_read_by_whoever_may_read_its_folder(tmp_path):
 
 
 def test_what_a_killed_process_left_of_its_writing_is_no_strangers_and_goes(tmp_path):
-    """.NAME.1a2b3c4d, before recipe.json was there and after."""
+    """Files such as .NAME.1a2b3c4d, from before and after recipe.json was written."""
     for name in (".claim", ".recipe.json.0123abcd", ".ema.safetensors.89abcdef"):
         (tmp_path / name).write_text("")
     run_folder.refuse_strangers(tmp_path)
@@ -450,7 +450,7 @@ def test_rows_that_nobody_here_wrote_block_no_run(tmp_path):
 
 
 def test_what_the_disk_refuses_is_one_line(ema, tmp_path, monkeypatch, capsys):
-    """From the command line as from a recipe; and a link that leads nowhere is not written over."""
+    """From the command line as well as from a recipe; and a dangling link is not overwritten."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for flags, says in (
@@ -471,7 +471,7 @@ def test_what_the_disk_refuses_is_one_line(ema, tmp_path, monkeypatch, capsys):
 
 
 def test_damaged_checkpoints_push_no_readable_one_out(tmp_path):
-    """A run that goes on from before them writes lower numbers than theirs."""
+    """A run that resumes from an earlier checkpoint writes lower numbers than those of the damaged ones."""
     for images in (32, 40, 8, 16, 24):
         checkpoint.publish(tmp_path, images, tensors(), {})
     for images in (32, 40):
@@ -516,7 +516,7 @@ def ema(tmp_path_factory):
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
-    """The one line of a command that must be refused, in this process, from an empty folder."""
+    """The one line of a command that must be refused, run in this process and in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
     def line_of(*arguments: str) -> str:

@@ -17,7 +17,7 @@ COCO = Path(__file__).parents[2] / "recipes" / "coco_clip.py"
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """A CLIP text model of the reference width and its tokenizer, untrained, in a folder as from_pretrained reads them."""
+    """An untrained CLIP text model of the reference width and its tokenizer, in a folder that from_pretrained reads."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     folder = tmp_path_factory.mktemp("clip") / "text"
@@ -43,7 +43,7 @@ def clip(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """scikit-learn's two photographs with captions in COCO's annotation format, prepared by the real command's class."""
+    """scikit-learn's two photographs with captions in COCO's format, prepared by the class behind the real command."""
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
@@ -98,7 +98,7 @@ SMALL = "--model.channels 32 32 --model.attention none cross --model.heads 2 2 -
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_frozen_encoder_goes_with_the_precision_of_what_is_trained(precision, shards, clip, tmp_path, monkeypatch):
-    """DeepSpeed casts the trained weights alone; the first step would multiply fp32 tokens by bf16 weights."""
+    """DeepSpeed only casts trained weights: the first step would multiply fp32 tokens by bf16 weights."""
     from deepspeed.accelerator import get_accelerator
 
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
@@ -136,7 +136,7 @@ def test_every_caption_of_an_image_is_drawn(shards):
 
 
 def test_a_caption_longer_than_clip_takes_names_what_was_cut(clip):
-    """75 tokens lie between its marks; of 80 one-letter words the last five are named, and nothing else is lost."""
+    """75 tokens fit between its start and end marks: of 80 one-letter words only the last five are cut and named."""
     from duotone.engine.conditioning.base import Facts
     from duotone.engine.conditioning.text import ClipText
     from duotone.engine.model.unet import UNetConfig
@@ -149,7 +149,7 @@ def test_a_caption_longer_than_clip_takes_names_what_was_cut(clip):
 
 
 def test_the_doctor_gives_the_encoder_each_caption_once(clip, monkeypatch):
-    """And names the dropout that was meant to be uniform and is normal; a few of its rows, as all hold the same captions."""
+    """And it names the planted normal dropout. A few of its rows are encoded here, as all hold the same captions."""
     from transformers import CLIPTextModel
 
     from duotone.engine import draws

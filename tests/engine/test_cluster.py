@@ -1,4 +1,4 @@
-"""Runs over several machines: two hosts in network namespaces, each with a name, an address and a launcher of its own."""
+"""Runs over several machines: two hosts in network namespaces, each with its own name, address and launcher."""
 
 import json
 import os
@@ -33,7 +33,7 @@ WAIT = timedelta(seconds=60)
 
 @dataclass(frozen=True)
 class Machine:
-    """A host that is this one, but for its name, its network and what lies in /dev/shm."""
+    """A host that is this one, except for its name, its network and the content of /dev/shm."""
 
     namespace: str
     rank: int
@@ -41,7 +41,7 @@ class Machine:
     hostfile: Path
 
     def start(self, *flags: str, by: str = "deepspeed") -> subprocess.Popen:
-        """The recipe under a launcher of this machine's own, in a process group of its own."""
+        """Starts the recipe under this machine's own launcher, in a separate process group."""
         launcher = [*LAUNCHERS[by](self), str(RECIPE), "--speed.threads", "1"]
         own = f'hostname host-{self.rank}; mount --bind {self.hosts} /etc/hosts; mount -t tmpfs shm /dev/shm; exec "$@"'
         inside = ["ip", "netns", "exec", self.namespace, "unshare", "--mount", "--uts", "sh", "-c", own, "sh"]
@@ -99,7 +99,7 @@ def shards(tmp_path_factory):
 
 
 def ended(*processes: subprocess.Popen) -> list[tuple[int, str]]:
-    """Exit codes, and what this project said there."""
+    """Exit codes, and the lines that this project printed."""
     try:
         said = [process.communicate(timeout=300)[0] for process in processes]
     finally:
@@ -116,7 +116,7 @@ def rows(out: Path) -> list[dict]:
 
 @pytest.mark.parametrize("by", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.long)])
 def test_two_machines_train_what_one_process_does(by, machines, shards, tmp_path):
-    """Each reads shards of its own, and one of them has another folder for what the other alone writes."""
+    """Each reads its own shards; the second names another --out, although only rank 0 writes to one."""
     shutil.copytree(shards, tmp_path / "copied")
     flags = [["--data.shards", str(shards), "--out", str(tmp_path / "two"), "--images", "40"]] * 2
     flags[1] = [*flags[1], "--data.shards", str(tmp_path / "copied"), "--out", str(tmp_path / "elsewhere")]
@@ -139,7 +139,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("kind", ["data", pytest.param("flags", marks=pytest.mark.long)])
 def test_a_rank_that_would_train_something_else_is_refused_by_name(shards, tmp_path, kind):
-    """Rank 0 would otherwise train with it, or wait for what is not the same step."""
+    """Otherwise rank 0 would train together with it, or wait for a step that is not the same."""
     other, (flags, says) = tmp_path / "other", OTHERS[kind]
     captioned_shapes.write(other, count=40, size=16, seed=1)
     given = ["--data.shards", str(shards), "--out", str(tmp_path / "run"), "--speed.threads", "1"]
@@ -156,7 +156,7 @@ def test_a_rank_that_would_train_something_else_is_refused_by_name(shards, tmp_p
 
 
 def by_hand(rank: int, port: int, flags: list[str], script: Path = RECIPE) -> subprocess.Popen:
-    """A rank without its launcher, which would give both the same flags and end one with the other."""
+    """Starts a rank without a launcher, which would give both ranks the same flags and end one with the other."""
     environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -165,7 +165,7 @@ def by_hand(rank: int, port: int, flags: list[str], script: Path = RECIPE) -> su
 
 @pytest.mark.long
 def test_a_machine_whose_rank_ends_is_told_of_in_one_line(machines, shards, tmp_path):
-    """No launcher ends the rank of another machine."""
+    """A launcher does not end the ranks of other machines, so these must notice themselves."""
     given = ["--data.shards", str(shards), "--out", str(tmp_path / "run")]
     lost = [*given, "--data.shards", str(tmp_path / "nowhere")]
     (code, said), (code_1, said_1) = ended(machines[0].start(*given), machines[1].start(*lost))
@@ -176,7 +176,7 @@ def test_a_machine_whose_rank_ends_is_told_of_in_one_line(machines, shards, tmp_
 
 @pytest.mark.long
 def test_a_signal_to_one_machine_ends_the_run_with_a_checkpoint(machines, shards, tmp_path):
-    """As a queue gives it to the machine that is wanted back."""
+    """As a batch queue sends it to a machine that it wants back."""
     out = tmp_path / "run"
     given = ["--data.shards", str(shards), "--out", str(out), "--images", "80000", "--checkpoint.every", "80000"]
     started = [machine.start(*given, "--log.every", "1") for machine in machines]
@@ -192,7 +192,7 @@ def test_a_signal_to_one_machine_ends_the_run_with_a_checkpoint(machines, shards
 
 
 def test_who_waits_for_the_others_says_so_and_not_for_ever(monkeypatch, capsys):
-    """Where one was refused before it came, on a machine whose launcher ends nobody here."""
+    """A rank may have been refused before it joined, on a machine whose launcher ends nobody here."""
     monkeypatch.setattr(meeting, "LATE", 0.2)
     monkeypatch.setattr(meeting, "MEETING", timedelta(seconds=2))
     there = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -207,7 +207,7 @@ def test_who_waits_for_the_others_says_so_and_not_for_ever(monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", meeting.STARTED_TOGETHER)
 def test_many_processes_without_ranks_are_no_runs_of_one(name, monkeypatch):
-    """`srun python recipes/X.py` would train as many runs, each in the other's folder."""
+    """`srun python recipes/X.py` would otherwise train as many separate runs, all in the same folder."""
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv(name, "1")
     meeting.refuse_many_without_launcher()
@@ -218,7 +218,7 @@ def test_many_processes_without_ranks_are_no_runs_of_one(name, monkeypatch):
 
 
 def test_ranks_on_unlike_devices_are_refused_before_they_wait_for_each_other():
-    """Gloo and NCCL would each wait for a group that never comes together."""
+    """Gloo and NCCL would each wait for a group that never becomes complete."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -271,7 +271,7 @@ zero.leave()
 
 
 def test_all_ranks_begin_from_rank_0s_weights_and_the_same_encoder(tmp_path):
-    """Each read a file, or drew numbers, of its own; in bf16 each would otherwise train a part of its own."""
+    """Each rank may have read or drawn its own weights; in bf16, each would otherwise train its shard of those."""
     script = tmp_path / "starts.py"
     script.write_text(STARTS)
     with socket.socket() as probe:

@@ -1,4 +1,4 @@
-"""Conditionings by themselves: what reaches the network's ports, drop rates there, null states, values that do not fit."""
+"""Conditionings by themselves: what reaches the network's ports, drop rates, null conditions, values that do not fit."""
 
 import importlib
 from dataclasses import replace
@@ -126,7 +126,7 @@ def test_an_attribute_reaches_its_port_by_state(port):
     conditioner = model.network.conditioners["attributes"]
     rows = conditioner.embedding.weight
     out = conditioner(conditioner.of_values([[1, 0, None]] * 2), torch.tensor([True, False]))
-    kept, null = rows[[1, 3, 8]], rows[[2, 5, 8]]  # three rows an attribute: absent, present, unknown
+    kept, null = rows[[1, 3, 8]], rows[[2, 5, 8]]  # three rows per attribute: absent, present, unknown
     if port == "tokens":
         assert torch.equal(out.tokens_NMD, torch.stack([kept, null]))
     else:
@@ -134,7 +134,7 @@ def test_an_attribute_reaches_its_port_by_state(port):
 
 
 def test_attribute_drop_rates_counted_at_the_networks_input():
-    """20 % of the images lose all attributes, and 30 % of the single ones besides, each by itself."""
+    """20 % of the images lose all attributes; besides, each attribute is dropped in 30 % of images, independently."""
     n = 4000
     model = model_of(Attributes(dropout=0.2, attribute_dropout=0.3))
     tokens_NKD = seen_at_the_input(model, batch_of(n))[3]
@@ -191,7 +191,7 @@ def test_label_encodings_differ_by_class_and_have_a_null(encoding):
     ours = Label(encoding=encoding).build(PLAIN, FACTS)
     labels = {"labels_N": torch.tensor([0, 1, 2, 0, 1])}
     rows = ours(labels, torch.tensor([True, True, True, False, False])).vector_NE
-    # Rows of one matrix product may differ in their last bit by where they stand in it.
+    # Equal rows of a matrix product may differ in the last bit, depending on their position.
     torch.testing.assert_close(rows[3], rows[4], rtol=1e-6, atol=1e-6)
     assert torch.pdist(rows[:4]).min() > 1e-3
 
@@ -235,7 +235,7 @@ def test_every_label_encoding_exports_to_diffusers_as_its_table(encoding, tmp_pa
 
 
 def test_a_dropped_caption_leaves_nothing_beside_other_tokens():
-    """Its zero keys would take a share of the attention, larger for a longer caption."""
+    """Its zero keys would otherwise take a share of the attention that grows with the caption's length."""
     network = model_of(
         ByteText(width=CROSS.context_width, pooled=False), Attributes(port="tokens"), network=CROSS
     ).network
@@ -257,7 +257,7 @@ def test_a_dropped_caption_leaves_nothing_beside_other_tokens():
 
 @pytest.mark.parametrize("encoding", ["embedding", "one_hot"])
 def test_class_map_is_the_class_at_every_pixel(encoding):
-    """As in the course's notebook: an embedding of the label, spread over the image and concatenated."""
+    """As in the diffusion course's notebook: an embedding of the label, spread over the image and concatenated."""
     extra = 4 if encoding == "embedding" else 3
     config = ClassMap(encoding=encoding, dropout=0.0)
     model = model_of(config, network=network_for(config, extra))
@@ -299,7 +299,7 @@ def test_pictures_that_a_temperature_refuses_are_refused_at_the_start():
 
 
 def test_a_temperature_needs_conditions_that_are_dropped():
-    """Else the prediction that it is trained against would never be trained itself."""
+    """Otherwise the unconditional prediction in its loss would never be trained itself."""
     never = Recipe(name="x", conditioning=(Label(dropout=0.0), Temperature()), model=PLAIN)
     with pytest.raises(Refused, match="label is never dropped, so that is never trained"):
         never.check_conditioning()
@@ -370,7 +370,7 @@ def test_images_that_do_not_fit_are_refused(config, asked, says):
 
 @pytest.mark.parametrize("config", [ClassMap(), LowResolution(), Hole(), Attributes(), Label()], ids=lambda c: c.kind)
 def test_every_condition_samples_without_being_given(config):
-    """Nobody's value is never seen: a row that is not kept is the null state, whatever stands in it."""
+    """The placeholder value is never seen: a row that is not kept becomes the null condition, whatever it holds."""
     model = model_of(config)
     conditioner = model.network.conditioners[config.kind]
     tensors = conditioner.of_values([conditioner.nobody], (8, 8))
@@ -405,7 +405,7 @@ def test_previews_draw_the_sets_of_attributes_that_are_asked_for(tmp_path):
 
 
 def test_every_class_has_a_sheet_of_its_own(tmp_path):
-    """Of rows x columns pictures; a class's name may be no file's."""
+    """A sheet has rows x columns pictures; a class's name may be invalid as a file name."""
     settings = preview.Previews(columns=3, rows=2, steps=1, sampler="euler")
     model = model_of(Label())
     model = replace(model, facts=replace(model.facts, classes=("cat", "a/b: c", "bird")))
@@ -417,7 +417,7 @@ def test_every_class_has_a_sheet_of_its_own(tmp_path):
 
 
 def test_a_picture_is_read_as_it_was_prepared(tmp_path):
-    """Upright, and on white where it is transparent."""
+    """Turned upright, and on white where it is transparent."""
     image, exif = np.zeros((4, 8, 4), np.uint8), Image.Exif()
     image[:, :4, 3], exif[0x0112] = 255, 6
     Image.fromarray(image).save(tmp_path / "a.png", exif=exif)
@@ -426,14 +426,14 @@ def test_a_picture_is_read_as_it_was_prepared(tmp_path):
 
 
 def cells(path: Path, columns: int) -> np.ndarray:
-    """The images of a sheet of 8 x 8 pixels, eight times enlarged, row by row."""
+    """The 8 x 8 images of a sheet, which shows them eight times enlarged, row by row."""
     sheet = np.asarray(Image.open(path))[::8, ::8].astype(int)
     rows = [np.split(row[2:, :-2], columns, axis=1) for row in np.split(sheet[:-2], len(sheet) // 10)]
     return np.array([[cell[:, 2:] for cell in row] for row in rows])
 
 
 def test_strips_show_how_the_first_picture_of_each_row_came_about(monkeypatch, tmp_path):
-    """However few fit into memory; and what becomes of the same noise when nothing is asked for."""
+    """However few pictures fit into memory; another strip shows what the same noise becomes without a condition."""
     config, found = preview.Previews(columns=4, steps=4, sampler="euler"), []
     for fitting in (12, 5, 3):
         monkeypatch.setattr(
@@ -452,7 +452,7 @@ def test_strips_show_how_the_first_picture_of_each_row_came_about(monkeypatch, t
         assert all(np.abs(one - other).max() <= 1 for one, other in zip(found[0], others))
     drawing.draw(replace(config, noisy=True), model, drawing.Examples(), tmp_path, "noisy")
     far = np.abs(cells(tmp_path / "noisy-conditional.png", 4) - strip).reshape(3, 4, -1).max(axis=2)
-    assert (far[:, -1] <= 1).all() and (far[:, :2] > 50).all()  # the last but one has noise of 0.002
+    assert (far[:, -1] <= 1).all() and (far[:, :2] > 50).all()  # the last but one only has noise of 0.002 left
 
 
 def test_no_strip_shows_a_null_state_that_was_never_trained(tmp_path):
@@ -466,7 +466,7 @@ SPATIAL = [LowResolution(factor=4), Hole()]
 
 @pytest.mark.parametrize("config", SPATIAL, ids=lambda c: c.kind)
 def test_what_restores_an_image_is_what_training_saw_of_it(config):
-    """values_of and of_batch tell the network the same of an image, but for rounding to bytes."""
+    """values_of and of_batch give the network the same for an image, except for rounding to bytes."""
     conditioner, batch = model_of(config).network.conditioners[config.kind], batch_of(3)
     asked = conditioner.of_values(conditioner.values_of(batch.images_NHWC.numpy(), seed=5), (8, 8))
     for name, seen in conditioner.of_batch(batch, seed=5).items():
@@ -518,7 +518,7 @@ def test_around_a_hole_nothing_changes():
 
 
 def test_holes_are_taken_however_they_lie():
-    """Grey images with and without their channel beside each other, a mask that was flipped, and one image that is all hole."""
+    """Grey images with and without a channel axis in one call, a flipped mask, and an image that is all hole."""
     rng = np.random.default_rng(0)
     grey_HW, mask_HW = rng.integers(0, 256, (8, 8), dtype=np.uint8), np.eye(8, dtype=bool)
     model = model_of(Hole(), network=replace(network_for(Hole(), 2), in_channels=1, out_channels=1))
@@ -559,7 +559,7 @@ def test_pictures_are_sharpened_and_filled_from_the_command_line(tmp_path, monke
 
 
 def test_a_picture_of_sixteen_bits_is_refused(tmp_path):
-    """`duotone prepare` refuses it too; Pillow's conversion would make nearly all of it white."""
+    """`duotone prepare` refuses it too; Pillow's conversion would turn nearly all of it white."""
     Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000).save(tmp_path / "deep.png")
     with pytest.raises(Refused, match="deep.png has more than 8 bits per channel; 8 are supported"):
         pictures.read(tmp_path / "deep.png", 1)

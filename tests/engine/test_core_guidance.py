@@ -54,7 +54,7 @@ def branches(model: Model, n: int = 2) -> Conditioning:
 
 
 def plain_denoiser(model: Model, conditional: bool):
-    """D of one branch, by a forward of its own."""
+    """D of one branch, by a separate forward."""
     both = branches(model)
     rows = slice(0, 2) if conditional else slice(2, 4)
     one = Conditioning(**{k: None if v is None else v[rows] for k, v in vars(both).items()})
@@ -80,7 +80,7 @@ def test_rescale_is_diffusers_on_the_networks_output(prediction):
 
 
 def test_a_single_attribute_is_guided_by_a_negative_that_leaves_it_unknown():
-    """D = D(all but one) + scale (D(all) - D(all but one)), each D by a forward of its own, one Euler step."""
+    """D = D(all but one) + scale (D(all) - D(all but one)) in one Euler step, each D by a separate forward."""
     model = model_of(Attributes(port="vector"), PLAIN)
     conditioner = model.network.conditioners["attributes"]
 
@@ -129,7 +129,7 @@ def test_where_the_time_embedding_carries_the_condition_nothing_is_shared():
 
 
 def test_cost_in_forwards_per_image():
-    """Two forwards a guided call, one outside the interval; Heun's last step is one call."""
+    """Two forwards per guided call, one outside the interval; Heun's last step is a single call."""
     model = model_of(Label(), PLAIN)
     settings = dict(labels=[0, 1, 2], steps=4, chunk=2)
     sample(model, **settings)
@@ -143,7 +143,7 @@ def test_cost_in_forwards_per_image():
 
 @pytest.mark.parametrize("negative", [None, {"labels": [2, 2]}], ids=["null", "negative"])
 def test_guidance_0_is_the_other_prediction_for_the_price_of_one(negative):
-    """What both branches give at almost 0; one image apart, both run again."""
+    """It equals what both branches give at a scale of almost 0; with one such image, both branches run again."""
     model = model_of(Label(), PLAIN)
     settings = dict(labels=[0, 1], negative=negative, steps=3, sampler="euler")
     alone = sample(model, **settings, guidance=0.0).astype(int)
@@ -158,7 +158,7 @@ def test_guidance_0_is_the_other_prediction_for_the_price_of_one(negative):
 
 
 def test_cfg_plus_plus_is_its_papers_step():
-    """Chung et al. 2024, algorithm 2, in variance-preserving terms: renoised with the unconditional noise."""
+    """Chung et al. 2024, algorithm 2, in variance-preserving terms: the noise added back is the unconditional one."""
     model = model_of(Label(), PLAIN, DDPM())
     sigmas, scale = model.objective.sampling_sigmas(6), 0.6
     cond, null = plain_denoiser(model, True), plain_denoiser(model, False)

@@ -1,4 +1,4 @@
-"""One overfit per objective, and every two conditionings together: real draws, loss and sampling in a plain loop."""
+"""One overfit per objective, and every pair of conditionings: real draws, loss and sampling in a plain loop."""
 
 import importlib
 import itertools
@@ -84,7 +84,7 @@ def network_of(conditions=()) -> UNetConfig:
 
 
 def batch_of(step: int, size: int) -> Batch:
-    """`size` copies of the picture, with labels, attributes and captions that differ."""
+    """`size` copies of the picture, with different labels, attributes and captions."""
     positions_N = np.arange(step * size, (step + 1) * size)
     return Batch(
         positions_N=positions_N,
@@ -124,15 +124,15 @@ OBJECTIVES = {
 }
 
 
-SEVERAL = ("x0", "edm_uncertainty")  # whose parts other tests hold against their definitions
+SEVERAL = ("x0", "edm_uncertainty")  # other tests compare their parts with their definitions
 ONE_IMAGE = [pytest.param(name, marks=pytest.mark.long) if name in SEVERAL else name for name in OBJECTIVES]
 
 
 @pytest.mark.parametrize("name", ONE_IMAGE)
 def test_a_network_driven_to_one_image_samples_it_back(name):
-    """A wrong sign between loss and sampler cannot pass: such a picture is off by 130 or more, where chance is about 75.
+    """A wrong sign between loss and sampler cannot pass: its picture is off by 130 or more, a random one by about 75.
 
-    A wrong c_noise can, since so small a network reads the noise level off its input: the next test holds that.
+    A wrong c_noise can pass, since such a small network reads the noise level off its input: the next test checks it.
     """
     objective, sampler = OBJECTIVES[name]
     recipe = Recipe(name="t", data=Shards(size=8), model=network_of(), objective=objective, batch_size=16)
@@ -152,7 +152,7 @@ C_NOISE = {
 
 @pytest.mark.parametrize("name", C_NOISE)
 def test_the_sampler_shows_the_network_what_training_showed_it(name):
-    """At each training row's sigma and noise: the same input, the same c_noise, the paper's; and F* denoises to the picture."""
+    """At each training row's sigma and noise: the same input, the paper's c_noise, and F* denoises to the picture."""
     objective = OBJECTIVES[name][0]
     recipe = Recipe(name="t", data=Shards(size=8), model=network_of(), objective=objective, batch_size=8)
     torch.manual_seed(0)
@@ -179,7 +179,7 @@ def test_the_sampler_shows_the_network_what_training_showed_it(name):
 
 
 def test_the_learned_uncertainty_is_the_log_of_the_loss():
-    """Karras et al. 2024, equation 15: where the loss / exp(u) + u is least, exp(u) is the expected loss. Against that loss."""
+    """Karras et al. 2024, equation 15: loss / exp(u) + u is least where exp(u) is the expected loss, known here."""
     objective = EDM(uncertainty=True)
     recipe = Recipe(name="t", data=Shards(size=8), model=network_of(), objective=objective, batch_size=256)
     torch.manual_seed(0)
@@ -229,7 +229,7 @@ def test_guidance_free_loss_is_its_papers_and_stops_the_gradient():
 
 
 def test_guidance_free_network_is_guided_in_one_forward():
-    """Trained on one image with labels, it samples the image back at any guidance, at the cost of one branch."""
+    """Trained on one image with labels, it samples the image back at any guidance scale, at the cost of one branch."""
     conditions = (Label(dropout=0.2), Temperature(low=0.2))
     recipe = Recipe(
         name="t",
@@ -256,7 +256,7 @@ def test_guidance_free_network_is_guided_in_one_forward():
 
 @pytest.mark.parametrize("first", [0, draws.BLOCK - 3, 2**32 - 2, 2**33 + 5])
 def test_numbers_are_functions_of_their_position_however_many_are_made_at_once(first):
-    """Within one block, over its end, out of order and far apart."""
+    """Positions within one block, across its end, out of order and far apart."""
     for positions_N in (
         first + np.arange(7),
         first + np.arange(4),
@@ -267,7 +267,7 @@ def test_numbers_are_functions_of_their_position_however_many_are_made_at_once(f
         expected = uniform_reference(3, torch.as_tensor(positions_N), int(draws.Purpose.CROP), 2)
         found = draws.uniform(3, positions_N, draws.Purpose.CROP, 2)
         assert torch.equal(found, expected)
-        found += 1  # what is given out is the caller's own
+        found += 1  # the result belongs to the caller
         assert torch.equal(draws.uniform(3, positions_N, draws.Purpose.CROP, 2), expected)
 
 
@@ -304,7 +304,7 @@ def test_data_of_one_grey_is_refused(tmp_path):
 
 
 def test_a_run_with_dropout_inside_the_network_goes_on_bit_for_bit(tmp_path):
-    """Cut in the middle and with pictures drawn on the way, which use the same generator."""
+    """One run is interrupted and draws pictures on the way, which use the same generator."""
     captioned_shapes.write(tmp_path / "shapes", count=48, size=16, seed=0)
     recipe = Recipe(
         name="dropout",
@@ -367,7 +367,7 @@ def test_every_two_conditionings_train_and_sample_together(pair):
 
 
 class CopiesBetweenDevices(TorchDispatchMode):
-    """Of every copy from one device to another: whether it lets the CPU go on."""
+    """Notes for every copy from one device to another whether it lets the CPU continue."""
 
     def __init__(self):
         super().__init__()
@@ -383,7 +383,7 @@ class CopiesBetweenDevices(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["attributes", "class_map", "low_resolution", "hole", "text"])
 def test_nothing_that_a_step_sends_to_the_device_waits_for_it(kind, monkeypatch):
-    """A device without memory stands for the GPU; images lie there already, as the reader leaves them."""
+    """A device without memory stands in for the GPU; images are there already, where the reader puts them."""
     conditions = (CONDITIONS[kind][0], Label())
     recipe = Recipe(
         name="t", data=Shards(size=8), conditioning=conditions, model=network_of(conditions), flip=True, batch_size=4

@@ -1,6 +1,6 @@
-"""What a GPU would find out first: no tensor of the CPU meets one of the device, and nothing waits for the device.
+"""Faults that a GPU would show first: no CPU tensor is mixed with one of the device, and nothing waits for the device.
 
-PyTorch's meta device stands in for the GPU: it refuses both, as operations on mixed devices and as a number asked of a tensor.
+PyTorch's meta device stands in for the GPU: it raises on operations across devices and on reading a tensor's value.
 """
 
 from dataclasses import replace
@@ -139,7 +139,7 @@ def test_scales_by_attribute_stay_on_their_device():
 
 
 class OnTheDevice:
-    """Where DeepSpeed's engine stands in a run: calls the network, takes the loss."""
+    """Replaces DeepSpeed's engine in a run: calls the network and takes the loss."""
 
     device = META
 
@@ -155,7 +155,7 @@ class OnTheDevice:
 
 
 def batch() -> Batch:
-    """As the loader hands it over: images on the device, names on the CPU."""
+    """A batch as the loader hands it over: images on the device, names on the CPU."""
     return Batch(
         positions_N=np.arange(2),
         keys=["a", "b"],

@@ -83,7 +83,7 @@ def test_arithmetic_that_is_not_to_be_had_is_a_fault(monkeypatch):
 
 
 def planted_normal_dropout(monkeypatch) -> Recipe:
-    """A normal number is below 0.1 in 54 % of cases: rand and randn exchanged."""
+    """randn instead of rand: a normal number is below 0.1 in 54 % of cases."""
     uniform = draws.uniform
 
     def wrong(seed, positions_N, purpose, count=1):
@@ -129,7 +129,7 @@ def planted_guidance_never_applied(monkeypatch) -> Recipe:
 
 
 def planted_blind_condition(monkeypatch) -> Recipe:
-    """Every class is the same class: a number of classes that nothing reads."""
+    """Every class becomes the same class: the network is never told which."""
     from duotone.engine.conditioning.label import LabelConditioner
 
     of_batch = LabelConditioner.of_batch
@@ -156,7 +156,7 @@ def planted_silent_setting(monkeypatch) -> Recipe:
 
 
 def planted_few_levels(monkeypatch) -> Recipe:
-    """T taken for the number of sampling steps."""
+    """T is mistaken for the number of sampling steps."""
     return replace(SOUND, objective=DDPM(steps=50))
 
 
@@ -187,11 +187,11 @@ def test_a_planted_bug_is_named(plant, subject, level, says, monkeypatch):
     began = time.process_time()
     finding = found(plant(monkeypatch))[subject]
     assert finding.level == level and says in finding.says, finding
-    assert time.process_time() - began < 10  # processor seconds: what it promises is not minutes
+    assert time.process_time() - began < 10  # processor seconds: the doctor promises not to take minutes
 
 
 def test_guidance_that_nothing_is_trained_for_is_not_missed():
-    """At 1 a recipe whose condition is never dropped is consistent; and one without a condition has nothing to guide by."""
+    """With guidance 1, a recipe whose condition is never dropped is consistent, and so is one without any condition."""
     for conditions in ((Label(dropout=0.0),), ()):
         said = found(replace(SOUND, conditioning=conditions, preview=Previews(guidance=1.0)))
         assert "preview.guidance" not in said
@@ -212,7 +212,7 @@ def test_how_often_captions_are_dropped_is_measured_without_their_encoder(monkey
 
 
 def test_an_encoder_of_another_width_has_no_stand_in():
-    """It is here, and is refused: what it is refused for is all that is said."""
+    """The encoder is present but refused: the only line is the reason for that."""
     wide = replace(SOUND, conditioning=(ByteText(width=96, heads=4),))
     assert found(wide)["text.dropout"].says.startswith("not measured: model.context_width = 512")
 
@@ -278,7 +278,7 @@ def test_nor_does_a_small_one(name):
 
 @pytest.fixture(scope="module")
 def grey_shards(tmp_path_factory):
-    """Pixels of 64 and 192: a standard deviation of almost exactly one half."""
+    """Pixels of 64 and 192, whose standard deviation is almost exactly one half."""
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("grey")
@@ -304,7 +304,7 @@ def test_sigma_data_is_held_against_the_data(grey_shards):
 
 @pytest.fixture
 def duotone(monkeypatch, capsys):
-    """The command, in this process: exit code, output, error lines."""
+    """Runs the command in this process; returns its exit code, output and error lines."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
@@ -327,7 +327,7 @@ def test_the_command_finds_no_fault_in_a_recipe(recipe, duotone):
 
 
 def test_one_attribute_that_is_dropped_in_two_ways_is_no_fault(tmp_path):
-    """Unknown by itself it looks like all of them dropped; each has a setting of its own."""
+    """A single attribute dropped by itself looks like all of them dropped together; both have their own setting."""
     pixels = np.zeros((16, 16, 3), np.uint8)
     samples = [Sample(image=pixels + i, attributes=[i % 2]) for i in range(8)]
     write_shards(samples, tmp_path / "s", attributes=["Smiling"], image_format="npy")

@@ -1,4 +1,4 @@
-"""Measures against closed forms and brute force; a classifier and whole evaluations on real photographs of clothes."""
+"""Metrics against closed forms and brute force; a classifier and whole evaluations on real photographs of clothes."""
 
 import importlib.util
 import json
@@ -76,7 +76,7 @@ def test_frechet_of_gaussians_whose_covariances_commute():
     x = statistics([1, 0, 2], turn @ np.diag(a) @ turn.T)
     y = statistics([0, 2, 2], turn @ np.diag(b) @ turn.T)
     assert frechet(x, y) == pytest.approx(5 + np.square(np.sqrt(a) - np.sqrt(b)).sum(), abs=1e-6)
-    # An eigenvalue of zero is known to 1e-16, its root to 1e-8.
+    # An eigenvalue of zero is accurate to 1e-16, its root to 1e-8.
     assert frechet(y, x) == pytest.approx(frechet(x, y), abs=1e-6) and frechet(x, x) == pytest.approx(0, abs=1e-6)
 
 
@@ -109,7 +109,7 @@ def test_frechet_is_that_of_a_general_matrix_root():
 
 
 def test_frechet_stands_singular_covariances():
-    """Fewer vectors than dimensions: rounding makes eigenvalues of -1e-17, which must not become not-a-number."""
+    """With fewer vectors than dimensions, rounding makes eigenvalues of -1e-17, whose roots must not become NaN."""
     x_ND = np.random.default_rng(0).normal(size=(5, 64))
     assert frechet(Statistics.of(x_ND), Statistics.of(x_ND + 3)) == pytest.approx(9 * 64, rel=1e-6)
 
@@ -160,7 +160,7 @@ def test_wilson_interval(right, trials, low, high):
 
 
 def test_answers_of_one_image_are_no_trials_of_their_own():
-    """Forty attributes of ten faces: the interval is that of ten."""
+    """The interval of forty attributes of ten faces is that of ten trials."""
     share = Share.of(np.ones(400, bool), independent=10)
     assert share.value == 1 and share.interval == Share(10, 10).interval != Share(400, 400).interval
     assert Share.from_json(json.loads(json.dumps(share.to_json()))) == share
@@ -175,7 +175,7 @@ def test_the_quantile_of_student():
 
 
 def test_copies_are_found_where_the_data_has_twins():
-    """Twins lie at 0: as the scale they would call nothing a copy."""
+    """Twins have distance 0: taken as the scale, they would let nothing count as a copy."""
     train_MD = np.random.default_rng(0).normal(size=(1000, 4)).astype(np.float32)
     train_MD[:20] = train_MD[20:40]
     assert nearest(train_MD[:100], train_MD).closer == 1
@@ -223,7 +223,7 @@ def test_the_nearest_is_that_of_brute_force(at_once, monkeypatch):
 
 
 def test_precision_of_samples_and_of_real_images_is_of_as_many():
-    """Both depend on the count; the floor's column is there to be compared with."""
+    """Both depend on the number of images, and the floor's column must be comparable."""
     images = Images(images_NHWC=np.zeros((300, 1, 1, 1), np.uint8), fingerprint="")
     splits = Splits(train=images, held_out=images, held_out_is="test", seen=images)
     parts = {name: normals(300, [0] * 4, np.eye(4), seed) for seed, name in enumerate(splits.parts)}
@@ -236,7 +236,7 @@ def test_precision_of_samples_and_of_real_images_is_of_as_many():
 
 
 def test_what_is_stored_of_pictures_is_of_how_they_are_turned(tmp_path):
-    """A reading of headers that is mended makes other pixels of the same files."""
+    """If reading orientations is corrected, the same files give other pixels, so the fingerprint must change."""
     exif, prints = Image.Exif(), []
     exif[0x0112] = 6
     (tmp_path / "pictures").mkdir()
@@ -263,7 +263,7 @@ def prepared(out: Path, split: str, limit: int) -> Path:
 
 @pytest.fixture(scope="module")
 def clothes(tmp_path_factory) -> Path:
-    """2,000 training images, with 400 of the test set in a folder of their own inside."""
+    """2,000 training images, and inside their folder another with 400 images of the test set."""
     folder = tmp_path_factory.mktemp("clothes") / "shards"
     prepared(folder, "train", 2000)
     prepared(folder / "test", "t10k", 400)
@@ -309,7 +309,7 @@ def run(clothes, tmp_path_factory) -> Path:
 
 
 def untrained(path: Path, conditioning, facts: Facts, **changed) -> Path:
-    """A model as a run begins, in a file."""
+    """A file with a model as at the start of a run."""
     recipe = replace(
         Recipe(name="untrained", data=FRAME, conditioning=conditioning, objective=EDM(sigma_data=0.7), model=TINY),
         **changed,
@@ -340,7 +340,7 @@ def test_a_second_call_does_not_train_again(clothes, tmp_path, monkeypatch, caps
     same = real_features(choose(FeaturesConfig(), again, CPU), splits, tmp_path)
     assert np.array_equal(same.train_ND, real.train_ND)
     assert np.array_equal(again.logits(splits.train.images_NHWC), first.logits(splits.train.images_NHWC))
-    with pytest.raises(TypeError):  # other settings are another classifier, and that one would have to be trained
+    with pytest.raises(TypeError):  # other settings mean another classifier, which would have to be trained
         judge_of(splits, replace(config, seed=1), tmp_path, CPU)
 
 
@@ -365,7 +365,7 @@ def test_a_damaged_cache_is_made_again(clothes, tmp_path, capsys):
 
 
 def test_features_belong_to_the_weights_that_made_them(clothes, tmp_path):
-    """The same data and settings trained elsewhere are another network."""
+    """Trained elsewhere on the same data with the same settings, a classifier is another network."""
     splits = read_splits(replace(FRAME, shards=clothes), None, 200)
     judge = judge_of(splits, ClassifierConfig(epochs=1, width=8), tmp_path, CPU)
     weights = judge.folder / "classifier.safetensors"
@@ -407,7 +407,7 @@ def evaluated(run: Path, cache: Path, out: Path, *flags: str) -> dict:
 
 
 def test_a_trained_run_is_measured_end_to_end(run, cache, tmp_path, capsys):
-    """No --data.shards: the run's own folder says what it was trained on."""
+    """Without --data.shards, the run's own folder says what it was trained on."""
     found = evaluated(run, cache, tmp_path / "out", "--json", str(tmp_path / "copy.json"))
     said = capsys.readouterr().out
     assert found == json.loads((tmp_path / "copy.json").read_text())
@@ -430,7 +430,7 @@ def test_a_trained_run_is_measured_end_to_end(run, cache, tmp_path, capsys):
 
 
 def test_a_run_that_held_images_out_is_measured_against_three_sets(clothes, cache, tmp_path, capsys):
-    """The split lies in the run's folder, none of its keys was ever read, and fewer real images may make the floor."""
+    """The split is in the run's folder, none of its keys was ever read, and the floor may use fewer real images."""
     recipe = Recipe(
         name="held_out",
         data=replace(FRAME, shards=clothes, held_out=0.2),
@@ -496,7 +496,7 @@ def test_the_search_for_copies_says_what_it_has_not_looked_at(clothes):
 
 
 def test_a_checkpoint_is_measured_and_its_result_outlives_it(run, cache, tmp_path):
-    """Beside the run's own, since a checkpoint is removed with all that lies in it; on the run's own data."""
+    """The result goes beside the run's own, since a checkpoint is removed with its content; the data is the run's."""
     (checkpoint,) = (run / "checkpoints").iterdir()
     cli.main(["evaluate", str(checkpoint), "--cache", str(cache), "--data.threads", "1", *QUICK])
     found = json.loads((run / f"evaluation-{checkpoint.name}" / "evaluation.json").read_text())
@@ -511,7 +511,7 @@ def test_measuring_again_gives_the_same_and_trains_nothing(run, cache, tmp_path,
 
 
 def test_samples_that_are_training_images_are_reported(run, clothes, cache, tmp_path, monkeypatch):
-    """A model that has learned its data by heart: the distances are excellent, and the check says why."""
+    """For a model that has memorised its data, the distances are excellent, and the check says why."""
     monkeypatch.setattr(evaluation, "drawn", lambda model, asked_for, settings: asked_for.images_NHWC)
     found = evaluated(run, cache, tmp_path / "out")
     for space in ("pixels", "features"):
@@ -547,7 +547,7 @@ def test_losses_repeat_and_do_not_depend_on_the_chunk(run, clothes, monkeypatch)
 
 
 def test_losses_are_those_of_every_attribute(tmp_path):
-    """What training makes unknown at random is known when losses are compared."""
+    """Attributes that training makes unknown at random are all known when losses are compared."""
     captioned_shapes.write(tmp_path / "shapes", count=40, size=16)
     images = read_splits(Shards(size=16, threads=1, shards=tmp_path / "shapes"), None, 40).seen
     facts, found = Facts(attributes=tuple(captioned_shapes.ATTRIBUTES)), []
@@ -567,7 +567,7 @@ def test_a_loss_of_few_images_has_no_interval():
 
 
 def test_losses_of_a_network_of_zeros_are_those_of_its_target(tmp_path):
-    """F = 0, so the weighted loss is the mean square of F*, which EDM scales to one where sigma_data is the data's."""
+    """With F = 0 the weighted loss is the mean square of F*, which EDM scales to one if sigma_data is the data's."""
     random = np.random.default_rng(0)
     pixels = ((random.normal(size=(64, 28, 28, 1)) * 0.25).clip(-1, 1) * 127.5 + 127.5).round().astype(np.uint8)
     data = write_shards([Sample(image=p, label=0) for p in pixels], tmp_path / "s", classes=["x"], image_format="npy")
@@ -719,7 +719,7 @@ def test_what_does_not_fit_is_one_line(flags, says, run, cache, tmp_path, capsys
 
 @pytest.mark.parametrize(("classes", "library"), [(1008, "torch-fidelity"), (1000, "torchvision")])
 def test_inceptions_weights_tell_whose_they_are(classes, library, tmp_path):
-    """By the classes they know; where they are not whole, or their library is not here, one line names it."""
+    """By their number of classes; if they are incomplete or their library is not installed, one line says so."""
     torch.save({"fc.weight": torch.zeros(classes, 1)}, tmp_path / "inception.pth")
     config = FeaturesConfig(network="inception", weights=tmp_path / "inception.pth")
     with pytest.raises(Refused, match=f"pip install {library}$|is not {library}'s Inception v3"):
@@ -730,7 +730,7 @@ def test_inceptions_weights_tell_whose_they_are(classes, library, tmp_path):
 
 
 def test_inception_is_not_trained_on_while_it_measures(tmp_path, monkeypatch):
-    """torch-fidelity 0.3 leaves it in training mode: features of an image then depend on its neighbours."""
+    """torch-fidelity 0.3 leaves it in training mode, in which an image's features depend on the rest of its batch."""
 
     class Extractor(torch.nn.BatchNorm2d):
         def __init__(self, name, features, feature_extractor_weights_path):
@@ -748,7 +748,7 @@ def test_inception_is_not_trained_on_while_it_measures(tmp_path, monkeypatch):
 
 
 def test_published_distances_are_measured_in_tensorflows_inception(tmp_path, monkeypatch):
-    """torch-fidelity's own network, with weights at random: what it makes of the same pictures, grey ones as well."""
+    """Against torch-fidelity's own network with random weights, on the same pictures, grey ones included."""
     theirs = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     monkeypatch.setattr(theirs, "load_state_dict_from_url", lambda *_, **__: {})
     monkeypatch.setattr(theirs.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)

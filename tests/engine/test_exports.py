@@ -1,4 +1,4 @@
-"""What the docs and the model card say of exports is what the export does."""
+"""What the docs and the model card say about exports is what the export does."""
 
 import json
 import resource
@@ -38,7 +38,7 @@ def test_the_gallery_says_of_every_recipe_what_it_exports_as():
 
 @pytest.mark.parametrize("name", ["small_text", "small_label", "small_attributes", "small_concat", "small_plain"])
 def test_what_is_said_is_what_the_export_does(name, tmp_path):
-    """On the small networks, which are quickly built: written as a folder, or refused with the reason that the card gives."""
+    """On the small networks, quick to build: written as a folder, or refused with the reason that the card gives."""
     recipe = replace(getattr(small, name), data=Shards(size=16))
     torch.manual_seed(0)
     model = Model(artifact.build(recipe, FACTS), recipe.objective, FACTS, recipe)
@@ -52,7 +52,7 @@ def test_what_is_said_is_what_the_export_does(name, tmp_path):
         told = (tmp_path / "folder" / "README.md").read_text()
         (line,) = (line for line in told.splitlines() if line.startswith("from diffusers import "))
         namespace: dict = {}
-        exec(line, namespace)  # the classes that it names are there, and load it
+        exec(line, namespace)  # the classes that it names exist, and load the folder
         for part, name in zip(("unet", "scheduler"), line.removeprefix("from diffusers import ").split(", ")):
             namespace[name].from_pretrained(tmp_path / "folder", subfolder=part)
         assert "ema.safetensors" not in told and "library_name: diffusers" in told
@@ -64,7 +64,7 @@ def test_what_is_said_is_what_the_export_does(name, tmp_path):
 
 
 def test_a_disk_that_is_full_is_one_line(tmp_path, capsys):
-    """What safetensors says of it differs from version to version."""
+    """safetensors' own message for it differs from version to version."""
     recipe = replace(small.small_label, data=Shards(size=16))
     artifact.save(tmp_path / "m.safetensors", dict(artifact.build(recipe, FACTS).named_parameters()), recipe, FACTS, 0)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -89,7 +89,7 @@ OBJECTIVES = {
 
 
 def plain_model(objective) -> Model:
-    """Without a condition, and far from zero, so that a wrong scale or time shows."""
+    """A model without a condition, whose output is far from zero, so that a wrong scale or time shows."""
     recipe = replace(small.small_plain, data=Shards(size=16), objective=objective)
     recipe = replace(recipe, model=replace(recipe.model, zero_init=False))
     torch.manual_seed(0)
@@ -98,7 +98,7 @@ def plain_model(objective) -> Model:
 
 
 def their_steps(folder: Path, start: torch.Tensor, steps: int) -> torch.Tensor:
-    """The exported folder sampled by diffusers alone, deterministically, from the same noise."""
+    """Samples the exported folder with diffusers alone, deterministically, from the same noise."""
     unet = diffusers.UNet2DModel.from_pretrained(folder, subfolder="unet").eval()
     name = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
     scheduler, settings = getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler"), {}
@@ -116,7 +116,7 @@ def their_steps(folder: Path, start: torch.Tensor, steps: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_diffusers_draws_from_the_folder_what_is_drawn_here(name, tmp_path):
-    """UNet and scheduler together: the same picture from the same noise, Euler steps here and theirs there."""
+    """UNet and scheduler together give the same picture from the same noise: their steps against our Euler steps."""
     model, seen = plain_model(OBJECTIVES[name]), []
     notes = diffusers_folder.export(model, tmp_path / "folder")
     assert (notes == []) == isinstance(model.objective, DDPM)

@@ -100,7 +100,7 @@ class AttnProcessor(AttnProcessor2_0):  # under the name of diffusers' own
 
 
 class OfAModule(torch.nn.Module):
-    """As adapters bring theirs."""
+    """A processor that is a module, as some adapters bring."""
 
     def forward(self, attn, *arguments, **options):
         return AttnProcessor2_0()(attn, *arguments, **options) / 2
@@ -205,13 +205,13 @@ WAYS = [
     projections_without_a_weight,
 ]
 CASES = [(way, "conditioned", when) for way in WAYS for when in ("before", "after")]
-CASES.remove((blocks_of_a_familiar_name, "conditioned", "after"))  # a block that is fused has its class
+CASES.remove((blocks_of_a_familiar_name, "conditioned", "after"))  # a fused block already has its class
 CASES.append((projections_without_a_weight, "linear", "before"))
 
 
 @pytest.mark.parametrize("way,name,when", CASES, ids=lambda value: getattr(value, "__name__", value))
 def test_what_is_not_diffusers_own_is_run_as_it_is(way, name, when):
-    """Whether it was there before or came later."""
+    """Whether it was there before fuse() or came later."""
     torch.manual_seed(1)
     theirs, unet = NETWORKS[name](), NETWORKS[name]()
     if when == "after":
@@ -248,7 +248,7 @@ def test_what_comes_later_is_fused_by_another_call():
 
 
 def test_blocks_keep_their_names_and_processors_can_be_made_anew():
-    """Tools look for blocks by name, and diffusers makes another of a processor's class where an adapter comes or goes."""
+    """Tools find blocks by class name, and diffusers makes new processors of that class when adapters come or go."""
     unet = conditioned()
     names = [type(part).__name__ for part in unet.modules()]
     fuse(unet, quiet=True)
@@ -342,7 +342,7 @@ def test_it_compiles_in_one_graph(name):
 
 
 def test_fewer_operators_run_than_before(monkeypatch):
-    """As a GPU runs them, a kernel of ours one call; on tensors without storage."""
+    """Counted as on a GPU, where each of our kernels is one call, on tensors without storage."""
 
     class Counting(TorchDispatchMode):
         calls = 0
@@ -381,7 +381,7 @@ def test_no_part_leaves_channels_last(name):
 
 
 def test_many_images_keep_their_layout():
-    """From 64 images on, theirs upsamples planes."""
+    """From 64 images on, diffusers' block converts to NCHW before it upsamples."""
     unet = plain()
     block = next(part for part in unet.modules() if type(part).__name__ == "Upsample2D")
     x_NCHW = torch.randn(64, block.channels, 4, 4).contiguous(memory_format=torch.channels_last)
@@ -393,7 +393,7 @@ def test_many_images_keep_their_layout():
 
 
 def test_an_adapter_around_a_projection_is_run():
-    """What LoRA puts in a layer's place has a weight too: it must be called, not read."""
+    """The module that LoRA puts in a layer's place has a weight too, but it must be called."""
 
     class Adapter(torch.nn.Module):
         def __init__(self, layer):
@@ -419,7 +419,7 @@ def test_an_adapter_around_a_projection_is_run():
 
 @pytest.mark.parametrize("way", ["hook", "pre-hook", "forward"])
 def test_what_watches_a_layer_or_replaces_its_forward_is_run(way):
-    """Features are read, and weights brought from elsewhere, by hooks on layers and by forwards of their own."""
+    """Hooks and replaced forwards are how tools read features and load weights on demand."""
     unet, seen = conditioned(), []
     names = ("to_q", "to_k", "to_v", "proj_in", "proj_out", "conv1", "conv2", "norm1", "norm2", "norm", "conv_norm_out")
     watched = {name: part for name, part in unet.named_modules() if name.rpartition(".")[2] in names}
@@ -448,7 +448,7 @@ def test_a_row_whose_mask_admits_nothing_attends_to_all_as_theirs_does():
     mask = torch.tensor([[0, 0, 0, 0, 0], [1, 1, 0, 0, 0]], dtype=torch.bool)
     expected = unet(*inputs, encoder_attention_mask=mask).sample
     fuse(unet, quiet=True)
-    # Theirs adds -10,000 to the scores of that row, which leaves three digits of them.
+    # diffusers adds -10,000 to the scores of that row, which leaves them three correct digits.
     assert (unet(*inputs, encoder_attention_mask=mask).sample - expected).abs().max() <= 2e-4
 
 
@@ -464,7 +464,7 @@ def test_it_can_be_moved():
 
 
 class Halved(AttnProcessor2_0):
-    """A processor of a user's own, as adapters bring them."""
+    """A user's own processor, as adapters bring them."""
 
     def __call__(self, *arguments, **options):
         return super().__call__(*arguments, **options) / 2
@@ -507,7 +507,7 @@ def test_a_subclass_is_an_instance_too():
 
 
 def test_it_can_be_pickled_and_sent_to_another_process(tmp_path):
-    """Whole, as torch.save and a spawned worker take it; it is fused there as well, and can be unfused."""
+    """The whole network, as for torch.save and spawned workers; it is still fused there, and can be unfused."""
     unet = conditioned()
     fuse(unet, quiet=True)
     torch.save(unet, tmp_path / "unet.pt")

@@ -1,4 +1,4 @@
-"""What --help says: what every flag of every command does, into a pager that may end before the text."""
+"""--help: it says what every flag of every command does, and its pager may end before the text does."""
 
 import ast
 import importlib
@@ -45,7 +45,7 @@ def reached_from(cls: type, found: dict) -> dict:
 
 
 def without_help(cls: type) -> list[str]:
-    """Fields, inherited ones too, that neither are groups of flags nor have words below them."""
+    """Fields, including inherited ones, that are neither groups of flags nor have a docstring below them."""
     silent, hints = [], get_type_hints(cls)
     for owner in (base for base in cls.__mro__ if is_dataclass(base)):
         body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body
@@ -64,7 +64,7 @@ def test_every_flag_says_what_it_does(cls):
 
 
 def unheard(*words: str) -> subprocess.CompletedProcess:
-    """A Python whose standard output goes to a pager that has ended."""
+    """Runs a Python whose standard output goes to a pager that has ended."""
     reading, writing = os.pipe()
     os.close(reading)
     try:
@@ -80,7 +80,7 @@ def test_help_into_a_pager_that_has_ended_is_no_traceback(words):
 
 
 def test_a_line_that_nobody_hears_ends_nothing():
-    """A run's first lines are said before it has a log."""
+    """A run prints its first lines before it has a log."""
     done = unheard(
         "-c", "from duotone.engine.log import say; import sys; say('a line'); print('goes on', file=sys.stderr)"
     )

@@ -40,7 +40,7 @@ SMALL = UNetConfig(
 def group_of_one():
     zero.join("cpu")
     yield
-    if meeting.SET_HERE:  # the run at the end has left by itself, and a second time would end the group for later tests
+    if meeting.SET_HERE:  # the run at the end has left already; leaving twice would end the group for later tests
         zero.leave()
 
 
@@ -51,7 +51,7 @@ def network_of(config: UNetConfig = SMALL) -> nn.Module:
 
 
 def exactly(x_KMN: torch.Tensor) -> torch.Tensor:
-    """U p(...p(S / |S|)) V' from an SVD in fp64: five times the polynomial."""
+    """U p(...p(S / |S|)) V' from an SVD in fp64, with the polynomial applied five times."""
     u, s, v = torch.linalg.svd(x_KMN.double(), full_matrices=False)
     s = s / s.norm(dim=-1, keepdim=True)
     for _ in range(5):
@@ -120,9 +120,9 @@ def loss_of(network, step: int, spoilt: bool = False) -> torch.Tensor:
 
 @pytest.mark.parametrize(("stage", "clip"), [(1, 0.0), (2, 0.0), (1, 2.0)])
 def test_equals_torchs_muon(group_of_one, stage, clip, monkeypatch):
-    """20 steps with decay and a falling rate; torch's polynomial runs in bf16, which gradients of low rank do not forgive.
+    """20 steps with decay and a falling rate. torch's polynomial runs in bf16, too coarse for gradients of low rank.
 
-    A step knows no length of its gradient, but the momentum does: some of these are clipped, and some are not.
+    A single step does not depend on its gradient's norm, but the momentum does: some of the gradients are clipped.
     """
     monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", lambda x_MN, *_: exactly(x_MN).float())
     mine, theirs, norms = sharded(layers(), stage=stage, clip=clip), layers(), []
@@ -163,7 +163,7 @@ def test_gradients_that_are_not_finite_change_nothing(group_of_one, precision):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
 def test_shards_put_together_what_is_cut(ranks, monkeypatch):
-    """However many shards the matrices are cut into, each rank's part is that of the whole, bit for bit."""
+    """However many shards the matrices are cut into, each rank's part equals that of the whole, bit for bit."""
     shapes = [torch.Size(s) for s in ((4, 3, 3, 3), (8, 5), (5, 8), (16, 4, 1, 1), (4, 3, 3, 3), (30, 40))]
     offsets = [sum(s.numel() for s in shapes[:i]) for i in range(len(shapes))]
     length = sum(s.numel() for s in shapes)
@@ -206,7 +206,7 @@ zero.leave()
 
 @pytest.mark.launcher
 def test_two_ranks_step_as_one_does(group_of_one, tmp_path):
-    """The launcher, two ranks, a matrix on both: the same batches give the same weights, momentum and EMA."""
+    """Launcher, two ranks, a matrix cut between them: the same batches give the same weights, momentum and EMA."""
     (tmp_path / "two.py").write_text(SCRIPT.format(folder=str(Path(__file__).parent), out=str(tmp_path / "two.json")))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": f"{BIN}:{os.environ['PATH']}"}
     for name in meeting.SET_HERE:
@@ -246,7 +246,7 @@ def test_the_estimate_leaves_out_the_second_moment():
 
 
 def test_a_run_goes_on_bit_for_bit(tmp_path):
-    """From a checkpoint that holds a momentum of every weight, and second moments of those alone that AdamW moves."""
+    """The checkpoint holds a momentum for every weight, but second moments only for those that AdamW updates."""
     captioned_shapes.write(tmp_path / "shapes", count=16, size=16, seed=0)
     tiny = runpy.run_path(str(Path(__file__).with_name("tiny_recipe.py")))["recipe"]
     muon = Muon(lr=2e-3, warmup=16)

@@ -78,7 +78,7 @@ def test_every_timestep_is_trained():
 @pytest.mark.parametrize("weighting", ["simple", "snr", "min_snr", "soft_min_snr"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_ddpm_weights(prediction, weighting):
-    """The loss written as its paper does, from a fixed wrong output."""
+    """The loss for a fixed wrong output, against the papers' formulas."""
     objective = DDPM(prediction=prediction, weighting=weighting, schedule="cosine")
     x0, noise, u = drawn()
     sigma = objective.draw_sigma(u)
@@ -154,7 +154,7 @@ def bounded(x, sigma):
 
 
 def their_trajectory(scheduler, steps, prediction, noises, denoise=bounded):
-    """Their states in variance-preserving scale, for the same denoiser and noise."""
+    """diffusers' states in variance-preserving scale, for the same denoiser and noise."""
     scheduler.set_timesteps(steps)
     x, states = noises[0], []
     bars = scheduler.alphas_cumprod.double()
@@ -187,7 +187,7 @@ def noised_step(scheduler, output, t, x, noise):
 @pytest.mark.parametrize(("spacing", "steps"), [("leading", 50), ("trailing", 50), ("trailing", 25), ("leading", 1000)])
 @pytest.mark.parametrize("kind", ["ddim", "ddpm", "ddim clipped", "ddpm clipped"])
 def test_whole_trajectories_equal_diffusers(schedule, spacing, steps, kind):
-    """In variance-preserving scale within 1e-4, clipped 2e-4; cosine with trailing spacing 5e-4, where their own fp32 loses that much."""
+    """In variance-preserving scale within 1e-4, clipped 2e-4; cosine with trailing spacing 5e-4, their fp32's error."""
     name, start, end = THEIRS[schedule]
     kind, _, clip = kind.partition(" ")
     settings = dict(beta_schedule=name, beta_start=start, beta_end=end, timestep_spacing=spacing)
@@ -200,7 +200,7 @@ def test_whole_trajectories_equal_diffusers(schedule, spacing, steps, kind):
     theirs = their_trajectory(scheduler, steps, "epsilon", noises, denoise)
     sigmas = DDPM(schedule=schedule).sampling_sigmas(steps, spacing)
     ours = []
-    # Their start has variance 1 in their scale, ours has x0 + sigma noise: the same number in variance-preserving scale.
+    # Their start is noise of variance 1, ours is x0 + sigma noise: in variance-preserving scale both are the same.
     x = noises[0] * (1 + sigmas[0] ** 2).sqrt()
     solver = euler if kind == "ddim" else ancestral
     solver = clipped(solver) if clip else solver
@@ -241,7 +241,7 @@ def test_dpmpp_2m_equals_diffusers(steps):
 
 
 def edm_output(scheduler, x, sigma):
-    """What a network would say for `bounded` to come out of their preconditioning."""
+    """The network output from which diffusers' preconditioning makes the denoised image of `bounded`."""
     c_skip = 0.25 / (sigma**2 + 0.25)
     c_out = sigma * 0.5 / math.sqrt(sigma**2 + 0.25)
     return (bounded(x, sigma) - c_skip * x) / c_out
@@ -257,7 +257,7 @@ def edm_output(scheduler, x, sigma):
     ids=["euler", "dpmpp_2m"],
 )
 def test_edm_trajectories_equal_diffusers(cls, solver, settings, steps):
-    """Their own noise levels (karras, rho 7), network scale and steps; errors in variance-preserving scale."""
+    """diffusers' own noise levels (karras, rho 7), network scale and steps; errors are in variance-preserving scale."""
     scheduler = cls(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, **settings)
     scheduler.set_timesteps(steps)
     sigmas = EDM().sampling_sigmas(steps)
@@ -275,7 +275,7 @@ def test_edm_trajectories_equal_diffusers(cls, solver, settings, steps):
 
 @pytest.mark.parametrize("karras", [False, True])
 def test_heun_equals_diffusers(karras):
-    """Linspace where it meets whole timesteps (999 / 27 = 37), and karras levels over the same table."""
+    """With linspace, here at whole timesteps (999 / 27 = 37), and with karras levels over the same table."""
     steps = 28
     scheduler = HeunDiscreteScheduler(
         1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, use_karras_sigmas=karras
@@ -395,7 +395,7 @@ def test_stochastic_heun_without_churn_is_heun_and_with_it_keeps_the_distributio
 
 @pytest.mark.parametrize("solver", [euler, heun, dpmpp_2m, ancestral, stochastic_heun])
 def test_a_small_error_stays_small_from_the_noise_of_a_cosine_schedule(solver):
-    """A denoiser that is 0.05 off, far up to the other side, draws images and not noise: the first step goes from 20,000 to about 10."""
+    """A denoiser off by 0.05, with the other sign below 100, draws images: the first step goes from 20,000 to 10."""
     sigmas = DDPM(schedule="cosine").sampling_sigmas(20)
     g = torch.Generator().manual_seed(0)
     start = torch.randn(4096, generator=g, dtype=torch.float64) * sigmas[0]
@@ -406,7 +406,7 @@ def test_a_small_error_stays_small_from_the_noise_of_a_cosine_schedule(solver):
 
 
 def test_epsilon_scaling_divides_the_noise_of_ddim():
-    """Song et al. 2021, equation 12 without fresh noise, by hand, with epsilon / factor in both of its places."""
+    """Song et al. 2021, equation 12 without fresh noise, by hand, with epsilon / factor in both places."""
     sigmas = torch.tensor([5.0, 2.0, 0.7, 0.1, 0.0], dtype=torch.float64)
     start = torch.linspace(-8, 8, 33, dtype=torch.float64)
     expected = start
@@ -418,7 +418,7 @@ def test_epsilon_scaling_divides_the_noise_of_ddim():
 
 @pytest.mark.parametrize("solver", [euler, heun, dpmpp_2m])
 def test_epsilon_scaling_undoes_what_a_network_overstates(solver):
-    """A denoiser that finds 3 % too much noise, scaled by 1.03, draws what the exact one draws; by 1, what it drew without."""
+    """Scaled by 1.03, a denoiser that finds 3 % too much noise draws what the exact one does; by 1, nothing changes."""
     sigmas, start = EDM().sampling_sigmas(12), torch.linspace(-80, 80, 33, dtype=torch.float64)
     overstating = lambda x, sigma: x - 1.03 * (x - mixture(x, sigma))  # noqa: E731
     mended, exact = epsilon_scaled(solver, 1.03)(overstating, start, sigmas), solver(mixture, start, sigmas)
@@ -429,7 +429,7 @@ def test_epsilon_scaling_undoes_what_a_network_overstates(solver):
 
 
 def test_epsilon_scaling_leaves_infinite_noise_alone():
-    """There x is the noise itself; at the next level, from the same x, the noise found is divided."""
+    """At infinite noise, x is the noise itself; at the next level, the noise found in x is divided as usual."""
     x0, noise, _ = drawn(2)
     seen = []
     watch = lambda step, x, denoised: seen.append((x, denoised))  # noqa: E731
@@ -441,7 +441,7 @@ def test_epsilon_scaling_leaves_infinite_noise_alone():
 
 @pytest.mark.parametrize("solver", [euler, heun, dpmpp_2m])
 def test_an_image_is_clipped_after_its_noise_was_scaled(solver):
-    """Before, the noise of a cosine schedule's first levels, 20,000, would stay in it: a standard deviation of 0.8."""
+    """Clipped before scaling, samples keep noise of a cosine schedule's first levels, 20,000: a deviation of 0.8."""
     sigmas = DDPM(schedule="cosine").sampling_sigmas(25)
     start = torch.randn(4096, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * sigmas[0]
     gaussian = lambda x, s: 0.2 + (x - 0.2) * 0.0625 / (0.0625 + s**2)  # noqa: E731
@@ -516,7 +516,7 @@ def test_flow_linspace_is_diffusers_default():
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("spacing", Flow.spacings)
 def test_every_spacing_of_flow_falls_to_zero_and_is_shifted(spacing, shift):
-    """Its ends are t = 1, or 0.999, and for all but trailing t = 0.001; a shift multiplies every level."""
+    """Levels begin at t = 1 or 0.999 and, except for trailing, end at t = 0.001; a shift multiplies every level."""
     sigmas, plain = (Flow(shift=s).falling_sigmas(12, spacing) for s in (shift, 1.0))
     assert len(sigmas) == 13 and (sigmas.diff() < 0).all() and sigmas[-1] == 0
     torch.testing.assert_close(sigmas, shift * plain, rtol=1e-12, atol=0)
@@ -591,7 +591,7 @@ def test_at_infinite_noise_coefficients_and_denoiser_hold(objective):
 @pytest.mark.parametrize("solver", [euler, heun, dpmpp_2m, ancestral, stochastic_heun])
 @pytest.mark.parametrize("objective", [Flow(), ZERO_SNR[0]], ids=["flow", "zero_snr"])
 def test_every_sampler_begins_at_infinite_noise(objective, solver):
-    """One known image: the exact denoiser returns it, whatever the noise."""
+    """With one known image, the exact denoiser returns it, whatever the noise."""
     x0, noise, _ = drawn(2)
     sigmas = objective.sampling_sigmas(6)
     assert sigmas[0] == math.inf

@@ -1,4 +1,4 @@
-"""Parts of one's own, written outside of the package: what takes them, and what says where they have to be named."""
+"""Custom parts, written outside of the package: what accepts them, and what says where they must be registered."""
 
 import re
 import subprocess
@@ -76,7 +76,7 @@ def model_of(*conditioning, **settings) -> Model:
     recipe = Recipe(conditioning=conditioning, **settings)
     torch.manual_seed(0)
     network = build(recipe, FACTS).requires_grad_(False)
-    for p in network.parameters():  # what begins at zero would draw noise whatever it is told
+    for p in network.parameters():  # with weights that begin at zero, conditions would have no effect
         p.add_(0.1 * torch.randn_like(p))
     return Model(network, recipe.objective, FACTS, recipe)
 
@@ -114,7 +114,7 @@ def test_an_evaluation_that_cannot_ask_for_it_says_so():
 
 @dataclass(frozen=True, kw_only=True)
 class Own(EDM):
-    """An objective that no list names."""
+    """An objective that is registered nowhere."""
 
 
 @register
@@ -143,7 +143,7 @@ def test_a_part_that_a_stored_recipe_could_not_name_is_refused_before_it_is_trai
 
 
 def test_a_part_that_is_registered_is_trained_and_loaded(tmp_path):
-    """By whoever has imported it; a name that is taken is refused."""
+    """In any process that has imported it; a name that is taken is refused."""
 
     captioned_shapes.write(tmp_path / "shards", count=16, size=16)
     data = Shards(shards=tmp_path / "shards", size=16, threads=1, decoder="pillow")
@@ -154,7 +154,7 @@ def test_a_part_that_is_registered_is_trained_and_loaded(tmp_path):
     assert type(load(folder).objective) is Halved
     with pytest.raises(Refused, match="duotone.engine.objectives.edm has a EDM already; rename it"):
         register(OwnEDM)
-    try:  # a cell that is run again
+    try:  # as when a notebook cell is run again
         again = register(dataclass(frozen=True, kw_only=True)(type("Halved", (EDM,), {"__module__": __name__})))
         refuse_unstorable(replace(recipe, objective=again()))
     finally:
@@ -243,7 +243,7 @@ def test_a_file_that_cannot_be_imported_is_one_line(file, says, tmp_path, capsys
 
 
 def test_a_sampler_that_gives_no_picture_is_told():
-    """At infinite noise x is the noise itself: who divides by sigma there has nothing."""
+    """At infinite noise, x is the noise itself: a sampler that divides by sigma there is left with nothing."""
 
     def naive(denoise, x_NCHW, sigmas, **_):
         for sigma, following in zip(sigmas[:-1], sigmas[1:]):
@@ -289,7 +289,7 @@ def test_a_card_shows_how_each_kind_is_asked_for():
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens(Brightness):
-    """Says vector, and gives tokens."""
+    """Declares the port vector, but gives tokens."""
 
     def build(self, network, facts):
         made = super().build(network, facts)
@@ -301,7 +301,7 @@ class Tokens(Brightness):
 
 @dataclass(frozen=True, kw_only=True)
 class Restless(Brightness):
-    """Draws by PyTorch's own generator."""
+    """Draws from PyTorch's own generator."""
 
     def build(self, network, facts):
         made = super().build(network, facts)

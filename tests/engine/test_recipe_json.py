@@ -1,4 +1,4 @@
-"""A stored recipe against this one: the same run under a later version, another run where a value differs."""
+"""A stored recipe against the current one: still the same run under a later version, another run if a value differs."""
 
 import json
 from dataclasses import replace

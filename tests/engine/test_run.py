@@ -50,7 +50,7 @@ def shards(tmp_path_factory):
 
 
 def command(shards: Path, out: Path, *flags: str, ranks: int = 0, script: Path = RECIPE) -> list[str]:
-    """The recipe under the launcher, or without it where `ranks` is 0."""
+    """The recipe under the launcher, or without it if `ranks` is 0."""
     run = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks)] if ranks else [sys.executable]
     if ranks:
         run += ["--master_port", str(29500 + os.getpid() % 500)]
@@ -66,7 +66,7 @@ def run(*arguments, code: int = 0, **settings) -> subprocess.CompletedProcess:
 
 
 def run_here(shards: Path, out: Path, *flags: str) -> None:
-    """The same without a process of its own, where nothing depends on how it is started."""
+    """The same within this process, for tests that do not depend on how a run is started."""
     flags = ["--data.shards", str(shards), "--out", str(out), "--speed.threads", "1", *flags]
     train(parse(Recipe, flags, default=runpy.run_path(str(RECIPE))["recipe"], name="tiny"))
 
@@ -89,7 +89,7 @@ def assert_equal_states(a: dict, b: dict) -> None:
 
 @pytest.fixture(scope="module")
 def whole(shards, tmp_path_factory):
-    """The uninterrupted run that the others are held against."""
+    """The uninterrupted run that the others are compared with."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     run(shards, out)
     return out
@@ -109,7 +109,7 @@ def test_a_run_leaves_what_it_promises(whole):
 
 
 def test_a_checkpoint_is_a_model_and_guides_a_later_one(whole, tmp_path):
-    """Autoguidance from the command line, and the last checkpoint is what the run exported."""
+    """Autoguidance works from the command line, and the last checkpoint holds what the run exported."""
     early, late = sorted((whole / "checkpoints").iterdir())
     models = {path: artifact.load(path, "cpu") for path in (early, late, whole)}
     assert [model.images for model in models.values()] == [80, 96, 96]
@@ -166,7 +166,7 @@ runpy.run_path({recipe!r}, run_name="__main__")
 
 @pytest.mark.long
 def test_a_run_that_dies_at_any_call_that_writes_goes_on(shards, tmp_path):
-    """Before every seventh opening to write, sync and rename, from the folder's first file to the last picture."""
+    """It dies before every seventh open, sync and rename that writes, from the folder's first file to the last picture."""
     flags = (
         "--images",
         "24",
@@ -201,7 +201,7 @@ def test_a_run_that_dies_at_any_call_that_writes_goes_on(shards, tmp_path):
 @pytest.mark.long
 @pytest.mark.launcher
 def test_two_ranks_stop_at_one_step_when_their_minutes_are_over(shards, tmp_path):
-    """A step after the first look at their clocks, where no checkpoint was due; what is written there is what any run goes on from."""
+    """They stop one step after first looking at their clocks, with an ordinary checkpoint although none was due."""
     out = tmp_path / "stopped"
     done = run(shards, out, "--checkpoint.every", "0", "--checkpoint.stop-after", "0.01", ranks=2)
     assert "stopped after 0.01 minutes at 16 of 96 images: the same command goes on" in done.stdout
@@ -225,7 +225,7 @@ def test_two_ranks_see_what_one_rank_sees(whole, shards, tmp_path, stage):
     one, two = rows(whole), rows(out)
     assert [(r["images"], r["keys"], r["draws"]) for r in two] == [(r["images"], r["keys"], r["draws"]) for r in one]
     assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-4)
-    assert done.stdout.count("parameters, fp32") == 1  # rank 0 alone speaks
+    assert done.stdout.count("parameters, fp32") == 1  # only rank 0 prints
     a, b = state(out), state(whole)
     for name in a["weight"]:
         torch.testing.assert_close(a["weight"][name], b["weight"][name], rtol=2e-3, atol=2e-4)
@@ -234,7 +234,7 @@ def test_two_ranks_see_what_one_rank_sees(whole, shards, tmp_path, stage):
 
 @pytest.mark.launcher
 def test_two_ranks_hand_over_to_one_and_back(whole, shards, tmp_path):
-    """The same run on two ranks, then one, then two, each going on from the last one's checkpoint."""
+    """The same run on two ranks, then one, then two, each resuming from the last one's checkpoint."""
     out = tmp_path / "mixed"
     first = ["--optimizer.schedule", "constant"]
     run(shards, out, *first, "--images", "32", ranks=2)
@@ -255,7 +255,7 @@ def test_accumulation_is_the_large_batch(whole, shards, tmp_path):
 
 @pytest.fixture(scope="module")
 def twenty_steps(shards, tmp_path_factory):
-    """20 steps in fp32, which are the same in one micro-batch and in two."""
+    """20 steps in fp32, where one micro-batch and two give the same."""
     out = tmp_path_factory.mktemp("runs") / "fp32"
     run_here(shards, out, "--images", "160")
     return rows(out)
@@ -263,7 +263,7 @@ def twenty_steps(shards, tmp_path_factory):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_bf16_follows_fp32_with_fp32_master_weights_and_ema(twenty_steps, shards, tmp_path, accumulation, capsys):
-    """20 steps in bf16 under ZeRO-1: losses within 5 %, and what is kept is fp32 with bits that bf16 does not have."""
+    """20 steps in bf16: losses within 5 % of fp32's, and checkpoints hold values with more bits than bf16 has."""
     flags = ["--images", "160", "--accumulation", str(accumulation), "--speed.precision", "bf16"]
     run_here(shards, tmp_path / "bf16", *flags)
     assert ("runs as ZeRO-2" in capsys.readouterr().out) == (accumulation > 1)
@@ -277,7 +277,7 @@ def test_bf16_follows_fp32_with_fp32_master_weights_and_ema(twenty_steps, shards
 
 
 def test_a_compiled_network_equals_eager_without_recompiling(whole, shards, tmp_path):
-    """Every block compiled fullgraph under the DeepSpeed engine, three steps without a recompile after the second."""
+    """Every block compiled with fullgraph under DeepSpeed's engine: three steps, no recompile after the second."""
     out = tmp_path / "compiled"
     flags = ["--images", "24", "--speed.compile", "True", "--optimizer.schedule", "constant"]
     done = run(shards, out, *flags)
@@ -295,7 +295,7 @@ def test_a_finished_run_says_so_and_changes_nothing(whole, shards):
 
 
 def test_a_run_that_goes_on_past_its_end_is_not_complete(shards, tmp_path):
-    """A queue that waits for ema.safetensors, and whoever loads the folder, would take the weights of the earlier end for its."""
+    """A script that waits for ema.safetensors or loads the folder would mistake the earlier weights for new ones."""
     out, flags = tmp_path / "run", ["--optimizer.schedule", "constant"]
     run_here(shards, out, *flags, "--images", "16")
     run_here(shards, out, *flags, "--images", "96", "--checkpoint.stop-after", "1e-9")
@@ -312,7 +312,7 @@ def test_a_run_that_goes_on_past_its_end_is_not_complete(shards, tmp_path):
 
 
 def test_a_failing_picture_costs_no_training(shards, tmp_path, monkeypatch):
-    """The checkpoint that is due at the same step comes first."""
+    """The checkpoint that is due at the same step is written first."""
 
     def full(*_):
         raise OSError("No space left on device")
@@ -333,7 +333,7 @@ def test_a_folder_in_use_is_refused_and_left_as_it_is(whole, shards, tmp_path, f
 
 
 def test_a_resumed_run_goes_by_the_clock_of_the_first(shards, tmp_path, monkeypatch):
-    """Whatever a later clock would say of attention's backends."""
+    """It keeps the attention backends that the first start measured, whatever a later measurement would say."""
     shape = {
         "images": 8,
         "queries": 4096,
@@ -402,10 +402,10 @@ runpy.run_path({recipe!r}, run_name="__main__")
     ],
 )
 def test_no_thread_of_gloo_outlives_the_run_and_no_compiler_was_loaded(shards, tmp_path, ranks):
-    """One that lets go of a tensor while Python is being taken down aborts the process: a good run's exit code would be 134."""
+    """A Gloo thread that frees a tensor while Python shuts down aborts the process: good runs would exit with 134."""
     script = tmp_path / "ending.py"
     script.write_text(f"{ENDING}\nimport runpy\nrunpy.run_path({str(RECIPE)!r}, run_name='__main__')\n")
-    # DALI collects garbage when Python ends, and would hide what is held in a cycle.
+    # DALI collects garbage when Python ends, which would hide objects held in a cycle.
     flags = ("--images", "8", "--data.decoder", "pillow")
     done = run(shards, tmp_path / "run", *flags, ranks=ranks, script=script)
     assert ends(done) == ["0 threads of gloo at the end"] * (ranks or 1)
@@ -429,7 +429,7 @@ def ends(done: subprocess.CompletedProcess) -> list[str]:
     ],
 )
 def test_what_a_rank_refuses_is_the_only_thing_heard(shards, tmp_path, module, name, rank, call, says):
-    """No traceback of the others, who lose it: one line, and exit code 2."""
+    """No traceback of the other ranks, which lose their connection: one line, and exit code 2."""
     script = tmp_path / "refusing.py"
     script.write_text(ENDING + REFUSING.format(module=module, name=name, rank=rank, call=call, recipe=str(RECIPE)))
     done = run(shards, tmp_path / "run", ranks=2, script=script, code=2)
@@ -440,7 +440,7 @@ def test_what_a_rank_refuses_is_the_only_thing_heard(shards, tmp_path, module, n
 
 
 def test_what_a_run_trained_is_freed_with_it(shards, tmp_path):
-    """A second run of the process has the memory of the first."""
+    """So that a second run in the same process can use the memory of the first."""
     flags = ["--data.shards", str(shards), "--out", str(tmp_path / "run"), "--speed.threads", "1"]
     recipe = parse(Recipe, flags, default=runpy.run_path(str(RECIPE))["recipe"], name="tiny")
     with ExitStack() as held:
@@ -451,7 +451,7 @@ def test_what_a_run_trained_is_freed_with_it(shards, tmp_path):
 
 
 def test_samples_that_could_not_be_read_stay_in_the_record(shards, tmp_path):
-    """Of all that the run read, also before it was gone on with, and when a finished run is started once more."""
+    """From all that the run has read, including before a resume, and also after a finished run is started again."""
     folder, out = shutil.copytree(shards, tmp_path / "shards"), tmp_path / "run"
     data = Shards(shards=folder, size=16).open(torch.device("cpu"))
     data.close()
@@ -471,7 +471,7 @@ def test_samples_that_could_not_be_read_stay_in_the_record(shards, tmp_path):
 
 @pytest.mark.parametrize("fault", ["a caption that is no text", "no caption beside no image"])
 def test_previews_ask_for_captions_of_what_can_be_read(fault, tmp_path):
-    """Where samples that cannot be read are replaced, one of the first is none to stop at."""
+    """If unreadable samples are replaced, one among the first must not stop the run."""
     folder = tmp_path / "shards"
     folder.mkdir()
     with tarfile.open(folder / "00000.tar", "w") as tar:
@@ -498,7 +498,7 @@ def test_previews_ask_for_captions_of_what_can_be_read(fault, tmp_path):
 
 
 def test_a_run_reads_from_where_it_stood_when_it_was_asked(whole, shards, tmp_path, monkeypatch):
-    """The reading thread may begin after the first step has moved on."""
+    """The reading thread may start only after the first step has advanced the position."""
     late, batches = tmp_path / "late", type(Shards(shards=shards, size=16).open(torch.device("cpu"))).batches
 
     def begin_late(self, plans, ahead=2):
@@ -514,7 +514,7 @@ def test_a_run_reads_from_where_it_stood_when_it_was_asked(whole, shards, tmp_pa
 
 
 def test_a_sample_that_cannot_be_read_loses_no_step_before_it(shards, tmp_path):
-    """The run ends with a checkpoint of them, and the remedy that the line names is one."""
+    """The run ends with a checkpoint of those steps, and the remedy in its message works."""
     folder, out = shutil.copytree(shards, tmp_path / "shards"), tmp_path / "run"
     recipe = runpy.run_path(str(RECIPE))["recipe"]
     data = Shards(shards=folder, size=16).open(torch.device("cpu"))
@@ -550,7 +550,7 @@ def test_a_run_tells_how_each_part_of_it_was_trained(shards, tmp_path, capsys):
 
 
 def test_a_picture_that_was_half_written_stops_nothing(whole, shards, tmp_path, monkeypatch):
-    """By a process that was killed, or a disk that lost it; from now on they are written whole or not at all."""
+    """Left by a killed process or a faulty disk. A run itself writes pictures whole or not at all."""
     out = shutil.copytree(whole, tmp_path / "run")
     (out / "previews" / "images-000000000016.png").write_bytes(b"\x89PNG\r\n")
     (out / "previews" / "images-000000000024.png").write_bytes(b"")
@@ -562,7 +562,7 @@ def test_a_picture_that_was_half_written_stops_nothing(whole, shards, tmp_path, 
 
 
 def test_splits_are_told_again_until_they_are_trained_on(shards, tmp_path):
-    """Before the first checkpoint the data may still grow."""
+    """Until the first checkpoint, the data may still grow."""
     out = tmp_path / "run"
     run_here(shards, out, "--data.held-out", "0.3", "--images", "16")
     told = (out / "splits.json").read_text()
@@ -573,7 +573,7 @@ def test_splits_are_told_again_until_they_are_trained_on(shards, tmp_path):
 
 
 def test_the_folder_names_the_data_that_was_trained_on(shards, tmp_path):
-    """By which `duotone evaluate` finds it: before the first checkpoint it may be other data than at an earlier start."""
+    """`duotone evaluate` reads it; until the first checkpoint, an earlier start may have named other data."""
     out, other = tmp_path / "run", tmp_path / "other"
     captioned_shapes.write(other, count=24, size=16, seed=1)
     run_here(other, out, "--images", "16")
@@ -589,7 +589,7 @@ def test_two_first_runs_at_once_share_the_embedded_data(tmp_path, monkeypatch):
     write = captioned_shapes.write
 
     def late(folder, **settings):
-        write(folder, **settings | {"count": 8})  # the other run's
+        write(folder, **settings | {"count": 8})  # the other run has written it first
         raise Refused("writing failed (Directory not empty)")
 
     monkeypatch.setattr(captioned_shapes, "write", late)
@@ -598,7 +598,7 @@ def test_two_first_runs_at_once_share_the_embedded_data(tmp_path, monkeypatch):
 
 
 def test_sigma_data_is_measured_once_in_a_run(shards, tmp_path, monkeypatch):
-    """Another decoder rounds otherwise; what goes on learns the objective that it began with."""
+    """Another decoder rounds differently, but a resumed run keeps the objective that it began with."""
     flags = ["--objective.sigma-data", "None", "--optimizer.schedule", "constant"]
     run_here(shards, tmp_path / "run", *flags, "--images", "16")
     before = artifact.load(tmp_path / "run", "cpu").objective
@@ -617,7 +617,7 @@ def test_fresh_moves_the_folder_one_stands_in_aside(whole, shards, tmp_path, mon
 
 @pytest.mark.parametrize("there", [False, True], ids=["new", "to be gone on with"])
 def test_a_folder_that_another_process_takes_meanwhile_is_refused(whole, shards, tmp_path, monkeypatch, there):
-    """Between reading a folder and claiming it lie the meeting of the ranks and the indexing of shards."""
+    """Between reading a folder and claiming it, the ranks meet and shards are indexed, which takes time."""
     out, join = tmp_path / "run", zero.join
     if there:
         shutil.copytree(whole, out)
@@ -635,7 +635,7 @@ def test_a_folder_that_another_process_takes_meanwhile_is_refused(whole, shards,
 
 
 def test_what_was_due_with_the_checkpoint_is_made_up_for(shards, tmp_path, monkeypatch):
-    """A checkpoint comes before the pictures and losses of its step: a process that ended between them leaves no hole."""
+    """A checkpoint is written before its step's pictures and losses: if a run ends between, a resume fills the gap."""
     flags = ["--images", "48", "--preview.every", "16", "--validation.every", "16", "--data.held-out", "0.3"]
     flags += ["--validation.images", "4", "--validation.levels", "2", "--checkpoint.every", "16"]
     draw = outcome.draw
@@ -670,11 +670,11 @@ ENDLESS = ("--optimizer.schedule", "constant", "--images", "800000", "--checkpoi
 
 
 def begun(shards: Path, out: Path, **settings) -> subprocess.Popen:
-    """A run that has taken a few steps, in a terminal of its own."""
+    """Starts a run as in its own terminal, and returns it after a few steps."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
     environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
-    def as_in_a_terminal():  # what a shell starts in the background ignores Ctrl-C, and so would its children
+    def as_in_a_terminal():  # background jobs of a shell ignore Ctrl-C, and so would their children
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.setsid()
 
@@ -688,7 +688,7 @@ def begun(shards: Path, out: Path, **settings) -> subprocess.Popen:
 
 
 def said_at_the_end(process: subprocess.Popen) -> str:
-    """Of all processes that write to it, after the last of them has ended."""
+    """The output of all processes that write to its pipe, after the last of them has ended."""
     try:
         return process.communicate(timeout=200)[0]
     finally:
@@ -697,11 +697,11 @@ def said_at_the_end(process: subprocess.Popen) -> str:
 
 
 def test_a_signal_ends_a_run_with_a_checkpoint(shards, tmp_path):
-    """Where none was due, with every step that was taken in it; the same command goes on from there."""
+    """No checkpoint was due; it holds every step that was taken, and the same command resumes from it."""
     process = begun(shards, tmp_path / "run")
     while (
         process.poll() is None
-    ):  # a queue may say it again, and the launcher does, also while the checkpoint is written
+    ):  # a batch queue may repeat the signal, and the launcher does, also while the checkpoint is written
         process.send_signal(signal.SIGTERM)
         time.sleep(0.01)
     said = said_at_the_end(process)
@@ -717,7 +717,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(shards, tmp_path):
 @pytest.mark.launcher
 @pytest.mark.parametrize("to", ["all", pytest.param("rank 1", marks=pytest.mark.long)])
 def test_a_signal_ends_two_ranks_after_one_step(shards, tmp_path, to):
-    """Ctrl-C goes to all that a terminal runs, and the launcher sends SIGTERM after it; a queue may tell one rank alone."""
+    """Ctrl-C reaches all processes of a terminal, then the launcher sends SIGTERM; a queue may signal one rank."""
     process = begun(shards, tmp_path / "run", ranks=2)
     if to == "all":
         os.killpg(process.pid, signal.SIGINT)
@@ -728,11 +728,11 @@ def test_a_signal_ends_two_ranks_after_one_step(shards, tmp_path, to):
     (written,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert said.count(f"duotone: interrupted: the same command goes on from {written}") == 1
     assert written.name == checkpoint.name_of(rows(tmp_path / "run")[-1]["images"])
-    assert ("stopping with a checkpoint" in said) == (to == "all")  # rank 0 says what it has heard
+    assert ("stopping with a checkpoint" in said) == (to == "all")  # rank 0 reports a signal that it got itself
 
 
 def test_a_run_that_nobody_listens_to_any_more_writes_its_checkpoint(shards, tmp_path):
-    """As of `... | tee log`, which Ctrl-C ends first."""
+    """As in `... | tee log`, where Ctrl-C ends tee first."""
     process = begun(shards, tmp_path / "run")
     process.stdout.close()
     process.send_signal(signal.SIGINT)
@@ -760,7 +760,7 @@ def test_a_signal_within_the_last_save_loses_nothing(shards, tmp_path, monkeypat
 
 @pytest.mark.parametrize("ended", ["by a signal", "by its minutes"])
 def test_who_ends_a_run_does_not_wait_for_its_pictures(ended, shards, tmp_path, monkeypatch):
-    """The checkpoint comes first, and the pictures when the run goes on."""
+    """The checkpoint is written at once, the pictures are drawn when the run is resumed."""
     module, out = sys.modules["duotone.engine.train"], tmp_path / "run"
     real = module.train_step
     flags = ["--preview.every", "24", "--checkpoint.every", "0", "--images", "48"]
@@ -789,7 +789,7 @@ def test_who_ends_a_run_does_not_wait_for_its_pictures(ended, shards, tmp_path, 
 
 @pytest.mark.parametrize("ends", [True, False], ids=["with a checkpoint", "complete"])
 def test_a_second_sigterm_takes_no_exit_code(ends):
-    """A run that is complete all the same is ended by it at once."""
+    """While a run ends with a checkpoint, the second is ignored; a run that is complete all the same ends at once."""
     ours = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         with stopping.Stop(0, 0, torch.device("cpu")) as stop:
@@ -804,8 +804,8 @@ def test_a_second_sigterm_takes_no_exit_code(ends):
 
 
 def test_a_second_ctrl_c_does_not_wait():
-    """As while pictures are drawn; a SIGTERM, which the launcher sends after a Ctrl-C, is no second one."""
-    ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background ignores it
+    """Such as while pictures are drawn. The launcher's SIGTERM after a Ctrl-C does not count as a second one."""
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore Ctrl-C
     before = [signal.getsignal(number) for number in stopping.SIGNALS]
     with pytest.raises(KeyboardInterrupt), stopping.Stop(0, 0, torch.device("cpu")) as stop:
         signal.raise_signal(signal.SIGINT)
@@ -831,7 +831,7 @@ def test_fresh_moves_the_old_run_aside(whole, shards, tmp_path):
 
 
 def test_gradient_checkpointing_and_trackers(whole, shards, tmp_path):
-    """Recomputed activations change no loss; TensorBoard and offline wandb only listen."""
+    """Recomputed activations change no loss; TensorBoard and offline wandb only receive what is logged."""
     out = tmp_path / "listened"
     pictures = ("--preview.every", "48", "--preview.strips", "--log.wandb-pictures")
     run(shards, out, "--speed.gradient-checkpointing", "--log.tensorboard", "--log.wandb", *pictures)

@@ -1,4 +1,4 @@
-"""`duotone sample` as a person types it: what it prints, sheets of scales, and one line for each mistake."""
+"""`duotone sample` as a user types it: what it prints, sheets of guidance scales, and one line for each mistake."""
 
 import math
 import warnings
@@ -140,7 +140,7 @@ def test_layers_shared_by_both_branches_cost_less_than_two_forwards(models, tmp_
 
 
 def test_several_scales_are_a_sheet_with_a_row_each(models, tmp_path, monkeypatch, capsys):
-    """Rows of the same noise; each row is what its scale alone draws."""
+    """All rows begin with the same noise; each row is what its scale draws alone."""
     monkeypatch.chdir(tmp_path)
     draw(models / "label", "--label", "cat", "dog", "--guidance", "1", "4", "--out", "both.png")
     assert capsys.readouterr().out.startswith("4 pictures in both.png")
@@ -152,7 +152,7 @@ def test_several_scales_are_a_sheet_with_a_row_each(models, tmp_path, monkeypatc
 
 
 def test_several_sets_of_attributes_are_a_row_each(models, tmp_path, monkeypatch, capsys):
-    """Each row is what its set alone draws, from the noise of its place."""
+    """Each row is what its set draws alone, from the noise of its position."""
     monkeypatch.chdir(tmp_path)
     draw(models / "attributes", "--attribute", "Male,Bald=0", "Bald", "--count", "2", "--out", "both.png")
     assert capsys.readouterr().out.startswith("4 pictures in both.png")
@@ -163,7 +163,7 @@ def test_several_sets_of_attributes_are_a_row_each(models, tmp_path, monkeypatch
 
 
 def test_a_strip_ends_with_the_picture(models, tmp_path, monkeypatch):
-    """A row of eight moments for each; the last step's idea is what is drawn."""
+    """Each picture has a row of eight moments; the denoised image of the last step is the picture."""
     monkeypatch.chdir(tmp_path)
     draw(models / "label", "--label", "cat", "dog", "--strip", "strip.png", "--steps", "9", "--columns", "1")
     strip, sheet = (np.asarray(Image.open(name)).astype(int) for name in ("strip.png", "sample.png"))
@@ -172,7 +172,7 @@ def test_a_strip_ends_with_the_picture(models, tmp_path, monkeypatch):
 
 
 def test_a_noisy_strip_ends_with_the_picture_too(models, tmp_path, monkeypatch):
-    """What the network takes it to be and how it stands are one at the last step, and not before."""
+    """The denoised image and the noisy one are the same at the last step, and differ before."""
     monkeypatch.chdir(tmp_path)
     for name, flags in (("idea.png", []), ("noisy.png", ["--noisy"])):
         asked = ["--label", "cat", "dog", "--steps", "8", "--columns", "1", "--overwrite"]
@@ -182,7 +182,7 @@ def test_a_noisy_strip_ends_with_the_picture_too(models, tmp_path, monkeypatch):
 
 
 def test_steps_are_shown_at_the_scale_that_keeps_variance():
-    """x0 = 0.2 under noise of 0.4 at sigma 2 is 1 / sqrt(5); the last is the picture itself."""
+    """x0 = 0.2 with noise of 0.4 at sigma 2 is scaled to 1 / sqrt(5); the last is the picture itself."""
     seen = ByStep(torch.tensor([math.inf, 2.0, 0.0]))
     for step, x in enumerate((1.0, 0.2)):
         seen(step, torch.full((1, 1, 1, 1), x), torch.zeros(1, 1, 1, 1))

@@ -1,4 +1,4 @@
-"""Guidance against two separate forwards, seeds, refusals; what reaches the network when a condition is dropped."""
+"""Guidance against two separate forwards, seeds and refusals; what reaches the network when a condition is dropped."""
 
 import functools
 from dataclasses import replace
@@ -134,7 +134,7 @@ def test_a_negative_condition_takes_the_unconditional_place():
 
 @pytest.mark.parametrize("kind", CONDITIONS)
 def test_a_negative_condition_is_two_forwards(kind):
-    """D = D(negative) + scale (D(asked) - D(negative)) after one Euler step, each D by a forward of its own; a scale per image."""
+    """D(negative) + scale (D(asked) - D(negative)) after an Euler step, each D by a separate forward; a scale per image."""
     config, network, asked = CONDITIONS[kind]
     model, seen = model_of(config, network=network), []
     ((name, values),) = asked.items()
@@ -149,7 +149,7 @@ def test_a_negative_condition_is_two_forwards(kind):
 
 
 def test_keys_and_values_of_a_text_are_projected_once_a_run(monkeypatch):
-    """Once for both branches together, whatever the number of steps, also where only one of them is asked for."""
+    """Once for both branches together, whatever the number of steps, even if some steps need only one branch."""
     config, network, asked = CONDITIONS["text"]
     model, projected = model_of(config, network=network), []
     own = Attention.keys_values
@@ -177,7 +177,7 @@ def test_an_image_depends_on_its_seed_not_on_its_batch(sampler):
 
 @pytest.mark.parametrize("sampler", [ancestral, stochastic_heun])
 def test_noise_is_bit_identical_whatever_the_batch(sampler):
-    """The noise at the start and in every step, as the sampler is given it: alone, in a batch, in chunks, from one seed."""
+    """The noise that a sampler gets at the start and in every step: alone, in a batch, in chunks, from one seed."""
     model = model_of(Label())
 
     def noise_of(**asked) -> torch.Tensor:
@@ -203,7 +203,7 @@ def test_noise_is_bit_identical_whatever_the_batch(sampler):
 
 
 def test_a_side_that_would_shrink_to_nothing_is_refused():
-    """Zeros at the ends alone leave no pixel of a side below a factor; zeros all around leave one."""
+    """Padding only at the ends leaves no pixel of a side shorter than the factor; padding on all sides leaves one."""
     padded = replace(PLAIN, down_pads_ends=True)
     with pytest.raises(
         Refused, match=r"size = \(8, 1\): this network halves sides down to a pixel of 2: give that many"
@@ -286,7 +286,7 @@ def test_the_path_of_a_model_is_no_model():
     ids=["ddpm", "ddpm, not", "cfg++", "edm", "edm, asked"],
 )
 def test_denoised_images_stay_within_the_range_of_pixels(objective, settings, within):
-    """For DDPM, whose network's error at the first noise level of a cosine schedule is multiplied by 20,000."""
+    """By default for DDPM: a cosine schedule's first noise level multiplies the network's error by 20,000."""
     model, largest = model_of(Label(), objective=objective), []
     watch = lambda step, x_NCHW, denoised_NCHW: largest.append(denoised_NCHW.abs().max().item())  # noqa: E731
     sample(model, labels=[0, 1], **{"steps": 4, "sampler": "ancestral", "guidance": 3.0} | settings, on_step=watch)
@@ -338,7 +338,7 @@ def test_guidance_without_a_null_state_is_refused_with_the_reason():
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_a_condition_that_was_never_left_out_must_be_given(guidance):
-    """Its null state is a row of random numbers."""
+    """Its null condition is an untrained row of random numbers."""
     both = model_of(CONDITIONS["text"][0], Label(dropout=0.0), network=CONDITIONS["text"][1])
     for asked in ({"count": 1}, {"prompts": ["x"], "guidance": guidance}):
         with pytest.raises(Refused, match="never trained without its labels: give labels"):
@@ -347,7 +347,7 @@ def test_a_condition_that_was_never_left_out_must_be_given(guidance):
 
 
 def test_a_null_state_that_was_trained_with_all_others_alone_is_no_state_of_its_own():
-    """Dropped together they are guidance's other branch; one of them without the other was never seen."""
+    """Conditions dropped together give guidance its other branch, but one without the other was never seen."""
     both = model_of(CONDITIONS["text"][0], Label(dropout=0.0), network=CONDITIONS["text"][1])
     both = replace(both, recipe=replace(both.recipe, drop_together=0.1))
     assert both.can_be_guided and both.can_be_asked_for_anything
@@ -371,7 +371,7 @@ def test_steps_are_told_once_for_each_image_whatever_the_chunks(sampler):
 
 
 def test_a_chunk_that_runs_out_of_memory_tells_no_step_twice():
-    """Five images at once fail at their second step, as where guidance begins; then three and two go through."""
+    """Five images fail at their second step, as they do where guidance begins; then three and two succeed."""
     told, bars = [], Steps(10, lambda step, x, denoised: told.append((step, x.tolist())), shown=False)
 
     def draw(rows: slice, on_step):
@@ -403,7 +403,7 @@ def test_a_caption_too_long_is_cut_with_a_warning():
 
 
 def test_drop_rate_counted_at_the_networks_input():
-    """10 % of the rows reach the UNet with all-zero tokens and 20 % with the null class, each drawn by itself."""
+    """10 % of the rows reach the UNet with all-zero tokens and 20 % with the null class, drawn independently."""
     config = ByteText(width=16, layers=1, heads=2, length=24, dropout=0.1, pooled=False)
     model = model_of(config, Label(dropout=0.2), network=CROSS)
     seen = []

@@ -1,4 +1,4 @@
-"""The reader of the captioned shapes: rules that know nothing of how a picture was drawn."""
+"""The reader of the captioned shapes: its rules do not depend on how a picture was drawn."""
 
 import io
 
@@ -42,7 +42,7 @@ def test_the_checker_does_not_see_what_is_not_there():
 
 
 def test_the_checker_is_drawn_for_by_another_hand():
-    """Plain Pillow drawings with textbook colours: the checker cannot lean on the generator's own outlines or palette."""
+    """Plain Pillow drawings in textbook colours: the checker must not rely on the generator's outlines or palette."""
     from PIL import ImageDraw
 
     textbook = {"red": "red", "green": "green", "blue": "blue", "yellow": "yellow", "white": "white", "black": "black"}

@@ -1,4 +1,4 @@
-"""The switches of engine/speed.py: what they may change is speed and rounding, nothing else."""
+"""The switches of engine/speed.py: they may change speed and rounding, nothing else."""
 
 import copy
 import os
@@ -52,7 +52,7 @@ ASKED = {
 
 
 def exported(folder, kind: str):
-    """A model of this conditioning, untrained, as a run leaves it."""
+    """An untrained model with this conditioning, in a file as a run leaves it."""
     torch.manual_seed(0)
     config, _, extra = ASKED[kind]
     reads = ("none", "cross" if config.port == "tokens" else "self")
@@ -123,7 +123,7 @@ def test_padded_ends_hand_the_convolutions_multiples_of_eight(monkeypatch):
 @pytest.mark.parametrize("kind", ["text", "label"])
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
 def test_padded_ends_are_guided_as_dense_ones_are(kind, rescale, tmp_path, monkeypatch):
-    """Guidance is handed the padded output's first channels, which its kernel takes only where nothing lies between them."""
+    """Guidance gets the padded output's first channels, but its kernel only takes images without gaps."""
     seen, step = [], guidance.guided_step
 
     def watched(output_NCHW, *rest, **named):
@@ -148,7 +148,7 @@ def test_every_norm_is_told_to_take_turns():
 
 
 def test_norms_that_join_skips_change_nothing(monkeypatch):
-    """The way up hands every block its skip apart; what the norm gives back is what the block goes on with."""
+    """On the way up, every block gets its skip separately and continues with the joined image that the norm returns."""
     calls = []
 
     def noted(x_NCHW, skip_NCHW, *arguments, **options):
@@ -173,7 +173,7 @@ def test_norms_that_join_skips_change_nothing(monkeypatch):
 
 
 def test_compiling_without_a_compiler_is_one_line_with_the_remedy():
-    """In a process of its own: torch looks for one once."""
+    """In a separate process, because torch looks for a compiler only once."""
     code = "from duotone.engine.speed import Speed, choose; choose(Speed(device='cpu')); choose(Speed(device='cpu', compile=True))"
     environment = os.environ | {"PATH": "/nowhere"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
@@ -190,7 +190,7 @@ def test_a_backend_that_torch_does_not_know_is_one_line_with_those_that_it_knows
 
 
 def test_a_gpu_without_a_c_compiler_compiles_nothing_and_says_so(monkeypatch):
-    """Triton builds each launch with one; with a folder of its own in PATH there is none."""
+    """Triton builds each kernel's launcher with a C compiler; with another PATH there is none."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert speed.choose(speed.Speed(precision="bf16")).compile
     monkeypatch.setenv("PATH", "/nowhere")
@@ -203,7 +203,7 @@ def test_a_gpu_without_a_c_compiler_compiles_nothing_and_says_so(monkeypatch):
 
 
 def test_a_network_that_is_recorded_whole_has_no_recorded_blocks(tmp_path, monkeypatch):
-    """A block's next recording would give away the memory of the last one's output."""
+    """Recording the next block would reuse the memory of the last one's output."""
     asked = []
     monkeypatch.setattr(speed, "compile_blocks", lambda network, switches: asked.append(switches) or 0)
     switches = speed.Speed(compile=True, backend="eager", cuda_graphs=True)
@@ -212,7 +212,7 @@ def test_a_network_that_is_recorded_whole_has_no_recorded_blocks(tmp_path, monke
 
 
 def test_gradients_that_blocks_graphs_hold_are_added_up_elsewhere():
-    """ZeRO-1 keeps a micro-batch's gradients where the backward pass left them: here, in a graph's memory."""
+    """ZeRO-1 keeps a micro-batch's gradients where the backward pass left them, which is a graph's memory here."""
     graphs, on_gpu = speed.Speed(cuda_graphs=True), speed.Choice("cuda", "fp32", True)
     assert speed.records_blocks(graphs, on_gpu)
     for switches, choice in (
@@ -232,7 +232,7 @@ def test_gradients_that_blocks_graphs_hold_are_added_up_elsewhere():
 
 
 def test_the_compiler_knows_every_option_that_it_is_given():
-    """An unknown option would be found out on the first GPU only: Inductor refuses it when a function is wrapped."""
+    """An unknown option would only be noticed on the first GPU: Inductor refuses it when a function is wrapped."""
     options = speed.compiler_options(speed.Speed(autotune=True, cuda_graphs=True))
     assert options == {"max_autotune": True, "triton.cudagraphs": True}
     torch.compile(lambda x: x, options=options)
@@ -253,7 +253,7 @@ def test_a_compiled_network_gives_what_it_gave():
 
 
 def test_a_compiled_network_reads_keys_and_values_that_are_already_projected():
-    """As sampling gives them, one pair for each layer of every transformer, in fullgraph blocks."""
+    """As sampling passes them, one pair for each layer of every transformer, to blocks compiled with fullgraph."""
     torch.manual_seed(0)
     unet = replace(SHAPE, depth=tuple(2 for _ in SHAPE.depth)).build().eval()
     tokens = torch.randn(1, 5, SHAPE.context_width)
@@ -267,7 +267,7 @@ def test_a_compiled_network_reads_keys_and_values_that_are_already_projected():
 
 
 def test_zero_3_runs_its_blocks_uncompiled(monkeypatch):
-    """It gathers weights between a block's modules; a compiled block would have to be one graph."""
+    """ZeRO-3 gathers weights between a block's modules, but a compiled block would have to be one graph."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     compiled = {stage: speed.choose(speed.Speed(), stage).compile for stage in (1, 2, 3)}
@@ -293,7 +293,7 @@ def plain() -> UNetConfig:
         ({"WORLD_SIZE": "4"}, 1),
         ({"LOCAL_WORLD_SIZE": "9"}, 1),
         ({"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "6"}, 3),
-        ({"LOCAL_SIZE": "2", "WORLD_SIZE": "6"}, 3),  # as deepspeed says it, of three machines
+        ({"LOCAL_SIZE": "2", "WORLD_SIZE": "6"}, 3),  # as deepspeed sets it on each of three machines
     ],
     ids=str,
 )
@@ -392,7 +392,7 @@ def test_a_recording_follows_its_inputs():
     ids=str,
 )
 def test_a_switch_changes_rounding_at_most(switches):
-    """Two training steps of a compiled network with and without it, gradients and all."""
+    """Two training steps of a compiled network with and without the switch, gradients included."""
     side, results = 40 if "norms_in_turns" in switches else 8, []
     if "norms_in_turns" in switches:
         cut = tiling(SHAPE.channels[0], SHAPE.groups, side * side, 2, in_turns=True)

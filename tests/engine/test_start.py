@@ -59,7 +59,7 @@ def test_a_tracker_that_fails_is_dropped_and_the_metrics_go_on(tmp_path, capsys)
 
 
 def test_a_run_that_had_ended_keeps_its_measurements(tmp_path):
-    """Started once more its last is measured in its place, or not at all."""
+    """When such a run is started again, its last measurement is repeated in place, or not at all."""
     rows = [{"images": 4, "loss": 2.0}, {"images": 8, "loss": 1.0}]
     (tmp_path / "validation.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     logger = Logger(Log(), tmp_path, 8, 8, speaks=True, recipe={})
@@ -71,7 +71,7 @@ def test_a_run_that_had_ended_keeps_its_measurements(tmp_path):
 
 
 def test_a_run_that_diverged_writes_json(tmp_path):
-    """Which has no NaN: the first one would end every other reader of a file."""
+    """JSON has no NaN: the first one would make the file unreadable for any other reader."""
     logger = Logger(Log(trace=True), tmp_path, 8, 0, speaks=True, recipe={})
     logger.validated({"images": 8, "loss": math.nan, "levels": [{"sigma": 1.0, "loss": math.inf, "low": None}]})
     logger.trace({"images": 8, "loss": math.nan, "keys": ["a"]})
@@ -128,7 +128,7 @@ def test_the_optimizer_is_torchs_adamw_with_an_ema_beside_it():
 
 
 def test_a_decay_too_small_for_one_factor_decays():
-    """1 - 1e-8 is 1 in fp32, which as a factor decays nothing; within the step it does, in the mean of many weights."""
+    """1 - 1e-8 is 1 in fp32, a factor that decays nothing; added to the step, it decays the mean of many weights."""
     weights = [torch.nn.Parameter(torch.ones(64, 64)) for _ in range(2)]
     optimizers = [AdamW(weight_decay=d).build(torch.nn.ParameterList([w])) for d, w in zip((0.0, 1e-4), weights)]
     g = torch.Generator().manual_seed(0)
@@ -153,7 +153,7 @@ def test_memory_is_counted_without_allocating():
     )
     unet = config.build()
     small, large = (memory.saved_per_image(unet, side, CPU) for side in (16, 32))
-    assert 3.2 < large / small < 6  # pixels quadruple; attention grows faster, weights' share not at all
+    assert 3.2 < large / small < 6  # pixels quadruple; attention grows faster, what depends on weights alone not at all
     unet.checkpointing = True
     assert memory.saved_per_image(unet, 32, CPU) < large / 2
     assert all(p.device.type == "cpu" for p in unet.parameters())
@@ -172,7 +172,7 @@ def test_previews_ask_for_what_the_model_takes():
 
 
 def test_a_folder_has_one_process_at_a_time(tmp_path):
-    """Held as long as a process lives: what it leaves behind says nothing."""
+    """A claim lasts as long as its process: a claim file left behind means nothing."""
     folder = tmp_path / "run"
     folder.mkdir()
     with run_folder.claimed(folder):
@@ -190,7 +190,7 @@ def test_a_folder_has_one_process_at_a_time(tmp_path):
 
 @pytest.mark.parametrize("begun", [False, True], ids=["moved", "begun anew"])
 def test_a_folder_moved_aside_while_it_is_claimed_is_refused(begun, tmp_path, monkeypatch):
-    """Else two processes would train in the new one, or this one would move it aside under the other."""
+    """Otherwise two processes would train in the new folder, or this one would move it away from under the other."""
     folder, lock = tmp_path / "run", run_folder.fcntl.flock
     folder.mkdir()
 
@@ -217,14 +217,14 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
 
 
 def test_a_small_run_on_ones_own_data_has_its_own_name():
-    """By the embedded data's, every recipe's would have one folder."""
+    """Under the name of the embedded data's run, small runs of all recipes would share one folder."""
     full, small = Recipe(name="full"), Recipe(name="captioned_shapes")
     assert base_of(full, small, ["--small"]).name == "captioned_shapes"
     assert base_of(full, small, ["--small", "--data.shards", "x"]).name == "full_small"
 
 
 def test_data_that_a_recipe_names_is_ones_own(capsys):
-    """As much as data that the command line names: a small network on other pictures would be trained instead."""
+    """Just like data that the command line names: otherwise a small network would be trained on other pictures."""
     full, small = Recipe(name="full", data=Shards(shards="x", size=32)), Recipe(name="shapes", data=Shards(size=16))
     assert base_of(full, small, []) == full and base_of(full, small, ["--help"]) == full
     taken = base_of(full, small, ["--small"])
@@ -247,7 +247,7 @@ def test_an_old_run_is_moved_aside_not_deleted(tmp_path):
 
 
 def test_the_estimate_of_activations_is_what_autograd_keeps():
-    """Counted without storage, against the storages that a real forward pass saves."""
+    """The estimate is counted on tensors without storage, and compared with what a real forward pass saves."""
     config = UNetConfig(
         channels=(16, 32),
         attention=("none", "cross"),
@@ -314,13 +314,13 @@ ON_CUDA = Choice("cuda", "bf16", True)
 
 
 def room(network: Network, recipe: Recipe, micro: int) -> int:
-    """Bytes of a GPU that holds so many images at once, and not one more."""
+    """Bytes of a GPU that holds `micro` images at once, and not one more."""
     needed = memory.estimate(network, recipe, micro, ON_CUDA, 1)
     return int((needed.state + needed.activations) / memory.USABLE) + 1
 
 
 def test_the_fewest_micro_batches_that_fit_are_taken():
-    """Room for a quarter of the batch, for all of it, and for not even one image."""
+    """With room for a quarter of the batch, for all of it, for one image less, for one image, and for not even one."""
     recipe = Recipe(name="r", model=CONFIG, data=Shards(size=32), batch_size=16, images=16)
     network = Network(CONFIG.build(), [])
     rooms = [room(network, recipe, micro) for micro in (4, 16, 15, 1)]
@@ -341,7 +341,7 @@ def test_an_interrupted_run_goes_on_with_its_own_micro_batches(asked, stored, ta
 
 @pytest.mark.parametrize("before,taken", [(1, 4), (4, 4), (8, 8)])
 def test_an_interrupted_run_goes_on_where_less_fits(before, taken, monkeypatch):
-    """On eight GPUs a rank takes its share at once; on one of them alone that would be all, which it cannot hold."""
+    """On eight GPUs a rank takes its share in one micro-batch; on a single one, the whole batch would not fit."""
     recipe = Recipe(name="r", model=CONFIG, data=Shards(size=32), batch_size=16, images=16)
     network, gpu = Network(CONFIG.build(), []), SimpleNamespace()
     gpu.total_memory = room(network, recipe, 4)

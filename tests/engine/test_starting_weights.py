@@ -1,4 +1,4 @@
-"""A run that begins from other weights: ours, a diffusers folder, a diffusers file; and what does not fit."""
+"""A run that begins from existing weights: ours, a diffusers folder or a diffusers file; and what does not fit."""
 
 import json
 import os
@@ -88,7 +88,7 @@ def predicted(network, x_NCHW, time_N, labels_N) -> torch.Tensor:
 
 @pytest.fixture(params=[{}, {"flip_sin_to_cos": False, "freq_shift": 1}], ids=["cosines first", "sines first, shifted"])
 def numbered(request, tmp_path):
-    """A diffusers UNet that takes the class number as it takes the time, and a recipe of its shape."""
+    """A diffusers UNet that embeds the class number in the same way as the time, and a recipe of its shape."""
     torch.manual_seed(8)
     config = diffusers_unet.to_config(MODEL, 16) | {"class_embed_type": "timestep"} | request.param
     theirs = diffusers_unet.from_config(config)
@@ -100,7 +100,7 @@ def numbered(request, tmp_path):
 
 @pytest.mark.parametrize("form", ["folder", "file"])
 def test_a_class_by_its_number_is_the_label_as_a_sinusoid(numbered, form, tmp_path):
-    """Begun from there, our network predicts what theirs does, of every class and time; and so does what is exported again."""
+    """Begun from it, our network predicts what theirs does, for every class and time; and so does our export of it."""
     unet, path, recipe = numbered
     if form == "file":
         path = tmp_path / "single.safetensors"
@@ -122,7 +122,7 @@ def test_a_class_by_its_number_is_the_label_as_a_sinusoid(numbered, form, tmp_pa
 
 
 def test_a_sinusoid_is_no_beginning_of_another_label(numbered):
-    """Sixteen classes as a one-hot vector are as wide as the sinusoid of the first level: the weights fit, and mean nothing."""
+    """A one-hot vector of sixteen classes is as wide as the first level's sinusoid: the weights fit, but mean nothing."""
     _, path, recipe = numbered
     facts = Facts(classes=tuple("abcdefghijklmnop"))
     for encoding in ("one_hot", "embedding"):
@@ -159,7 +159,7 @@ def test_our_own_file_and_a_condition_that_it_does_not_know(tmp_path):
 
 @pytest.mark.parametrize("names", [("dog", "cat"), ("cat", "dog")])
 def test_a_row_of_another_name_is_no_beginning(tmp_path, names):
-    """As many classes, but others: their rows fit and mean something else."""
+    """As many classes with other names: their rows fit, but mean something else."""
     source = fresh(seed=5)
     named = {name: p.detach() for name, p in source.named_parameters()}
     artifact.save(tmp_path / "ema.safetensors", named, RECIPE, FACTS, 0)
@@ -174,7 +174,7 @@ def test_a_row_of_another_name_is_no_beginning(tmp_path, names):
 
 
 def test_rows_of_another_port_are_no_beginning(tmp_path):
-    """As wide, but added to the time there, and read by attention here."""
+    """Equally wide rows, but added to the time embedding there, and read by attention here."""
     model = replace(MODEL, attention=("none", "cross"), middle="cross", context_width=64)
     facts = Facts(attributes=("Smiling", "Male"))
     text = ByteText(width=64, layers=1, heads=2, length=8)
@@ -208,7 +208,7 @@ def test_our_own_file_says_what_shapes_do_not(tmp_path):
 
 
 def test_an_exported_folder_of_a_text_model_begins_a_run_again(tmp_path):
-    """Its UNet and the projection of its pooled caption; the byte encoder goes by ema.safetensors, and begins at random."""
+    """UNet and projection of the pooled caption begin from it; the byte encoder, not part of it, begins at random."""
     conditions = (ByteText(width=12, layers=1, heads=2, length=8),)
     recipe = replace(RECIPE, model=TEXT, conditioning=conditions)
     source, network = fresh(recipe, seed=5), fresh(recipe)
@@ -236,7 +236,7 @@ TEXT = UNetConfig(
 
 
 def in_original_layout(unet) -> dict[str, torch.Tensor]:
-    """A UNet's weights as such a file holds them, beside a codec and a text encoder."""
+    """A UNet's weights as a file in the original layout holds them, beside a codec and a text encoder."""
     ours = {b: a for a, b in [*original_layout.ENDS.items(), *original_layout.blocks(unet.config)]}
     named = {original_layout.renamed(name, ours): p.detach() for name, p in unet.named_parameters()}
     assert not any(name.split(".")[0] in ("down_blocks", "up_blocks", "mid_block") for name in named)
@@ -246,7 +246,7 @@ def in_original_layout(unet) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("config", [TEXT, replace(TEXT, attention=("none", "cross", "none"), linear_projection=True)])
 def test_an_original_single_file_fills_the_unet_as_diffusers_reads_it(config, tmp_path):
-    """Their converter is the oracle: from the file it makes the state dict that we began from, name by name."""
+    """diffusers' converter is the oracle: it turns the file back into the original state dict, name by name."""
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     torch.manual_seed(3)
@@ -302,7 +302,7 @@ def broken(folder: Path, tmp_path: Path, how: str) -> Path:
 
 
 def test_weights_by_another_name_are_told(tmp_path):
-    """As diffusers saves them with a variant, in several files or pickled."""
+    """Names under which diffusers saves weights with a variant, in several files or pickled."""
     for name in ("unet/diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
@@ -334,7 +334,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_copied(theirs, how, says, t
 
 
 def test_other_heads_in_the_middle_are_another_network(tmp_path):
-    """Heads change no shape of any weight: only their config.json tells, also of a middle below a level without attention."""
+    """Heads change no weight's shape: only config.json tells them, also for a middle below a level without attention."""
     shape = dict(channels=(16, 32), attention=("none", "none"), middle="self", blocks=(1, 1), depth=(1, 1), groups=8)
     ours, theirs = UNetConfig(heads=(1, 4), **shape), UNetConfig(heads=(1, 2), **shape)
     config = diffusers_unet.to_config(theirs, 16)
@@ -396,7 +396,7 @@ def test_a_folder_whose_json_is_broken_is_refused_in_one_line(broken, theirs, tm
 
 
 def test_a_run_begins_there_and_its_average_too(theirs, tmp_path):
-    """Two steps at a tiny rate: the exported average still is what it began from."""
+    """After two steps at a tiny learning rate, the exported EMA still equals the starting weights."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     flags = ["--start", str(theirs[1]), "--out", str(tmp_path / "run"), "--images", "32", "--batch-size", "16"]
     flags += ["--optimizer.lr", "1e-12", "--optimizer.warmup", "0", "--checkpoint.every", "0", "--preview.every", "0"]

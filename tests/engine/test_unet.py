@@ -1,4 +1,4 @@
-"""Our UNet against diffusers': same names, same outputs, same gradients, both ways, over random configurations."""
+"""Our UNet against diffusers': same names, outputs and gradients, in both directions, over random configurations."""
 
 import contextlib
 import copy
@@ -111,9 +111,9 @@ def gradients(model, forward, inputs: dict, dtype=torch.float32) -> tuple[torch.
 def assert_same(unet: UNet, model, i: dict) -> None:
     """Outputs within 1e-5 of scale; gradients within 1e-4 of max(|g|, 1e-3 of the RMS norm over parameters).
 
-    Where the true gradient is zero (whatever precedes a norm with one channel per group) diffusers in fp32 misses that
-    bar against itself in float64; there ours must lie within 5e-6 of the RMS norm of the float64 gradient: what is left of sums over
-    784 pixels that cancel (theirs leaves up to 1e-6).
+    Where the true gradient is zero (in whatever precedes a norm with one channel per group), diffusers in fp32 misses
+    that bar against itself in float64. There, our error against float64 must be within 5e-6 of the RMS norm: it is the
+    rest of sums over 784 pixels that cancel (theirs leaves up to 1e-6).
     """
     a, ours_g = gradients(unet, ours, i)
     b, theirs_g = gradients(model, their, i)
@@ -129,7 +129,7 @@ def assert_same(unet: UNet, model, i: dict) -> None:
 
 
 def size_of(config: UNetConfig, draw: random.Random) -> int:
-    """Sides that theirs can take: any where only UNet2DConditionModel's own levels are, else what halves evenly."""
+    """A side that diffusers can take: any if all levels are UNet2DConditionModel's own, else one that halves evenly."""
     uneven = [13, 18] if "cross" in config.attention and "self" not in config.attention else []
     return draw.choice([12, 16, 28, *uneven])
 
@@ -141,7 +141,7 @@ def test_random_configuration_equals_diffusers(seed):
     torch.manual_seed(seed)
     unet, model = config.build().eval(), theirs_of(config, size, classes).eval()
     if classes:
-        # With us the class embedding is the label's conditioner, outside of the UNet; here it stands where theirs does.
+        # Our class embedding is in the label's conditioner, outside of the UNet; here it is put where theirs is.
         unet.class_embedding = torch.nn.Embedding(classes, config.embedding_width)
     model.load_state_dict(unet.state_dict())  # strict: every name and shape
     unet.load_state_dict(model.state_dict())
@@ -201,7 +201,7 @@ def test_published_network_equals_diffusers(name):
 
 RECIPES = {path.stem: path for path in (Path(__file__).parents[2] / "recipes").glob("*.py")}
 NEAREST = {
-    # What diffusers has no field for, replaced by the nearest that it has; the page of each recipe says so.
+    # Settings that diffusers has no field for, replaced by the nearest ones; the page of each recipe says so.
     "celeba_edm": {"blocks": (2, 2, 2)},
     "cifar10_guided": {"heads": (4, 8, 16)},
     "celeba_hq_attributes": {"film_shared": False},
@@ -217,7 +217,7 @@ def network_of_recipe(name: str) -> UNetConfig:
 
 @pytest.mark.parametrize("name", sorted(RECIPES.keys() - {"coco_clip", "image_folder", "mnist_concat"}))
 def test_every_recipes_network_equals_diffusers(name):
-    """The other recipes' own networks at the smallest sides that keep their levels; the three above stand in SEEDS."""
+    """The other recipes' networks, at the smallest sides that keep their levels; SEEDS has the three left out here."""
     if name in NEAREST:
         with pytest.raises(diffusers_unet.Inexpressible):
             diffusers_unet.to_config(network_of_recipe(name), 32)
@@ -278,7 +278,7 @@ HO = {  # The configuration of the published CIFAR-10 network of Ho et al. 2020 
 
 
 def test_ho_et_als_network_equals_diffusers():
-    """35.7 M parameters; it pads its downsamples at the ends alone."""
+    """35.7 M parameters; its downsamples are padded only at the ends."""
     torch.manual_seed(0)
     model = UNet2DModel(**{key: v for key, v in HO.items() if not key.startswith("_")}).eval()
     unet = diffusers_unet.from_config(HO).build().eval()
@@ -410,7 +410,7 @@ FIELDS = [
 
 @pytest.mark.parametrize(("cls", "name"), FIELDS, ids=lambda v: v if isinstance(v, str) else v.__name__)
 def test_every_field_of_theirs_is_obeyed_or_refused_by_name(cls, name):
-    """Each field of both classes at another value than its default: the same output, or a refusal that names it."""
+    """Each field of both classes at a value other than its default: the same output, or a refusal that names it."""
     torch.manual_seed(0)
     settings = BASE[cls] | {name: OTHERWISE[name]}
     try:
@@ -452,7 +452,7 @@ def test_a_config_that_lacks_its_blocks_is_refused():
 
 @pytest.mark.parametrize("heads,held", [(2, True), (1, False), (4, False)])
 def test_a_middle_that_would_count_other_heads_is_refused_both_ways(heads, held):
-    """Their middle takes the number of the last level, which self-attention reads as the width of a head."""
+    """diffusers' middle takes the last level's setting as the number of heads, self-attention takes it as their width."""
     config = replace(UNetConfig(), channels=(8, 8, 4), attention=("cross", "cross", "self"), heads=(4 // heads, 1, heads),
                      blocks=(1, 1, 1), depth=(1, 1, 1), groups=4, context_width=8, zero_init=False)  # fmt: skip
     if held:
@@ -481,7 +481,7 @@ def test_odd_sizes_come_back_as_they_went_in():
 
 
 def test_gradient_checkpointing_runs_every_block_again_and_changes_no_gradient():
-    """Dropout too: what a block dropped the first time it drops again."""
+    """Dropout included: a block drops again what it dropped the first time."""
     config = replace(random_config(next(s for s in range(9) if "cross" in random_config(s).attention)), dropout=0.3)
     torch.manual_seed(0)
     unet, runs = config.build(), []
@@ -503,7 +503,7 @@ def test_gradient_checkpointing_runs_every_block_again_and_changes_no_gradient()
 
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
 def test_a_skip_and_what_it_joins_get_dense_gradients(backend):
-    """Slices of one gradient would be copied, each by whoever takes it next."""
+    """If they got slices of one gradient, each would have to be copied by the operator that takes it next."""
     torch.manual_seed(0)
     block = ResBlock(24, 8, 16, groups=4, eps=1e-5, film=False, shared=False, dropout=0.0)
     if backend:
@@ -537,7 +537,7 @@ def test_activations_stay_channels_last():
 
 
 def film_pair() -> tuple[UNet, UNet]:
-    """A network with one projection for all, and its twin whose every block holds that projection's first rows."""
+    """A network with one projection for all blocks, and a twin in which every block has that projection's first rows."""
     config = UNetConfig(
         channels=(16, 32),
         attention=("none", "cross"),

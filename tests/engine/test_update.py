@@ -1,4 +1,4 @@
-"""The update of ZeRO 1 and 2 against DeepSpeed's own on the same gradients, and what it no longer does."""
+"""Our update for ZeRO 1 and 2 against DeepSpeed's own on the same gradients, and the passes that it avoids."""
 
 import copy
 
@@ -27,7 +27,7 @@ def group_of_one():
 
 @pytest.fixture(autouse=True)
 def fp16_on_every_cpu(monkeypatch):
-    """DeepSpeed asks for a CPU that is fast in fp16; every CPU can compute in it."""
+    """DeepSpeed requires a CPU that is fast in fp16, but every CPU can compute in it."""
     from deepspeed.accelerator import get_accelerator
 
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
@@ -82,12 +82,12 @@ def state(made: Sharded) -> dict[str, torch.Tensor]:
     "stage,precision,accumulation", [(1, "fp32", 1), (1, "bf16", 1), (2, "bf16", 3), (2, "fp32", 2)]
 )
 def test_equals_deepspeeds_own(stage, precision, accumulation):
-    """Clipped at every step, with decay, three rates."""
+    """Clipped at every step, with weight decay and a falling rate."""
     options = {"stage": stage, "precision": precision, "accumulation": accumulation}
     mine, theirs = (sharded(small_network(), **options, ours=ours) for ours in (True, False))
     norms = [run(made, 5, accumulation) for made in (mine, theirs)]
     assert min(norms[0]) > CONFIG.clip
-    # DeepSpeed rounds the norm of bf16 gradients' sum in fp32, and multiplies them by 1 / scale.
+    # DeepSpeed rounds the norm of the summed bf16 gradients to fp32, and multiplies the gradients by 1 / scale.
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
     for name, value in state(theirs).items():
         torch.testing.assert_close(state(mine)[name], value, rtol=2e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
@@ -96,7 +96,7 @@ def test_equals_deepspeeds_own(stage, precision, accumulation):
 
 
 class Signs(AdamWEma):
-    """An optimizer of one's own: along the signs of its momentum, counting its steps."""
+    """A custom optimizer, which moves along the signs of its momentum and counts its steps."""
 
     STATE = ("exp_avg", "taken", "ema")
 
@@ -116,7 +116,7 @@ def by_signs(network: nn.Module) -> Signs:
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_an_optimizer_of_ones_own_is_stepped_at_every_stage(stage, tmp_path):
-    """And what it keeps is gathered, stored and read back."""
+    """And its state is gathered, stored and read back."""
     made, by_adam = (sharded(small_network(), stage=stage, precision="fp32", build=b) for b in (by_signs, CONFIG.build))
     before = made.gather("weight")
     run(made, 1)
@@ -160,7 +160,7 @@ def test_gradients_that_are_not_finite_change_nothing_and_are_counted(precision)
 
 @pytest.mark.parametrize("stage,accumulation", [(1, 1), (2, 2)])
 def test_in_fp16_the_loss_scale_is_deepspeeds_and_goes_on_after_a_resume(stage, accumulation):
-    """The first scale is too large for this loss: steps are skipped and the scale halves, and so it does at spoilt ones."""
+    """The first scale is too large for this loss: steps are skipped and the scale halves, as at spoilt steps."""
     options = {"stage": stage, "precision": "fp16", "accumulation": accumulation}
     mine, theirs = (sharded(small_network(), **options, ours=ours) for ours in (True, False))
     for made in (mine, theirs):
@@ -169,7 +169,7 @@ def test_in_fp16_the_loss_scale_is_deepspeeds_and_goes_on_after_a_resume(stage, 
     for name, value in state(theirs).items():
         torch.testing.assert_close(state(mine)[name], value, rtol=2e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
     again = sharded(small_network(), **options)
-    run(again, 1, accumulation)  # the state of the optimizer is made by its first step
+    run(again, 1, accumulation)  # the first step creates the optimizer's state
     for kind in ("weight", "exp_avg", "exp_avg_sq", "ema"):
         again.scatter(kind, mine.gather(kind))
     again.restore_counters(mine.counters())
@@ -178,7 +178,7 @@ def test_in_fp16_the_loss_scale_is_deepspeeds_and_goes_on_after_a_resume(stage, 
 
 
 class Written(TorchDispatchMode):
-    """Elements that operators write, of tensors as large as a shard."""
+    """Notes the operators that write tensors as large as a shard."""
 
     def __init__(self, at_least: int):
         super().__init__()
@@ -194,7 +194,7 @@ class Written(TorchDispatchMode):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_fp32_weights_begin_as_they_were_given(stage, precision):
-    """DeepSpeed rounds the network first, and would train and average what is left of weights that a run begins from."""
+    """DeepSpeed rounds the network first: master weights and EMA would begin from rounded weights."""
     network = small_network()
     given = {name: p.detach().clone() for name, p in network.named_parameters()}
     made = sharded(network, stage=stage, precision=precision)
@@ -209,8 +209,8 @@ def test_fp32_weights_begin_as_they_were_given(stage, precision):
 
 
 def test_stage_3_takes_back_what_it_put_in_place_of_torchs_linear(monkeypatch):
-    """A later run of the process would round otherwise than one of a fresh process."""
-    monkeypatch.setattr(torch.nn.functional, "linear", before := torch._C._nn.linear)  # others here are never closed
+    """Otherwise a later run in the same process would round differently from one in a new process."""
+    monkeypatch.setattr(torch.nn.functional, "linear", before := torch._C._nn.linear)  # other tests never close theirs
     made = sharded(small_network(), stage=3, precision="bf16")
     assert torch.nn.functional.linear is not before
     made.close()
@@ -220,7 +220,7 @@ def test_stage_3_takes_back_what_it_put_in_place_of_torchs_linear(monkeypatch):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("precision,accumulation", [("fp32", 1), ("bf16", 1), ("bf16", 2)])
 def test_no_step_waits_for_the_device(stage, precision, accumulation, monkeypatch):
-    """DeepSpeed's clock would, twice a micro-batch from the third step on."""
+    """DeepSpeed's timers would, twice per micro-batch from the third step on."""
     from deepspeed.accelerator import get_accelerator
 
     waits = []
@@ -231,10 +231,10 @@ def test_no_step_waits_for_the_device(stage, precision, accumulation, monkeypatc
 
 
 def whole_passes(ours: bool) -> list[str]:
-    """Operators over the whole shard outside the kernel's own work."""
+    """Operators that write a whole shard, besides the kernel itself."""
     made = sharded(nn.Linear(64, 64, bias=False), stage=1, precision="bf16", ours=ours)
     made.optimizer.update = lambda *_: None
-    for _ in range(2):  # the first makes the state and the buffer
+    for _ in range(2):  # the first step creates the state and the buffer
         made.backward(made(torch.randn(ROWS, 64, dtype=torch.bfloat16)).float().square().mean())
         with Written(64 * 64) as seen:
             made.step()

@@ -79,7 +79,7 @@ def test_it_is_the_loss_of_the_exported_weights_on_images_that_were_held_out(rec
 
 
 def test_measuring_changes_no_step_and_survives_an_interruption(recipe, whole, tmp_path):
-    """Cut after 40 images and gone on with: the same rows; a finished run started once more has no row twice."""
+    """Cut after 40 images and resumed, a run has the same rows; a finished run that is started again repeats no row."""
     cut = replace(recipe, out=tmp_path / "cut")
     train(replace(cut, images=40))
     assert [row["images"] for row in rows(cut.out)] == [16, 32, 40]

@@ -1,4 +1,4 @@
-"""A step recorded whole is the eager step: with a recording that runs again what it recorded, and holds it to what a replay can do."""
+"""A step recorded whole equals the eager step. A stand-in for a CUDA graph allows only what a replay can do."""
 
 import gc
 import importlib
@@ -37,9 +37,9 @@ MUON = Muon(lr=1e-2, weight_decay=0.1, clip=0.5, warmup=0)
 
 
 class Operators(TorchDispatchMode):
-    """Every operator with all that it was given beside tensors: what a CUDA graph keeps for ever.
+    """Notes every operator with all its arguments except tensors' values: what a CUDA graph fixes when it is recorded.
 
-    Meanwhile nothing is collected: an earlier test's engine calls operators of its own when it goes.
+    Garbage collection is off meanwhile, because an earlier test's engine calls operators when it is freed.
     """
 
     now: "Operators | None" = None
@@ -70,7 +70,7 @@ class Operators(TorchDispatchMode):
 
 
 class RunAgain:
-    """Stands for a CUDA graph: inputs of its own, outputs in one place, and the same operators at every replay."""
+    """Stands in for a CUDA graph: its own inputs, outputs in one place, and the same operators at every replay."""
 
     made: list["RunAgain"] = []
 
@@ -97,19 +97,19 @@ class RunAgain:
 
 @pytest.fixture(scope="module", autouse=True)
 def group_of_one():
-    if os.environ.get("DS_ACCELERATOR") == "cuda":  # what runs on a GPU does so in processes of its own
+    if os.environ.get("DS_ACCELERATOR") == "cuda":  # tests on a GPU run in separate processes
         yield
         return
     zero.join("cpu")
     yield
-    # The runs below have left by themselves, and a second time would end the group for later tests.
+    # If the runs below have left already, leaving twice would end the group for later tests.
     if meeting.SET_HERE:
         zero.leave()
 
 
 @pytest.fixture(autouse=True)
 def update_in_one_operator(monkeypatch):
-    """As on a GPU: the kernel's definition, which a CPU runs, looks at the skipped step's mark itself."""
+    """Counts the update as one operator, as on a GPU: on a CPU, its definition reads the mark of a skipped step."""
     update_ = adamw.adamw_ema_
 
     def noted(*tensors, **options):
@@ -145,7 +145,7 @@ def inputs_at(step: int, precision: str, spoilt=(), rows: int = ROWS) -> dict:
 
 
 def run(made: Sharded, step, precision: str, **given) -> list[tuple[float, float, int]]:
-    """Loss, gradient norm and skipped steps after each of STEPS steps at a rate of its own."""
+    """Loss, gradient norm and skipped steps after each of STEPS steps, each at its own rate."""
     rows = []
     torch.manual_seed(5)
     for number in range(STEPS):
@@ -187,7 +187,7 @@ def test_replayed_steps_are_the_eager_ones_bit_for_bit(stage, precision, optimiz
 
 
 def gathered_in(loss: torch.Tensor) -> set[int]:
-    """Where the graph of a loss gathers gradients: the identities of its leaves."""
+    """The ids of the leaves in which the graph of a loss accumulates gradients."""
     nodes, leaves = [loss.grad_fn], set()
     while nodes:
         node = nodes.pop()
@@ -198,7 +198,7 @@ def gathered_in(loss: torch.Tensor) -> set[int]:
 
 
 def test_a_recording_gathers_gradients_in_leaves_of_its_own():
-    """A node that DeepSpeed keeps belongs to the stream that it was made on, and a GPU records none of that stream's work."""
+    """Nodes that DeepSpeed keeps belong to the stream on which they were created, whose work a GPU would not record."""
     made, met = sharded(1, "fp32"), []
 
     def watched(network, inputs: dict) -> torch.Tensor:
@@ -215,7 +215,7 @@ def test_a_recording_gathers_gradients_in_leaves_of_its_own():
 
 
 def test_a_step_can_be_taken_eagerly_between_replayed_ones():
-    """Inputs of another form, or a run that goes on without its recording."""
+    """For inputs of another shape, or in a run that continues without its recording."""
     mine, theirs = sharded(1, "fp32"), sharded(1, "fp32")
     whole = WholeStep(mine, loss_of, pytest.fail, recorder=RunAgain)
     eager = WholeStep(theirs, loss_of, pytest.fail).eager
@@ -230,7 +230,7 @@ def test_a_step_can_be_taken_eagerly_between_replayed_ones():
 
 class Refuses(RunAgain):
     def __init__(self, function, inputs):
-        super().__init__(function, inputs)  # steps that must leave no trace
+        super().__init__(function, inputs)  # takes steps, which must leave no trace
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
 
@@ -263,7 +263,7 @@ def test_a_recording_that_fails_leaves_the_eager_run_and_a_line(recorder):
 
 
 def test_what_reads_the_hosts_numbers_is_caught_by_the_stand_in(monkeypatch):
-    """The test's own test: a rate that is a Python number in the recording, as a CUDA graph would keep it."""
+    """A test of the stand-in: a learning rate that is a Python number is fixed in the recording, as in a CUDA graph."""
     made = sharded(1, "fp32")
     apply = made.update.apply
 
@@ -280,7 +280,7 @@ def test_what_reads_the_hosts_numbers_is_caught_by_the_stand_in(monkeypatch):
 
 
 def outcome(folder) -> tuple[dict, dict, list]:
-    """The last checkpoint, and what the run said of every step."""
+    """The last checkpoint, and what the run logged for every step."""
     path, _ = checkpoint.newest(folder / "checkpoints")
     manifest, tensors = checkpoint.read(path)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -289,7 +289,7 @@ def outcome(folder) -> tuple[dict, dict, list]:
 
 
 def test_a_run_of_whole_steps_is_the_same_run_and_goes_on_from_its_checkpoints(tmp_path, monkeypatch):
-    """Twelve steps of text and labels; one run is cut in the middle and goes on without recordings."""
+    """Twelve steps of text and labels; one run is cut in the middle and resumed without recordings."""
     recipe = replace(runpy.run_path(str(TINY))["recipe"], accumulation=1)
     eager = train.train(replace(recipe, out=tmp_path / "eager"))
     monkeypatch.setattr(train, "WholeStep", partial(WholeStep, recorder=RunAgain))
@@ -344,7 +344,7 @@ def test_where_it_does_not_hold_is_said(change, says):
 @pytest.mark.gpu
 @pytest.mark.parametrize("stage,precision", [(1, "bf16"), (2, "bf16"), (1, "fp32")])
 def test_recorded_steps_are_the_eager_ones(stage, precision):
-    """In a process of its own: DeepSpeed knows one kind of device for as long as its process lives."""
+    """In a separate process, because DeepSpeed settles on one kind of device per process."""
     call = f"import runpy; runpy.run_path({__file__!r})['compare_on_a_gpu']({stage}, {precision!r})"
     done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -371,7 +371,7 @@ def compare_on_a_gpu(stage: int, precision: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("whole", [True, False], ids=["replayed", "eager"])
 def test_a_step_never_waits_for_the_device(tmp_path, whole):
-    """So that the next one is ready when the device is done with it."""
+    """So that the next step is queued when the device finishes one."""
     call = f"import runpy; runpy.run_path({__file__!r})['never_waiting_on_a_gpu']({str(tmp_path)!r}, {whole})"
     done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -386,7 +386,7 @@ def never_waiting_on_a_gpu(folder: str, whole: bool) -> None:
         raise AssertionError("torch.cuda.synchronize, of which the debug mode knows nothing")
 
     def train_step(run, batches):
-        amid = 2 <= run.step < STEPS - 2  # the first is recorded, the last one's numbers are asked for
+        amid = 2 <= run.step < STEPS - 2  # the first steps are recorded, and the last one's numbers are read
         torch.cuda.set_sync_debug_mode("error" if amid else "default")
         torch.cuda.synchronize = waiting if amid else synchronize
         real(run, batches)
@@ -406,7 +406,7 @@ def test_a_recording_that_fails_leaves_the_device_as_it_was():
     seed = torch.cuda.initial_seed()
     x = torch.ones(4, device="cuda")
     with pytest.raises(RuntimeError):
-        # While it warms up it may ask for a number; while it is recorded it cannot.
+        # Reading a number is allowed while it warms up, but not while it is recorded.
         Recorded(lambda x: x * torch.rand_like(x).sum().item(), (x,))
     assert torch.cuda.current_stream() == stream and torch.cuda.initial_seed() == seed
     assert torch.rand(4, device="cuda").isfinite().all()
