@@ -16,5 +16,5 @@ MINUTES_LONG = ("test_readme_commands.py", "test_ledger.py", "test_gpu_code.py")
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """What one worker needs minutes for comes first, so that at the end the others do not wait for it."""
+    """Files that take one worker minutes run first, so that the other workers do not wait for them at the end."""
     items.sort(key=lambda item: item.path.name not in MINUTES_LONG)

@@ -66,7 +66,7 @@ def tiny_unet() -> UNet2DModel:
 def step(tmp_path_factory):
     """One run of the step's bench on the tiny text network, as a user starts it."""
     path = tmp_path_factory.mktemp("step") / "step.json"
-    # Fewer images would be outweighed by the weights, whose gradients are re-laid.
+    # With fewer images, the weights' gradients, whose layout is changed, would outweigh them.
     flags = ["--unet", "tiny", "--steps", "2", "--batch", "8", "--json", str(path)]
     command = [sys.executable, str(BENCH / "train_step.py"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
@@ -165,7 +165,7 @@ def test_a_race_ends_with_its_minutes(bench, tmp_path):
 
 
 def run_by_epochs(folder: Path, names: str, losses: list[float]) -> Path:
-    """A run of batches of 2 on 10 images, a line of metrics.jsonl a batch."""
+    """A run of batches of 2 on 10 images, with one line of metrics.jsonl per batch."""
     for name in ("shards", "run"):
         (folder / name).mkdir()
     write_json(folder / "shards" / "dataset.json", {"count": 10, "about": {"names": names}})
@@ -178,7 +178,7 @@ def run_by_epochs(folder: Path, names: str, losses: list[float]) -> Path:
 
 @pytest.mark.parametrize("names, notebook", [("mnist", [0.0525, 0.0460]), ("fashion-mnist", [])])
 def test_losses_of_a_run_stand_beside_the_notebooks_on_mnist_alone(names, notebook, bench, tmp_path, monkeypatch):
-    """Only whole epochs, of each only the last batches."""
+    """Only whole epochs count, and only the last batches of each."""
     run = run_by_epochs(tmp_path, names, [9, 9, 1, 2, 3, 9, 9, 2, 4, 6, 9, 9, 9])
     monkeypatch.syspath_prepend(str(BENCH))
     monkeypatch.setattr(importlib.import_module("notebook_losses"), "BATCHES", 3)
@@ -366,14 +366,14 @@ def test_stages_stand_in_order_and_their_scripts_exist(monkeypatch, tmp_path):
     assert names[:4] == ["first steps", "correctness", "ceilings", "kernels"]
     for stage in stages:
         assert all((ROOT / word).exists() for word in stage.command if word.endswith(".py"))
-        # Only what trains, or measures what was trained, may need what a bare machine has not.
+        # Only stages that train, or measure what was trained, may need what a bare machine lacks.
         assert (
             any(word.startswith("recipes/") for word in stage.command)
             or "deepspeed" not in stage.needs
             or stage.name in ("guidance", "speedrun", "their distance", "whole step")
         )
         earlier = stages[: stages.index(stage)]
-        # The course begins with what is published, everything else with what a stage before it has made.
+        # The course needs published files; every other stage only needs what an earlier stage has made.
         assert stage.name == "course" or all(any(s.makes(path) for s in earlier) for path in stage.inputs)
 
 
@@ -386,7 +386,7 @@ def test_the_reference_stage_is_a_recipe_that_can_be_run(monkeypatch, tmp_path):
 
 
 def test_what_a_stage_trains_is_a_recipe_with_flags_that_it_takes(monkeypatch, tmp_path):
-    """The dry run asks a script for its help alone: an unknown flag would cost a GPU's minutes."""
+    """The dry run only asks a script for its help: an unknown flag would show up on the GPU, and cost its minutes."""
     monkeypatch.syspath_prepend(str(BENCH))
     seen = []
     for stage in importlib.import_module("gpu_day").stages(tmp_path):
@@ -432,7 +432,7 @@ def python(code: str, *words) -> tuple[str, ...]:
 
 
 def test_a_day_that_was_cut_goes_on_where_it_was(day, monkeypatch, capsys, tmp_path):
-    """What ended well and left its result is not done again; what did not, is."""
+    """A stage that ended well and left its result is not repeated; any other is."""
     monkeypatch.setattr(day, "machine", lambda: HERE)
     results, times = [tmp_path / name for name in ("first", "second", "third")], tmp_path / "times"
     write = f"open({str(times)!r}, 'a').write(sys.argv[1]); open(sys.argv[2], 'w')"
@@ -522,7 +522,7 @@ def test_a_bare_machine_runs_all_but_the_training_stages(tmp_path):
 
 
 def started(script: str, *flags) -> None:
-    """A bench in a process of its own, where threads and handlers of other tests are not."""
+    """Runs a bench in a separate process, free of other tests' threads and handlers."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(BENCH / script), *map(str, flags)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -593,7 +593,7 @@ def test_a_curve_comes_down_to_a_loss_between_its_measurements(bench, tmp_path):
 
 @pytest.mark.long
 def test_both_contenders_train_and_are_measured(tmp_path):
-    """On the first few hundred garments: a step between two measurements."""
+    """On the first few hundred garments, with one step between two measurements."""
     if not FASHION.exists():
         pytest.skip("Fashion-MNIST is not on this machine")
     images, labels = (FASHION / f"train-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1"))
@@ -607,7 +607,7 @@ def test_both_contenders_train_and_are_measured(tmp_path):
 
 
 def test_contenders_train_the_speedruns_network(bench):
-    """Their flags are a recipe that training takes, alike but for the optimizer."""
+    """Their flags make recipes that training accepts and that differ only in the optimizer."""
     optimizers, speedrun = (importlib.import_module(name) for name in ("optimizers", "speedrun"))
     flags = [optimizers.flags_of(c, Path("data"), Path("scratch"), 9_600) for c in optimizers.CONTENDERS]
     made = [parse(Recipe, words, default=speedrun.recipe) for words in flags]

@@ -21,7 +21,7 @@ NAMES = ("sound", "dropout", "timestep", "batchnorm", "sinusoid")
 
 @pytest.fixture(scope="module")
 def bugs():
-    """The bench, its sampling and averaging cut short."""
+    """The bench, with sampling and batch norm's statistics cut short."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "bench"))
         module = importlib.import_module("bugs")
@@ -65,7 +65,7 @@ class LabelsSeen:
 
 @pytest.fixture(scope="module")
 def dropped(bugs, scratch):
-    """Every run trained for a few steps: the share of its labels that the network was not given."""
+    """Trains every run for a few steps; gives the share of its labels that were dropped before the network."""
     shares = {}
     for name in NAMES:
         seen = LabelsSeen()
@@ -132,7 +132,7 @@ def test_every_run_is_measured(record):
 
 
 def test_the_course_is_laid_alone(bugs, scratch, record, capsys):
-    """By the same classifier that judged the runs."""
+    """Its classifier is the one that judged the runs."""
     assert len(record["classifier_digest"]) == 16
     fashion = importlib.import_module("fashion")
     capsys.readouterr()
@@ -160,7 +160,7 @@ def test_one_run_is_measured_again_and_the_others_stay(bugs, scratch, record):
 
 
 def test_a_training_that_fails_is_told_in_one_line(bugs, scratch, dropped, monkeypatch):
-    """The folder holds a run of another budget, which the training process refuses."""
+    """The folder holds a run with another budget, which the training process refuses."""
     with pytest.raises(Refused, match="training sound ended with 2: .* holds another run"):
         bugs.trained(bugs.bug_named("sound"), scratch, 2 * IMAGES)
 

@@ -1,4 +1,4 @@
-"""What torch.compile would launch on a GPU: our blocks are their kernels and library calls, with no pass in between."""
+"""What torch.compile would launch on a GPU: our blocks are our kernels and library calls, and no pass in between."""
 
 import json
 import subprocess
@@ -25,12 +25,12 @@ def rows(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory):
-    """A block that takes a skip; the border between the two runs through a group."""
+    """A block that takes a skip; the border between x and the skip runs through a group."""
     return read("up_32", tmp_path_factory.mktemp("gpu_code"))
 
 
 def whole_maps(row, which) -> list[str]:
-    """Launches that read or write a map of 2 images, 256 channels and 32 x 32 pixels, which is one MiB, by name."""
+    """Names of the launches that move at least 1 MiB: one map of 2 images, 256 channels and 32 x 32 pixels."""
     return [f"{launch['kind']} {launch['name']}" for launch in row["launches"][which] if launch["bytes"] >= 2**20]
 
 

@@ -1,4 +1,4 @@
-"""The import picture of CONTRIBUTING.md, read from the code."""
+"""The import graph of CONTRIBUTING.md, checked against the code."""
 
 import ast
 import subprocess
@@ -53,12 +53,12 @@ def test_a_library_is_imported_in_one_place(library):
 
 
 def modules_imported(path: Path, modules: set[str]) -> set[str]:
-    """The project's own, those imported within functions and for type checkers too."""
+    """The project's own modules that a file imports, also within functions and for type checkers."""
     return {part for name in imported(path) for part in (name, name.rpartition(".")[0]) if part in modules}
 
 
 def test_no_files_import_each_other_in_a_circle():
-    """A name's home is below those who use it; what only hands names on, `__init__.py`, stands above all."""
+    """The module that defines a name is below those that use it; `__init__.py`, which only re-exports, is above all."""
     paths = [path for folder in ("engine", "kernels", "data") for path in (ROOT / folder).rglob("*.py")]
     modules = {f"duotone.{path.relative_to(ROOT).with_suffix('').as_posix().replace('/', '.')}": path for path in paths}
     waiting = {name: modules_imported(path, set(modules)) - {name} for name, path in modules.items()}
@@ -74,7 +74,7 @@ def test_leaves_are_namespace_folders():
 
 
 def test_recipes_are_data():
-    """Imports, assignments and the two lines that start it: no function, class, loop or condition of their own."""
+    """They hold imports, assignments and the two lines that start a run, but no function, class, loop or condition."""
     for path in (ROOT / "recipes").glob("*.py"):
         for node in ast.parse(path.read_text()).body:
             ok = isinstance(node, ast.Import | ast.ImportFrom | ast.Assign | ast.Expr)
@@ -83,7 +83,7 @@ def test_recipes_are_data():
 
 
 def test_commands_answer_without_torch():
-    """Usage, a wrong command and the flags of `prepare` come at once: torch alone takes seconds to load."""
+    """Usage, a wrong command and the flags of `prepare` are answered at once: torch alone takes seconds to load."""
     code = (
         "import sys; from duotone.engine import cli; cli.main(['prepare', '--help']); assert 'torch' not in sys.modules"
     )
@@ -92,7 +92,7 @@ def test_commands_answer_without_torch():
 
 
 def test_a_public_function_comes_before_the_file_of_its_name():
-    """Whichever is imported first."""
+    """`engine.sample` is the function and not the module, whichever is imported first."""
     code = "import duotone.engine.sample, duotone.engine as e; from duotone.engine import *; from duotone.engine import train; "
     code += "assert callable(e.sample) and e.sample is sample and callable(train)"
     code += "; assert [name for name in e.__all__ if not callable(getattr(e, name))] == []"

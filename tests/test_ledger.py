@@ -1,4 +1,4 @@
-"""The ledger's gates hold on this commit, and each of them can fail."""
+"""The ledger's gates pass on this commit, and each of them can fail."""
 
 import importlib
 import subprocess
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_every_gate_holds():
-    """No spills on sm_90, bytes at the floor of the path taken, no more launches than committed."""
+    """No spills on sm_90, bytes at the floor of the path taken, no more launches than in the committed ledger."""
     command = [sys.executable, "bench/ledger.py", "--check", "--kernels-alone"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout.splitlines()[-5:] + done.stderr.splitlines()[-5:]

@@ -1,4 +1,4 @@
-"""The quickstart notebook: its code runs cell by cell, and what is stored of it was executed without an error."""
+"""The quickstart notebook: its code runs cell by cell, and its stored outputs hold no error."""
 
 import json
 from pathlib import Path

@@ -20,7 +20,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def commands() -> list[str]:
-    """Every command of a fenced block, continuation lines joined and remarks cut off."""
+    """Every command of a fenced block, with continuation lines joined and trailing comments removed."""
     found = []
     for page in PAGES:
         for block in re.findall(r"```\n(.*?)```", page.read_text(), re.S):
@@ -47,14 +47,14 @@ def test_links_and_pictures_exist(page):
 
 
 def anchors(page: Path) -> set[str]:
-    """What GitHub makes of a page's headings."""
+    """The anchors that GitHub makes of a page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
 def test_files_that_are_named_exist(page):
-    """`x.py` stands for a file that somebody will add."""
+    """Except `x.py`, which stands for a file that a reader will add."""
     named = re.findall(r"`((?:engine|kernels|data|recipes|bench|tests)/[\w/]*(?:\.py)?)`", page.read_text())
     assert not [name for name in named if not (ROOT / name).exists() and Path(name).stem not in ("x", "test_x")]
 

@@ -1,4 +1,4 @@
-"""Every command of the README, run in its order in an empty folder, with budgets of seconds."""
+"""Every command of the README, run in the README's order in an empty folder, with budgets of seconds."""
 
 import gzip
 import json
@@ -18,7 +18,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 RUN = "--images 32 --batch-size 16 --checkpoint.every 16 --preview.every 0 --preview.rows 1 --preview.columns 1 --preview.steps 1 --speed.threads 1"
-# What is laid over a command so that it takes seconds; a later pattern adds to an earlier one.
+# Flags added to a command so that it takes seconds; a later pattern adds to an earlier one.
 SHORTER = {
     r"^(deepspeed|python) recipes/": RUN,
     r"recipes/image_folder": "--model.channels 32 32 --model.attention none self --model.heads 2 2 --model.blocks 1 1 --model.depth 1 1 --data.size 16",
@@ -32,7 +32,7 @@ ELSEWHERE = {
 
 
 def commands() -> list[str]:
-    """The README's commands in their order, remarks cut off."""
+    """The README's commands in order, without trailing comments."""
     blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     starts = ("duotone ", "deepspeed ", "python ", "make ")
@@ -46,7 +46,7 @@ def shortened(command: str) -> list[str]:
 
 
 def free_port() -> int:
-    """Of this machine, where other runs may hold the launcher's usual one."""
+    """A free port of this machine, where other runs may hold the launcher's usual one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -54,7 +54,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """An empty folder with what the README takes for granted: the repository's scripts and a person's own files."""
+    """An empty folder with what the README takes for granted: the repository's scripts and the reader's own files."""
     folder = tmp_path_factory.mktemp("reader")
     for name in ("recipes", "bench"):
         (folder / name).symlink_to(ROOT / name)
@@ -66,7 +66,7 @@ def folder(tmp_path_factory):
 
 
 def photographs(*folders: Path) -> None:
-    """Real photographs, which scikit-learn carries."""
+    """Fills folders with real photographs, which come with scikit-learn."""
     from sklearn.datasets import load_sample_images
 
     for folder in folders:

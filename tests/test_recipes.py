@@ -39,7 +39,7 @@ SHORT = [
 
 @pytest.fixture
 def started(monkeypatch, tmp_path):
-    """Runs a recipe's file as `python recipes/X.py` does, without a process of its own; gives the run's folder."""
+    """Runs a recipe's file as `python recipes/X.py` does, but in this process; returns the run's folder."""
 
     def start(recipe: Path, *flags: str) -> Path:
         monkeypatch.chdir(tmp_path)
@@ -63,7 +63,7 @@ def test_a_recipe_is_at_most_sixty_lines(recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_its_arithmetic_can_be_counted(recipe):
-    """What `duotone estimate` asks first; a forward pass is at least two operations a weight."""
+    """`duotone estimate` needs this first; a forward pass takes at least two operations per weight."""
     found = runpy.run_path(str(recipe))["recipe"]
     with torch.device("meta"):
         parameters = sum(p.numel() for p in found.model.build().parameters())
@@ -78,7 +78,7 @@ def commands_of(recipe: Path) -> list[list[str]]:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_the_commands_of_its_docstring_fit_together(recipe):
-    """Flags that are known and go together, and no shards that no command before has made."""
+    """Their flags exist and go together, and they name no shards that no earlier command has made."""
     made, found = set(), runpy.run_path(str(recipe))["recipe"]
     for program, *words in commands_of(recipe):
         flags = words[2:] if program == "duotone" else words[1:]
@@ -103,7 +103,7 @@ def test_no_two_recipes_write_other_shards_to_one_folder():
 
 
 def one_of_each_small_network() -> list[Path]:
-    """Recipes by what they train without data; the text network is the demo's, which other tests run."""
+    """One recipe for each small network; the text network is the demo's, which other tests run."""
     found = {re.search(r"import (small_\w+)", p.read_text()).group(1): p for p in reversed(RECIPES)}
     return [p for small, p in sorted(found.items()) if small != "small_text"]
 
@@ -146,7 +146,7 @@ def test_the_published_network_runs_on_real_images(name, clothes, started):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """A folder with what the recipes' docstrings name: pieces of two real photographs, laid out as each data set is."""
+    """A folder with what the recipes' docstrings name: pieces of two real photographs, laid out as in each data set."""
     from sklearn.datasets import load_sample_images
 
     folder = tmp_path_factory.mktemp("published")

@@ -3,9 +3,10 @@
 The published side is written here from the papers and notebooks: diffusers' UNet2DModel, their scheduler or the EDM
 equations, torch's Adam, plain PyTorch. It is fed our sample order, noise, noise levels and drops, and our initial weights.
 
-Left alone, two fp32 programs drift apart, since Adam moves a weight whose gradient is zero but for rounding as far as any
-other: diffusers' loop from itself in another memory layout too. So they are also compared step by step: each of our steps
-begins from the published loop's weights and moments, and must give its loss, its next moments and its next weights.
+Left alone, two fp32 programs drift apart, because Adam moves a weight whose gradient is only rounding error as far as
+any other; even diffusers' loop drifts from itself in another memory layout. So they are also compared step by step:
+each of our steps begins from the published loop's weights and moments, and must give its loss, its next moments and its
+next weights.
 """
 
 import json
@@ -50,7 +51,7 @@ def clothes(tmp_path_factory):
 
 
 def recipe_of(name: str, shards: Path, out: Path, steps: int, batch: int) -> Recipe:
-    """The recipe as it is, with fewer images and a smaller batch."""
+    """The recipe, changed only to fewer images and a smaller batch."""
     recipe = runpy.run_path(str(ROOT / "recipes" / f"{name}.py"), run_name="recipe")["recipe"]
     return replace(
         recipe,
@@ -114,7 +115,7 @@ def their_unet(recipe: Recipe, classes: int | None, layout: torch.memory_format)
 
 @dataclass
 class Published:
-    """A published loop, begun: its parameters by our names, its Adam, and its losses, a step for each that is asked for."""
+    """A published loop at its start: its parameters by our names, its Adam, and its losses, each of which takes a step."""
 
     named: dict[str, nn.Parameter]
     adam: torch.optim.Adam
@@ -137,7 +138,7 @@ def notebook(recipe: Recipe, layout: torch.memory_format = torch.contiguous_form
     unet.load_state_dict(ours.unet.state_dict())
     embedding.load_state_dict(ours.conditioners["class_map"].embedding.state_dict())
     scheduler = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2")
-    # Their product, taken in fp32, is off by up to 3e-4 in sqrt(1 - alpha_bar), as 1 - 0.99996 loses digits: the same in float64.
+    # In fp32 their product is off by up to 3e-4 in sqrt(1 - alpha_bar), as 1 - 0.99996 loses digits: float64 here.
     scheduler.alphas_cumprod = (1 - scheduler.betas.double()).cumprod(0)
     adam = torch.optim.Adam([*unet.parameters(), *embedding.parameters()], lr=1e-3)
 
@@ -168,7 +169,7 @@ def zenchiyu(recipe: Recipe, layout: torch.memory_format = torch.contiguous_form
 
     def losses():
         for x, labels, noise, u, dropped in drawn:
-            # In float64: at low noise their target is a small difference of nearly equal images, which fp32 leaves few digits of.
+            # In float64: at low noise the target is a small difference of nearly equal images, imprecise in fp32.
             sigma = (-1.2 + 1.2 * torch.special.ndtri(u)).exp().clamp(0.002, 80)
             labels = labels.masked_fill(dropped < 0.2, 10)
             s = sigma[:, None, None, None]
@@ -197,16 +198,16 @@ def compare(name: str, clothes: Path, out: Path, steps: int, batch: int) -> None
     assert len(ours) == steps
     apart = np.abs(ours / theirs - 1)
     print(f"{name}: {steps} losses, {theirs[0]:.4f} to {theirs[-1]:.4f}, largest relative difference {apart.max():.1e}")
-    # Two fp32 programs drift apart under Adam, fastest where a gradient is zero but for rounding; a fault shows at once.
+    # Two fp32 programs drift apart under Adam, fastest where a gradient is only rounding; a fault shows at once.
     assert apart[0] <= 1e-6
     assert apart.max() <= BOUNDS[name]
 
 
 def step_by_step(recipe: Recipe) -> dict[str, float]:
-    """Each of our steps from the published loop's state: how far apart losses, moments and weights are, at most."""
+    """Takes our steps from the published loop's state; gives the largest differences of losses, moments and weights."""
     published = PAIRS[recipe.name](recipe, torch.channels_last)  # the layout of our activations
     with ExitStack() as held:
-        held.push(zero.leave)  # as train() does: what a process without a launcher was given is taken back
+        held.push(zero.leave)  # as train() does: undoes what was set for a process without a launcher
         run = set_up(recipe, held)
         assert run.sharded.shapes() == {name: tuple(p.shape) for name, p in published.named.items()}
         batches, losses, states = run.data.batches(plans(run, run.images)), [], []
@@ -221,7 +222,7 @@ def step_by_step(recipe: Recipe) -> dict[str, float]:
 
 
 def apart_after(run: Run, published: Published) -> dict[str, float]:
-    """Relative differences of the moments, and of the weights that a gradient moves and not its rounding alone."""
+    """Relative differences of the moments, and of the weights that a gradient moves and not only its rounding."""
     kinds = ("weight", "exp_avg", "exp_avg_sq")
     ours, theirs = ({kind: flat(state(kind)) for kind in kinds} for state in (run.sharded.gather, published.state))
     moved = theirs["exp_avg_sq"] > 1e-6 * theirs["exp_avg_sq"].mean()  # gradients above 1e-3 of their root mean square
@@ -238,7 +239,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def agree(apart: dict[str, float]) -> bool:
-    """Losses within 1e-5; gradients within what fp32 itself leaves open, some 2e-5 of float64's."""
+    """Losses agree within 1e-5, gradients within fp32's own uncertainty, about 2e-5 of float64's."""
     print(", ".join(f"{kind} {value:.1e}" for kind, value in apart.items()))
     return apart["loss"] <= 1e-5 and max(apart["exp_avg"], apart["exp_avg_sq"]) <= 1e-4 and apart["weight"] <= 1e-5
 
@@ -259,7 +260,7 @@ def test_each_step_is_the_published_loops(name, clothes, tmp_path):
 
 
 def test_a_step_that_is_not_the_published_loops_is_found(clothes, tmp_path, monkeypatch):
-    """Planted: another beta2, then noise levels off by one timestep."""
+    """Planted faults: another beta2, then noise levels off by one timestep."""
     recipe = recipe_of("mnist_concat", clothes, tmp_path / "run", steps=2, batch=4)
     assert not agree(step_by_step(replace(recipe, optimizer=replace(recipe.optimizer, betas=(0.9, 0.998)))))
     monkeypatch.setattr(DDPM, "draw_sigma", one_step_late)
@@ -293,7 +294,7 @@ def test_two_hundred_losses_are_those_of_the_published_loop(name, clothes, tmp_p
 @pytest.mark.long
 @pytest.mark.parametrize("name", PAIRS)
 def test_ten_short_epochs_have_the_published_loops_means(name, clothes, tmp_path):
-    """Ten epochs of 40 steps: each mean within half a percent."""
+    """Ten epochs of 40 steps: each mean agrees within half a percent."""
     recipe = recipe_of(name, clothes, tmp_path / "run", steps=400, batch=4)
     theirs, ours = (
         np.array(losses).reshape(10, 40).mean(1) for losses in (list(PAIRS[name](recipe).losses), our_losses(recipe))
@@ -303,7 +304,7 @@ def test_ten_short_epochs_have_the_published_loops_means(name, clothes, tmp_path
 
 
 def test_the_data_is_read_as_torchvision_would(clothes):
-    """Rows of pixels in [0, 255], label beside them, one channel."""
+    """Rows of pixels in [0, 255] in one channel, with their label."""
     data = Shards(shards=clothes, size=28, channels=1, resize="none").open(torch.device("cpu"))
     batch = data.read(draws.plan(0, np.arange(8), data.count))
     assert batch.images_NHWC.shape == (8, 28, 28, 1) and batch.images_NHWC.dtype == torch.uint8

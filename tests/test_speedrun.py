@@ -1,4 +1,4 @@
-"""The race on Fashion-MNIST: its clock, its log, what it refuses, and what else is measured of the weights that it trained."""
+"""The race on Fashion-MNIST: its clock, its log, what it refuses, and further measurements of its weights."""
 
 import importlib
 import json
@@ -23,13 +23,13 @@ BENCH = Path(__file__).parent.parent / "bench"
 
 @pytest.fixture
 def bench_script(monkeypatch):
-    """Imports a script of the bench."""
+    """Imports a script of bench/."""
     monkeypatch.syspath_prepend(str(BENCH))
     return importlib.import_module
 
 
 def test_the_speedrun_is_ready_to_start(bench_script):
-    """Its recipe is one that training takes, and the other side's network draws what the classifier is shown."""
+    """Training accepts its recipe, and the other side's network draws what the classifier takes."""
     pytest.importorskip("diffusers")
     speedrun = bench_script("speedrun")
     speedrun.recipe.check()
@@ -41,7 +41,7 @@ def test_the_speedrun_is_ready_to_start(bench_script):
 
 
 def test_a_training_in_parts_has_one_clock_and_is_checked_where_it_was_due(bench_script, monkeypatch, tmp_path):
-    """What lies between two parts does not count, nor is the checkpoint measured at which a part ended."""
+    """Time between two parts does not count, and a checkpoint written only because a part ended is not measured."""
     monkeypatch.setattr(sys, "argv", ["speedrun.py", "--scratch", str(tmp_path)])
     speedrun = bench_script("speedrun")
     clock = speedrun.Clock([speedrun.Part(100.0, 50.0, 60.0, 1.0), speedrun.Part(1000.0, 30.0, 40.0, 1.0)])
@@ -107,7 +107,7 @@ def test_weights_that_draw_something_else_are_refused(bench_script, tmp_path):
 
 
 def test_images_brought_back_from_noise_are_asked_for_and_judged_by_their_own_labels(bench_script, monkeypatch):
-    """Never by the labels of the other rows, which follow class by class."""
+    """Never by the course's own labels, which are sorted by class."""
     sampling = bench_script("speedrun_sampling")
     labels_N = np.random.default_rng(0).permutation(np.arange(20) % 4)
     images_NHWC = np.broadcast_to(labels_N[:, None, None, None], (20, 4, 4, 1)).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""How tables are made of results: what did not run is told in them, not left out."""
+"""How tables are made from results: they name what did not run instead of leaving it out."""
 
 import importlib
 from pathlib import Path
@@ -16,7 +16,7 @@ def took(**milliseconds: float) -> dict:
 
 @pytest.fixture
 def tables(monkeypatch, tmp_path):
-    """bench/tables.py over results of two kernels: two shapes of one were timed and one failed; of the other the only one failed."""
+    """bench/tables.py on two kernels: of one, two shapes were timed and one failed; the other's only shape failed."""
     monkeypatch.syspath_prepend(str(BENCH))
     module = importlib.import_module("tables")
     monkeypatch.setattr(module, "RESULTS", tmp_path)

@@ -1,4 +1,4 @@
-"""The kernels' bench as a GPU would run it, on a CPU's clock: contenders, what is refused and why, the record, the bars."""
+"""The kernels' bench as on a GPU, timed by a CPU's clock: contenders, what is refused and why, the record, the bars."""
 
 import importlib
 import json
@@ -29,7 +29,7 @@ def bench(monkeypatch):
 
 
 def measured(bench, kernel, case=None, drop=("compiled", "compiled, torch's noise"), **peers):
-    """One small case of a kernel, without what a CPU compiles for minutes."""
+    """One small case of a kernel, without the contenders that a CPU compiles for minutes."""
     subject = bench.SUBJECTS[kernel]
     case = next(c for c in subject.cases if (c.name == case if case else c.timed))
     kept = {name: factory for name, factory in subject.peers.items() if name not in drop} | peers
@@ -123,7 +123,7 @@ def test_bars_are_ratios_of_one_run(bench):
 
 
 # ------------------------------------------------------------------------------------- libraries that are not here
-# Stand-ins with the published signatures: what is asked of each, and in which words, is tried without it.
+# Stand-ins with the published signatures: how each library is called is tested without it.
 
 
 class GroupNorm(torch.nn.GroupNorm):
@@ -166,7 +166,7 @@ def test_other_norms_are_asked_in_their_own_words(bench, monkeypatch):
 
 
 class FusedAdamSWA:
-    """Buffers by name, as the kernel is given them; one chunk of 128 elements is one entry."""
+    """Buffers by name, as the kernel receives them; each entry is one chunk of 128 elements."""
 
     def __init__(self, params, compute_params, swa_params, swa_decay_rate, lr, weight_decay, adam_math_mode):
         self.swa_decay_rate, self.adam_math_mode, self.state = swa_decay_rate, adam_math_mode, {}
@@ -210,7 +210,7 @@ def test_the_update_of_apex_is_asked_in_its_own_words(bench, monkeypatch):
     subject = bench.SUBJECTS["adamw_ema"]
     call = subject.peers["apex FusedAdamSWA"]()
 
-    def with_its_gradient(i):  # a kernel follows the pointer, a stand-in is handed the tensor
+    def with_its_gradient(i):  # the kernel follows the pointer, the stand-in is given the tensor
         kernel.gradient = i["state"][1]
         return call(i)
 
@@ -232,7 +232,7 @@ def test_the_update_of_apex_is_asked_in_its_own_words(bench, monkeypatch):
     ],
 )
 def test_numbers_handed_over_in_fp64_widen_nothing(bench, kernel, case):
-    """As torch.compile does: every value that met one would be computed in fp64, at a fraction of the speed."""
+    """torch.compile passes them: every value combined with one would be computed in fp64, at a fraction of the speed."""
     harness, subjects = importlib.import_module("harness"), importlib.import_module("subjects")
     subject = subjects.SUBJECTS[kernel]
     launches = subjects.launches_of(subject, next(c for c in subject.cases if c.name == case), torch.bfloat16)
