@@ -189,7 +189,7 @@ def levels_apart(x_NCHW: torch.Tensor, oracle_NCHW: torch.Tensor) -> float:
 # -------------------------------------------------------------------------------------------------------------- quality
 
 
-def intervals(model: artifact.Model) -> list[tuple[float, float]]:
+def intervals() -> list[tuple[float, float]]:
     """Guidance everywhere, and within every interval between a few fixed noise levels."""
     edges = (0.0, 0.3, 1.0, 3.0, 10.0, float("inf"))
     return [
@@ -203,7 +203,7 @@ def quality(model: artifact.Model, scale: float, steps: int, per_caption: int) -
     captions = [caption for caption in captioned_shapes.captions() for _ in range(per_caption)]
     calls = None
     rows = []
-    for guidance, interval in [(1.0, EVERYWHERE), *((scale, interval) for interval in intervals(model))]:
+    for guidance, interval in [(1.0, EVERYWHERE), *((scale, interval) for interval in intervals())]:
         images = sample(
             model, prompts=captions, guidance=guidance, interval=interval, steps=steps, seed=1, chunk=len(captions)
         )
