@@ -47,11 +47,11 @@ from duotone.engine.sample import sample
 from duotone.engine.speed import Speed
 from duotone.engine.train import noise_levels
 
-REMADE = "python bench/bugs.py --scratch DIR"  # recorded as the command, whichever runs a call added
+RECORDED_COMMAND = "python bench/bugs.py --scratch DIR"  # recorded as the command, whichever runs a call added
 IMAGES = 28_800
 GUIDANCE, STEPS, SAMPLER = 3.0, 12, "dpmpp_2m"
 LEVELS, SEED = 8, 1
-SETTLING = 100  # batches from which batch norm's statistics are computed
+BATCHES_FOR_STATISTICS = 100  # batches from which batch norm's statistics are computed
 
 sound = Recipe(
     name="sound",
@@ -229,7 +229,7 @@ def model_of(bug: Bug, recipe: Recipe, course: Course) -> artifact.Model:
     path = recipe.out / "ema.safetensors"
     artifact.fill(network, load_file(path), path)
     model = artifact.Model(network.eval().requires_grad_(False), sound.objective, facts, recipe)
-    settle(model, course.splits.train)
+    recompute_batch_norm(model, course.splits.train)
     return model
 
 
@@ -238,14 +238,14 @@ def batch_norms(model: artifact.Model) -> list[BatchNormSiLU]:
 
 
 @torch.inference_mode()
-def settle(model: artifact.Model, images: Images) -> None:
+def recompute_batch_norm(model: artifact.Model, images: Images) -> None:
     """Recomputes batch norm's statistics on training batches: those kept in training are not the EMA weights'."""
     layers, size = batch_norms(model), model.recipe.batch_size
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None  # the plain mean over all batches that follow
         layer.train()
-    for first in range(0, SETTLING * size if layers else 0, size):
+    for first in range(0, BATCHES_FOR_STATISTICS * size if layers else 0, size):
         sigma_N = noise_levels(model.recipe, np.arange(first, first + size))
         losses_of(model, images, slice(first, first + size), sigma_N, 0, 0)
     for layer in layers:
@@ -368,13 +368,13 @@ def samples_at(scratch: Path, bug: str, kind: str) -> np.ndarray | None:
 
 
 def bench(asked: argparse.Namespace) -> None:
-    course = Course.laid(asked.scratch, asked.samples)
+    course = Course.prepared(asked.scratch, asked.samples)
     same = settings(asked, course)
     rows = earlier(asked.json, same)
     for name in asked.only or NAMES:
         rows[name] = row_of(bug_named(name), asked, course)
         ordered = [rows[n] for n in NAMES if n in rows]
-        head = {"machine": machine(), "command": REMADE, **same, "pictured": PICTURED}
+        head = {"machine": machine(), "command": RECORDED_COMMAND, **same, "pictured": PICTURED}
         write_json(asked.json, head | {"results": ordered})
     picture(asked.scratch, asked.json.parent / "bugs.png")
     print(f"written: {asked.json} and bugs.png")

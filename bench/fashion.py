@@ -39,7 +39,7 @@ class Course:
     labels_N: np.ndarray
 
     @classmethod
-    def laid(cls, scratch: Path, samples: int = SAMPLES) -> "Course":
+    def prepared(cls, scratch: Path, samples: int = SAMPLES) -> "Course":
         train, test = shards(scratch, "train"), shards(scratch, "t10k")
         splits = read_splits(replace(DATA, shards=train), test, 60_000)
         judge = judge_of(splits, ClassifierConfig(), scratch / "cache", CPU)
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, required=True, help="folder for shards and the classifier")
     scratch = parser.parse_args().scratch
     try:
-        course = Course.laid(scratch)
+        course = Course.prepared(scratch)
     except Refused as refused:
         refuse(str(refused))
     for split, images in {"train": course.splits.train, "t10k": course.splits.held_out}.items():

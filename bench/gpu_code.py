@@ -393,11 +393,11 @@ def measure(name: str, images: int, show: bool) -> list[dict]:
                 f"\n{name}, {who}\n" + table([{"pass": which} | vars(row) for which in passes for row in passes[which]])
             )
         launches = {which: [vars(launch) for launch in passes[which]] for which in passes}
-        rows.append({"block": name, "who": who, "images": images} | counted(passes) | {"launches": launches})
+        rows.append({"block": name, "who": who, "images": images} | totals(passes) | {"launches": launches})
     return rows
 
 
-def counted(passes: dict[str, list[Launch]]) -> dict:
+def totals(passes: dict[str, list[Launch]]) -> dict:
     every = [row for rows in passes.values() for row in rows]
     found = {f"{which}_launches": len(rows) for which, rows in passes.items()}
     found |= {f"{which}_mebibytes": round(sum(r.bytes for r in rows) / 2**20, 2) for which, rows in passes.items()}

@@ -278,7 +278,7 @@ def done(stage: Stage, record: dict) -> bool:
     return stage.has_result and any(row["stage"] == stage.name and row["code"] == 0 for row in record["stages"])
 
 
-def went(stage: Stage, code: int | str) -> str:
+def outcome(stage: Stage, code: int | str) -> str:
     return str(code) if code else "ok" if stage.has_result else "ok, no result"
 
 
@@ -309,7 +309,7 @@ def day(chosen: list[Stage], out: Path, minutes: float) -> None:
         last = run(stage, out, min(stage.minutes, left))
         record["stages"] = [row for row in record["stages"] if row["stage"] != stage.name] + [last]
         write_json(out / "gpu_day.json", record)
-        print(f"{stage.name:14} {last['seconds']:8.1f} s   {went(stage, last['code'])}", flush=True)
+        print(f"{stage.name:14} {last['seconds']:8.1f} s   {outcome(stage, last['code'])}", flush=True)
 
 
 if __name__ == "__main__":

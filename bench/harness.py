@@ -200,7 +200,7 @@ class Traffic:
 
 
 @contextlib.contextmanager
-def counted():
+def counting_launches():
     """Collect the traffic of every interpreted launch from its own loads and stores."""
     from triton.runtime import interpreter
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import step_counters
 import torch
-from harness import CHIPS, compile_key, counted, resources
+from harness import CHIPS, compile_key, counting_launches, resources
 from record import NOT_MEASURED, RESULTS, command, machine, refuse_unwritable, table, write_json
 from subjects import SUBJECTS, forward_backward, launches_of
 
@@ -64,7 +64,7 @@ def count_traffic() -> list[dict]:
     for subject, case in timed():
         small = subject.shrink(case)
         inputs = subject.draw(small, COUNTED, "cpu")
-        with counted() as launches:
+        with counting_launches() as launches:
             forward_backward(subject.ours, inputs)()
         rows.append({"kernel": subject.name, "case": case.name, "launches": [asdict(launch) for launch in launches]})
     return rows

@@ -133,7 +133,8 @@ recipe = Recipe(
 
 def engine_side(scratch: Path, course: Course, images: int) -> dict:
     """Trains the recipe above, a rank on each core or one on the GPU, and measures every checkpoint's EMA weights."""
-    out, between = scratch / f"engine{where()}", images // CHECKS  # each device has weights and a clock of its own
+    out = scratch / f"engine{device_suffix()}"  # each device has weights and a clock of its own
+    between = images // CHECKS
     launcher = (sys.executable, "-m", "deepspeed.launcher.runner")  # this environment's own, activated or not
     ranks, switches = ("1", ON_A_GPU) if parsed().device == "cuda" else ("2", ())
     command = [
@@ -155,7 +156,7 @@ def engine_side(scratch: Path, course: Course, images: int) -> dict:
         sys.exit()
     checks = []
     for path in last(out / "checkpoints", "images-*", between):
-        model = posed(trained(path, course, device=parsed().device), SAMPLING)
+        model = with_sampling_range(trained(path, course, device=parsed().device), SAMPLING)
         began = time.monotonic()
         drawn = samples(model, course.labels_N, SAMPLING, seed=parsed().seed)
         took, at = time.monotonic() - began, clock.at((path / "manifest.json").stat().st_mtime)
@@ -168,10 +169,11 @@ def engine_side(scratch: Path, course: Course, images: int) -> dict:
         )
     picture(drawn, "engine")
     parameters = sum(p.numel() for p in model.network.parameters())
-    return record("engine", course, checks, clock, str(SAMPLING), parameters) | {"log": told(out / "metrics.jsonl")}
+    log = log_by_parts(out / "metrics.jsonl")
+    return record("engine", course, checks, clock, str(SAMPLING), parameters) | {"log": log}
 
 
-def told(metrics: Path, parts: int = 48) -> list[dict]:
+def log_by_parts(metrics: Path, parts: int = 48) -> list[dict]:
     """The run's own log, averaged over the lines in each of `parts` equal parts."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     of_part = [math.ceil(line["images"] / lines[-1]["images"] * parts) for line in lines]
@@ -198,7 +200,7 @@ def trained(path: Path, course: Course, dtype: torch.dtype = torch.float32, devi
     return artifact.Model(network, recipe.objective, facts, recipe, manifest["images"])
 
 
-def posed(model: artifact.Model, how: Sampling) -> artifact.Model:
+def with_sampling_range(model: artifact.Model, how: Sampling) -> artifact.Model:
     """The model, with the noise levels between which `how` samples it."""
     return replace(model, objective=replace(recipe.objective, sigma_min=how.sigma_min, sigma_max=how.sigma_max))
 
@@ -384,7 +386,7 @@ def budget() -> float:
     return seconds
 
 
-def where() -> str:
+def device_suffix() -> str:
     return "-gpu" if parsed().device == "cuda" else ""
 
 
@@ -397,7 +399,7 @@ def name(side: str) -> str:
     again = "-again" if parsed().again else ""
     return (
         side
-        + (where() if side == "engine" else "")
+        + (device_suffix() if side == "engine" else "")
         + again
         + (f"-noise-{parsed().seed}" if parsed().seed != SEED else "")
     )
@@ -431,7 +433,7 @@ def race(arguments: argparse.Namespace) -> None:
         budget()  # refuses now: nothing in this call will make it known
     for side in sides:
         refuse_unwritable(result(side))
-    course = Course.laid(arguments.scratch)
+    course = Course.prepared(arguments.scratch)
     print(f"classifier {course.judge.accuracy}; floor {course.floor:.3f}, bar {MOST_RATIO * course.floor:.3f}")
     for side in sides:
         print(f"{side}:", flush=True)

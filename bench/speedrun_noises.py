@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from fashion import SAMPLES, SIDE, Course
 from record import machine, refuse, refuse_unwritable, write_json
-from speedrun import RECORDS, SAMPLING, SEED, posed, samples
-from speedrun_sampling import described, said, trained_last
+from speedrun import RECORDS, SAMPLING, SEED, samples, with_sampling_range
+from speedrun_sampling import described, print_row, trained_last
 
 from duotone.data.refusal import Refused
 from duotone.engine import artifact
@@ -28,9 +28,9 @@ def from_noises(course: Course, model: artifact.Model, count: int, guidance: flo
     """A row for each of `count` noises, the record's own first."""
     how, rows = replace(SAMPLING, guidance=guidance), []
     for seed in range(SEED, SEED + count):
-        drawn = samples(posed(model, how), course.labels_N, how, seed=seed)
+        drawn = samples(with_sampling_range(model, how), course.labels_N, how, seed=seed)
         rows.append({"seed": seed} | described(course, drawn))
-        said(rows[-1], f"noise {seed}")
+        print_row(rows[-1], f"noise {seed}")
     return rows
 
 
@@ -40,7 +40,7 @@ def of_real(course: Course) -> list[dict]:
     for seed in range(DRAWS_OF_REAL):
         places_N = of_each_class(train.labels_N, course.labels_N, seed)
         rows.append({"seed": seed} | described(course, train.images_NHWC[places_N]))
-        said(rows[-1], f"training images {seed}")
+        print_row(rows[-1], f"training images {seed}")
     return rows
 
 
@@ -93,7 +93,7 @@ def main() -> None:
     path = RECORDS / f"{arguments.name}.json"
     refuse_unwritable(path, "--name")
     model = loaded(arguments.weights or trained_last(arguments.scratch))
-    course = Course.laid(arguments.scratch)
+    course = Course.prepared(arguments.scratch)
     print(f"{SAMPLES} samples of the model of {model.images:,} images from each noise; floor {course.floor:.2f}")
     ours, real = from_noises(course, model, arguments.noises, arguments.guidance), of_real(course)
     command = f"python bench/speedrun_noises.py --scratch DIR --noises {arguments.noises}"

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from fashion import Course
 from record import machine, refuse, write_json
-from speedrun import RECORDS, SAMPLING, Sampling, posed, samples, trained
+from speedrun import RECORDS, SAMPLING, Sampling, samples, trained, with_sampling_range
 from torch import Tensor
 
 from duotone.data.refusal import Refused
@@ -58,10 +58,11 @@ def ways(first: int) -> list[Sampling]:
 def sweep(course: Course, models: dict[int, artifact.Model]) -> list[dict]:
     rows = []
     for how in ways(min(models)):
-        model, guide = posed(models[max(models)], how), posed(models[how.guide], how) if how.guide else None
+        model = with_sampling_range(models[max(models)], how)
+        guide = with_sampling_range(models[how.guide], how) if how.guide else None
         drawn = samples(model, course.labels_N, how, guide, seed=SEED)
         rows.append({"sampling": str(how), "forwards": round(model.forwards, 1)} | described(course, drawn))
-        said(rows[-1], str(how))
+        print_row(rows[-1], str(how))
     return rows
 
 
@@ -70,18 +71,18 @@ def from_real(course: Course, model: artifact.Model) -> list[dict]:
     real = course.splits.held_out.drawn(SAMPLES)
     course = replace(course, labels_N=real.labels_N)
     rows = [{"level": 0.0, "guidance": None} | described(course, real.images_NHWC)]
-    said(rows[-1], "test images")
+    print_row(rows[-1], "test images")
     for how in (NOWHERE, SAMPLING):
         for level in LEVELS:
             down = replace(how, sigma_max=level)
-            under_noise = Under(real.images_NHWC, how.solver())
-            drawn = samples(posed(model, down), course.labels_N, down, seed=SEED, sampler=under_noise)
+            under_noise = StartFromNoised(real.images_NHWC, how.solver())
+            drawn = samples(with_sampling_range(model, down), course.labels_N, down, seed=SEED, sampler=under_noise)
             rows.append({"level": level, "guidance": how.guidance} | described(course, drawn))
-            said(rows[-1], f"from noise {level:g}, guidance {how.guidance:g}")
+            print_row(rows[-1], f"from noise {level:g}, guidance {how.guidance:g}")
     return rows
 
 
-class Under:
+class StartFromNoised:
     """A sampler that begins with given images under noise of the first level; every call takes the next chunk."""
 
     def __init__(self, images_NHWC: np.ndarray, solver: Callable):
@@ -108,7 +109,7 @@ def described(course: Course, drawn: np.ndarray) -> dict:
     }
 
 
-def said(row: dict, what: str) -> None:
+def print_row(row: dict, what: str) -> None:
     spread = f"spread {row['within']:.2f} within, {row['between']:.2f} between classes"
     print(f"  {row['accuracy']['value']:6.1%}  Frechet {row['frechet']:6.2f}  {spread}  {what}", flush=True)
 
@@ -124,7 +125,7 @@ def main() -> None:
     paths = sorted(checkpoints.glob("images-*"))
     if not paths:
         refuse(f"{checkpoints} holds no checkpoint: python bench/speedrun.py --scratch {arguments.scratch} makes them")
-    course = Course.laid(arguments.scratch, SAMPLES)
+    course = Course.prepared(arguments.scratch, SAMPLES)
     models = {model.images: model for model in (trained(path, course, torch.bfloat16) for path in paths)}
     last = models[max(models)]
     print(f"{SAMPLES} samples of the model of {last.images:,} images in each way; floor {course.floor:.2f}")

@@ -25,7 +25,7 @@ def bugs():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "bench"))
         module = importlib.import_module("bugs")
-        for name, value in {"STEPS": 2, "LEVELS": 2, "SETTLING": 2}.items():
+        for name, value in {"STEPS": 2, "LEVELS": 2, "BATCHES_FOR_STATISTICS": 2}.items():
             patch.setattr(module, name, value)
         yield module
 
@@ -141,7 +141,7 @@ def test_the_course_is_laid_alone(bugs, scratch, record, capsys):
         fashion.main()
     out = capsys.readouterr().out
     assert out.count("256 images in") == 2 and str(scratch / "shards" / "t10k") in out
-    assert fashion.Course.laid(scratch).judge.key == record["classifier_digest"] and "floor " in out
+    assert fashion.Course.prepared(scratch).judge.key == record["classifier_digest"] and "floor " in out
 
 
 def test_the_picture_has_a_row_for_each_set_of_samples(bugs, scratch, record):

@@ -60,7 +60,7 @@ def test_a_records_log_is_the_runs_in_equal_parts(bench_script, monkeypatch, tmp
     lines[0] |= {"grad_norm": None}  # a step that was skipped
     lines[3] |= {"loss": None}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    rows = speedrun.told(tmp_path / "metrics.jsonl", parts=2)
+    rows = speedrun.log_by_parts(tmp_path / "metrics.jsonl", parts=2)
     assert [(row["images"], row["loss"]) for row in rows] == [(20, pytest.approx(31 / 3, abs=1e-5)), (40, 40.0)]
     assert [row["grad_norm"] for row in rows] == [1.0, 1.0]
 
@@ -68,7 +68,7 @@ def test_a_records_log_is_the_runs_in_equal_parts(bench_script, monkeypatch, tmp
 def test_the_way_back_from_noise_begins_at_the_given_images_chunk_by_chunk(bench_script):
     sampling = bench_script("speedrun_sampling")
     images_NHWC = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 1), dtype=np.uint8)
-    under = sampling.Under(images_NHWC, lambda denoise, x_NCHW, sigmas: x_NCHW)
+    under = sampling.StartFromNoised(images_NHWC, lambda denoise, x_NCHW, sigmas: x_NCHW)
     noise_NCHW = torch.randn(5, 1, 4, 4)
     begun = torch.cat([under(None, part_NCHW, None) for part_NCHW in noise_NCHW.split(3)])
     assert np.array_equal(pictures.pixels(begun - noise_NCHW), images_NHWC)
@@ -126,7 +126,7 @@ def test_images_brought_back_from_noise_are_asked_for_and_judged_by_their_own_la
 
     monkeypatch.setattr(sampling, "SAMPLES", 10)
     monkeypatch.setattr(sampling, "samples", samples)
-    monkeypatch.setattr(sampling, "posed", lambda model, how: model)
+    monkeypatch.setattr(sampling, "with_sampling_range", lambda model, how: model)
     monkeypatch.setattr(sampling, "described", described)
     rows = sampling.from_real(course, None)
     assert len(judged) == len(asked) + 1 == len(rows)
