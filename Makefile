@@ -1,17 +1,17 @@
 # make demo   environment, embedded data, training, pictures, export: the main job on a fresh machine
-# make test   environment, then every test that needs no GPU
-# make long   the campaigns that `make test` leaves out, for an hour or more
+# make test   environment, then the tests that need no GPU
+# make long   the long tests that `make test` leaves out; takes an hour or more
 # make gpu    the GPU tests
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := runs/captioned_shapes
-# Tests keep to one thread each, and some wait for other processes: three workers keep two cores busy.
-# A worker takes neighbours, since a file's tests share what is dear to set up.
+# Each test uses one thread, and some wait for other processes: three workers keep two cores busy.
+# worksteal gives neighbouring tests to one worker, because the tests of a file share expensive set-up.
 WORKERS ?= 3
-# What Python compiles of this project's own is kept.
+# Python keeps the bytecode of this project's own files.
 unexport PYTHONDONTWRITEBYTECODE
-# A machine with a GPU tests what needs none as any other does.
+# Tests that need no GPU run on the CPU even on a machine that has one.
 NO_GPU := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
@@ -20,9 +20,10 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 env: $(VENV)/.ready
 
-# torch first: deepspeed looks for it while it is being built. A release of torch already on disk is taken as it is.
-# All is compiled at once, by every core, where pip would use one: with PYTHONDONTWRITEBYTECODE set, as in many
-# containers, Python would compile what it imports at every start. What does not compile is never imported.
+# torch comes first because deepspeed's build imports it. A suitable torch that is already installed is kept.
+# All bytecode is compiled at the end by every core; pip would use only one. Without it, where PYTHONDONTWRITEBYTECODE
+# is set, as in many containers, Python would compile its imports at every start. Files that fail to compile are never
+# imported, so their errors are ignored.
 $(VENV)/.ready: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 13) else "duotone: needs Python 3.11 or 3.12; pass PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
@@ -40,7 +41,7 @@ demo: env
 	$(BIN)/duotone evaluate $(RUN) --json $(RUN)/evaluation.json
 	@echo "pictures: $(RUN)/previews and $(RUN)/sample.png    weights: $(RUN)/ema.safetensors"
 
-# What torch.compile and Triton build with; a CPU that trains needs neither.
+# torch.compile and Triton need these to build; training on a CPU needs neither.
 compiler:
 	@command -v g++ > /dev/null && $(PYTHON) -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' \
 		|| { echo "duotone: the tests need g++ and Python.h (Debian: apt-get install g++ python3-dev)"; exit 1; }

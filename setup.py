@@ -1,7 +1,7 @@
 """Installs the repository's folders as one package: engine/ is imported as duotone.engine, and so on.
 
-Rule for readers: drop `duotone.` and the dots become slashes. `kernels/` and `data/` have no `__init__.py` on purpose:
-as namespace folders they never shadow other packages of those names when the repository root is on `sys.path`.
+To find a module's file, drop `duotone.` and replace dots by slashes. `kernels/` and `data/` have no `__init__.py` on
+purpose: as namespace packages they never shadow other packages of those names when the repository root is on `sys.path`.
 """
 
 from setuptools import find_namespace_packages, setup

@@ -5,10 +5,10 @@ duotone prepare celeba --images img_align_celeba --attributes list_attr_celeba.t
 deepspeed recipes/celeba_edm.py --data.shards shards/celeba_train
 duotone evaluate runs/celeba_edm --test shards/celeba_test --samples 50000 --floor 9000 --guidance 1 --steps 50 --sampler stochastic_heun --features.network inception
 
-After Zenchiyu/diffusion's smallest CelebA run: 64 channels doubling over 1, 2 and 4 blocks, its objective, noise levels, batch and
-125 epochs of 150,000 images. Its published Frechet distance, which the last command measures where torch-fidelity's Inception is at
-hand: 21.89 against the test set, by a network of 35.2 M parameters (here 23.0 M). Put right here: group instead of batch
-normalisation; an EMA is kept.
+Follows Zenchiyu/diffusion's smallest CelebA run: 64 channels doubling over 1, 2 and 4 blocks, its objective, noise
+levels, batch and 125 epochs of 150,000 images. Its published Frechet distance against the test set is 21.89, with a
+network of 35.2 M parameters (here 23.0 M); the last command measures it if torch-fidelity's Inception is available.
+Fixed here: group instead of batch normalisation; an EMA is kept.
 """
 
 from duotone.data.shards import Shards

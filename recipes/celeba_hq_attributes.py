@@ -3,9 +3,10 @@
 duotone prepare celeba --images CelebA-HQ-img --attributes CelebAMask-HQ-attribute-anno.txt --size 256 --out shards/celeba_hq
 deepspeed recipes/celeba_hq_attributes.py --data.shards shards/celeba_hq
 
-After ntat/Class-Conditional-Diffusion: cosine schedule, epsilon, bf16, EMA, 256 -> 16 px over four levels and a bottleneck. Its
-widths are not published. Put right here: attributes are dropped for 10 % of the images, so guidance works (theirs never
-were). One FiLM projection serves all blocks, as in theirs: diffusers cannot hold that, so it exports as the single file.
+Follows ntat/Class-Conditional-Diffusion: cosine schedule, epsilon, bf16, EMA, 256 -> 16 px over four levels and a
+bottleneck. Its widths are not published. Fixed here: attributes are dropped for 10 % of the images, so guidance works
+(the original never drops them). One FiLM projection serves all blocks, as in the original; diffusers cannot represent
+that, so the model exports only as a single file.
 """
 
 from duotone.data.shards import Shards

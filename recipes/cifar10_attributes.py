@@ -3,9 +3,9 @@
 duotone prepare cifar10 --source cifar-10-batches-bin --out shards/cifar10
 deepspeed recipes/cifar10_attributes.py --data.shards shards/cifar10
 
-After ntat/Class-Conditional-Diffusion, which trains one network on CelebA-HQ and CIFAR-10: cosine schedule, epsilon, bf16, EMA,
-class as a one-hot vector that attention reads at the bottleneck, one FiLM projection for all blocks. Put right here: the class is
-dropped for 10 % of the images, so guidance works (theirs never was).
+Follows ntat/Class-Conditional-Diffusion, which uses the same network for CelebA-HQ and CIFAR-10: cosine schedule,
+epsilon, bf16, EMA, class as a one-hot vector that attention reads at the bottleneck, one FiLM projection for all
+blocks. Fixed here: the class is dropped for 10 % of the images, so guidance works (the original never drops it).
 """
 
 from duotone.data.shards import Shards

@@ -5,10 +5,11 @@ duotone prepare cifar10 --source cifar-10-batches-bin --split test --out shards/
 deepspeed recipes/cifar10_guided.py --data.shards shards/cifar10
 duotone evaluate runs/cifar10_guided --test shards/cifar10_test --samples 50000 --floor 9000 --guidance 2.5 --steps 50 --sampler euler --features.network inception
 
-After Zenchiyu/diffusion's CIFAR-10 runs: objective, noise levels, batch, 200 epochs of 40,000 images, p_uncond, no flips. Its
-guidance scale is ours. Its published Frechet distance, which the last command measures where torch-fidelity's Inception is at hand:
-22.55 against the test set, 20.41 against train, by a network of 5.0 M parameters (here 11.2 M); unconditional, by another network of
-its own, 30.66 (here --guidance 0 asks the same one). Put right here: group instead of batch normalisation; an EMA is kept.
+Follows Zenchiyu/diffusion's CIFAR-10 runs: objective, noise levels, batch, 200 epochs of 40,000 images, p_uncond, no
+flips. Its guidance scale means the same as ours. Its published Frechet distances are 22.55 against the test set and
+20.41 against train, with a network of 5.0 M parameters (here 11.2 M), and 30.66 unconditionally, with a separate
+network (here --guidance 0 uses the same one). The last command measures them if torch-fidelity's Inception is
+available. Fixed here: group instead of batch normalisation; an EMA is kept.
 """
 
 from duotone.data.shards import Shards

@@ -3,9 +3,9 @@
 duotone prepare coco --images train2017 --annotations annotations/captions_train2017.json --size 160 --out shards/coco
 deepspeed recipes/coco_clip.py --data.shards shards/coco
 
-Without --data.shards, the embedded captioned shapes and a small network. After PyTorch-Adventures' "Conditional Diffusion": same
-data, encoder, schedule and budget. Put right here: its null state was drawn for 54 % of the captions where 10 % was meant, its
-gradient norm was fixed, and it sampled without guidance.
+Without --data.shards, it trains a small network on the embedded captioned shapes. Follows PyTorch-Adventures'
+"Conditional Diffusion": same data, encoder, schedule and budget. Fixed here: the original dropped 54 % of the captions
+where 10 % was meant, ignored its flag for the clipping norm, and sampled without guidance.
 """
 
 from duotone.data.shards import Shards

@@ -5,11 +5,11 @@ duotone prepare idx --images t10k-images-idx3-ubyte.gz --labels t10k-labels-idx1
 deepspeed recipes/fashion_mnist_edm.py --data.shards shards/fashion_mnist
 duotone evaluate runs/fashion_mnist_edm --test shards/fashion_mnist_test --samples 50000 --floor 9000 --guidance 1 --steps 50 --sampler euler --features.network inception
 
-After Zenchiyu/diffusion: its objective, noise levels, batch, budget of 100 epochs of 50,000 images (10,000 are held out)
-and p_uncond. Its guidance scale is ours (0 = unconditional, 1 = conditional). Its published Frechet distance, which the last command
-measures where torch-fidelity's Inception is at hand: 10.26 against the test set, 9.17 against train, by a network of 5.0 M parameters
-(here 11.1 M). Put right here: batch normalisation, whose statistics mix both branches of a guided batch, is group normalisation;
-an EMA is kept.
+Follows Zenchiyu/diffusion: its objective, noise levels, batch, budget of 100 epochs of 50,000 images (10,000 are held
+out) and p_uncond. Its guidance scale means the same as ours (0 = unconditional, 1 = conditional). Its published Frechet
+distances are 10.26 against the test set and 9.17 against train, with a network of 5.0 M parameters (here 11.1 M); the
+last command measures them if torch-fidelity's Inception is available. Fixed here: group normalisation replaces batch
+normalisation, whose statistics mix both branches of a guided batch; an EMA is kept.
 """
 
 from duotone.data.shards import Shards

@@ -3,8 +3,9 @@
 duotone prepare folder ~/pictures --out shards/mine
 deepspeed recipes/image_folder.py --data.shards shards/mine --data.size 64
 
-After KetanMann's class-conditioned DDPM script: its network, schedule, weight and power EMA. Put right here: its class index
-entered as a sinusoid (one embedding row per class here), and its classes were never dropped, so it could not be guided.
+Follows KetanMann's class-conditioned DDPM script: its network, schedule, weight and power EMA. Fixed here: the original
+encodes the class index as a sinusoid (here each class has an embedding row), and never drops classes, so it cannot be
+guided.
 """
 
 from duotone.data.shards import Shards

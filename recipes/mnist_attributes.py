@@ -3,9 +3,9 @@
 duotone prepare idx --images train-images-idx3-ubyte.gz --labels train-labels-idx1-ubyte.gz --names mnist --out shards/mnist
 deepspeed recipes/mnist_attributes.py --data.shards shards/mnist
 
-After ntat/Class-Conditional-Diffusion's MNIST run: a small UNet without attention, cosine schedule, epsilon, EMA, class as a one-hot
-vector, one FiLM projection for all blocks; its widths are not published. Put right here: the class is dropped for 10 % of the
-images, so guidance works (theirs never was).
+Follows ntat/Class-Conditional-Diffusion's MNIST run: a small UNet without attention, cosine schedule, epsilon, EMA,
+class as a one-hot vector, one FiLM projection for all blocks; its widths are not published. Fixed here: the class is
+dropped for 10 % of the images, so guidance works (the original never drops it).
 """
 
 from duotone.data.shards import Shards

@@ -4,9 +4,10 @@ duotone prepare idx --images train-images-idx3-ubyte.gz --labels train-labels-id
 deepspeed recipes/mnist_concat.py --data.shards shards/mnist
 python bench/notebook_losses.py runs/mnist_concat
 
-After Hugging Face's diffusion-models-class, unit 2: its network, schedule, optimizer and budget. Its losses over the last 100
-batches of each epoch, beside which the last command lays ours: 0.0525 0.0460 0.0433 0.0423 0.0412 0.0407 0.0404 0.0394 0.0391 0.0390.
-Put right here: its last timestep, where sampling begins, was never trained. Labels are never dropped, so guidance stays at 1.
+Follows Hugging Face's diffusion-models-class, unit 2: its network, schedule, optimizer and budget. Its losses over the
+last 100 batches of each epoch, with which the last command compares ours: 0.0525 0.0460 0.0433 0.0423 0.0412 0.0407
+0.0404 0.0394 0.0391 0.0390. Fixed here: the original never trained its last timestep, where sampling begins. Labels are
+never dropped, so guidance stays at 1.
 """
 
 from duotone.data.shards import Shards
