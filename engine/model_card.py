@@ -1,4 +1,4 @@
-"""A model card: what a stranger must know of the weights, from the recipe and the data alone."""
+"""A model card: what anyone who receives the weights must know, from the recipe and the data alone."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ from duotone.engine.exchange import diffusers_config
 from duotone.engine.recipe import Recipe
 
 LIMITS = """\
-The model has learnt the pictures of its data set, with their gaps and biases, and may reproduce some of them closely
-(`duotone evaluate` shows each sample beside its nearest training image). It has not been checked for any use."""
+The model has learned the gaps and biases of its data set and may reproduce some training images closely
+(`duotone evaluate` shows each sample beside its nearest training image). It has not been evaluated for any use."""
 
 
 def write(path: Path, recipe: Recipe, facts: Facts, data, images: int, file: str = "ema.safetensors") -> None:
-    """Writes the card in one step; no path of this machine is in it. `file` is the weights' own name."""
+    """Writes the card atomically; it contains no local paths. `file` is the name of the weights file."""
     write_whole(path, card(recipe, facts, images, None if data is None else data.count, file))
 
 
@@ -22,7 +22,7 @@ def card(recipe: Recipe, facts: Facts, images: int, samples: int | None = None, 
 
 
 def card_of_folder(recipe: Recipe, facts: Facts, images: int, config: dict, scheduler: dict, notes: list[str]) -> str:
-    """The card of a folder that diffusers loads."""
+    """The card of an exported folder, which diffusers loads."""
     names = (config["_class_name"], scheduler["_class_name"])
     use = [
         "```python",
@@ -51,16 +51,16 @@ def front_matter(recipe: Recipe) -> list[str]:
 
 def told(recipe: Recipe, facts: Facts, images: int, samples: int | None) -> list[str]:
     model, objective, size = recipe.model, recipe.objective, recipe.data.size
-    seen = f"{images:,} images" + (f", {images / samples:,.1f} times its {samples:,} samples" if samples else "")
+    seen = f"{images:,} images" + (f", {images / samples:,.1f} epochs of {samples:,} samples" if samples else "")
     lines = [
         "| | |",
         "| --- | --- |",
-        f"| pictures | {size} x {size}, {'colour' if model.out_channels == 3 else 'gray'} |",
+        f"| pictures | {size} x {size}, {'colour' if model.out_channels == 3 else 'greyscale'} |",
         f"| conditions | {conditions(recipe)} |",
         f"| objective | {named(objective)} |",
         f"| network | UNet, channels {', '.join(map(str, model.channels))}, attention {', '.join(model.attention)} |",
         f"| trained on | {seen}, batches of {recipe.batch_size}, seed {recipe.seed}{held_out(recipe)} |",
-        f"| weights | moving average, {average(recipe)} |",
+        f"| weights | exponential moving average, {average(recipe)} |",
         f"| as a diffusers folder | {exported(recipe)} |",
     ]
     for what, names in (("classes", facts.classes), ("attributes", facts.attributes)):
@@ -70,11 +70,11 @@ def told(recipe: Recipe, facts: Facts, images: int, samples: int | None) -> list
 
 
 def held_out(recipe: Recipe) -> str:
-    return f"; {recipe.data.held_out:.2%} of the data never" if recipe.data.held_out else ""
+    return f"; {recipe.data.held_out:.2%} of the data held out" if recipe.data.held_out else ""
 
 
 def conditions(recipe: Recipe) -> str:
-    parts = [f"{c.kind} (dropped for {c.dropout:.0%})" for c in recipe.conditioning]
+    parts = [f"{c.kind} (dropped for {c.dropout:.0%} of images)" for c in recipe.conditioning]
     return ", ".join(parts) or "none"
 
 
@@ -86,12 +86,12 @@ def named(objective) -> str:
 
 def exported(recipe: Recipe) -> str:
     reason = diffusers_config.why_not(recipe)
-    return "`duotone export`" if reason is None else f"no, only as this single file: {reason}"
+    return "`duotone export`" if reason is None else f"no, only as a single file: {reason}"
 
 
 def average(recipe: Recipe) -> str:
     if recipe.ema.power > 0:
-        return f"power {recipe.ema.power:.3g}, at most {recipe.ema.max_decay}"
+        return f"power {recipe.ema.power:.3g}, decay at most {recipe.ema.max_decay}"
     return f"half-life {recipe.ema.half_life:,} images"
 
 
@@ -101,7 +101,7 @@ def usage(recipe: Recipe, facts: Facts, file: str) -> list[str]:
              "attributes": f"attributes=[[{(facts.attributes or ['name'])[0]!r}]]",
              "low_resolution": "images=[small_HWC]", "hole": "holes=[(image_HWC, mask_HW)]"}  # fmt: skip
     kinds = [condition.kind for condition in recipe.conditioning if condition.kind != "temperature"]
-    # Kinds that are asked for by one name are given it once.
+    # Kinds that share an argument of sample() list it once.
     given = list(dict.fromkeys(asked.get(kind, f"{kind}=[...]") for kind in kinds)) or ["count=1"]
     return [
         "```python",

@@ -449,7 +449,7 @@ def test_a_run_that_held_images_out_is_measured_against_three_sets(clothes, cach
     keys = [key for row in rows for key in row["keys"]]
     assert split["training"] + len(split["held_out"]) == 2000 and len(set(keys)) == split["training"]
     assert not set(keys) & set(split["held_out"])
-    assert "20.00% of the data never" in (folder / "MODEL_CARD.md").read_text()
+    assert "20.00% of the data held out" in (folder / "MODEL_CARD.md").read_text()
     found = evaluated(folder, cache, tmp_path / "out", "--floor", "30")
     assert list(found["distances"]) == ["train", "validation", "held_out"]
     assert found["data"]["validation"] == len(split["held_out"]) and "--floor 30" in found["command"]

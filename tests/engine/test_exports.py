@@ -59,7 +59,7 @@ def test_what_is_said_is_what_the_export_does(name, tmp_path):
     else:
         with pytest.raises(diffusers_unet.Inexpressible, match=why):
             diffusers_folder.export(model, tmp_path / "folder")
-        assert f"| as a diffusers folder | no, only as this single file: {why} |" in card
+        assert f"| as a diffusers folder | no, only as a single file: {why} |" in card
         assert list(tmp_path.iterdir()) == []
 
 
