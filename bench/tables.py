@@ -119,12 +119,12 @@ def beside_others(row: dict) -> list[str]:
     return [f"{ours:.3g}", *named, f"{others[fastest]:.2f}x ({fastest})" if fastest else ""]
 
 
-def promised() -> str:
+def targets() -> str:
     path, result = newest("throughput-nvidia-*.json")
     rows = [
         [row["bar"], f"{row['found']:.2f}", row["wanted"], "yes" if row["holds"] else "no"] for row in result["bars"]
     ]
-    return table(["", "found", "promised", "holds"], rows) + source(path)
+    return table(["", "found", "target", "met"], rows) + source(path)
 
 
 def predicted() -> str:
@@ -359,7 +359,7 @@ PAGES = {
     },
     "docs/kernels.md": {
         "kernels": kernels,
-        "promised": promised,
+        "targets": targets,
         "predicted": predicted,
         "norms": norms,
         "blocks": blocks,
