@@ -1,4 +1,4 @@
-"""A run in progress: what it reads, saved as a checkpoint, and gone on with from one."""
+"""A run in progress: what it reads, how it is saved as a checkpoint and how it resumes from one."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -34,20 +34,20 @@ class Run:
     images: int = 0
     log: Logger | None = None
     began_at: int = 0
-    """Images before this process took part."""
+    """Images trained on before this process started."""
     graphs_before: int = 0
-    """Compiled before the run's third step here; what is compiled later is compiled again."""
+    """Graphs compiled in this process's first two steps; any later one is a recompilation."""
     examples: Examples = Examples()
     held_out: Images | None = None
-    """What rank 0 measures the loss on."""
+    """The held-out images on which rank 0 measures the loss."""
     saved: int | None = None
-    """Images of the newest checkpoint."""
+    """Images trained on at the newest checkpoint."""
     unread_before: tuple[str, ...] = ()
-    """Samples that could not be read before the checkpoint, a line each."""
+    """A line for each sample that could not be read before the checkpoint that this process resumed from."""
     parts_before: tuple[dict, ...] = ()
-    """How the images before were trained, a part for each process that took part."""
+    """How the images before `began_at` were trained on: one part for each earlier process."""
     notes: list[str] = field(default_factory=list)
-    """What was substituted, in a line each."""
+    """A line for each substitution."""
 
     @property
     def step(self) -> int:
@@ -55,16 +55,16 @@ class Run:
 
     @property
     def steps_here(self) -> int:
-        """Steps that this process took."""
+        """Optimizer steps taken by this process."""
         return (self.images - self.began_at) // self.recipe.batch_size
 
     def due(self, every: int) -> bool:
-        """Whether what comes every so many images comes now; at the run's end it comes anyway."""
+        """Whether what is due every `every` images is due now; False at the run's end, where it is done in any case."""
         return every > 0 and self.images % every == 0 and self.images < self.recipe.images
 
     @property
     def parts(self) -> list[dict]:
-        """How its images were trained, this process's the last."""
+        """How the run's images were trained on: one part for each process, this one's last."""
         here = {
             "images": [self.began_at, self.images],
             "device": self.choice.device,
@@ -76,8 +76,10 @@ class Run:
 
 
 def plans(run: Run, begin: int) -> Iterator:
-    """What this rank reads, micro-batch by micro-batch, from so many images to the run's last: on a thread that the run does not
-    wait for, so that where it stands is no matter here."""
+    """The samples that this rank reads, micro-batch by micro-batch, from image `begin` to the run's last.
+
+    The reading thread runs ahead of training, so nothing here may depend on `run.images`.
+    """
     recipe = run.recipe
     micro = recipe.micro_batch(run.ranks.count)
     for first in range(begin, recipe.images, recipe.batch_size):
@@ -86,7 +88,7 @@ def plans(run: Run, begin: int) -> Iterator:
 
 
 def save(run: Run) -> None:
-    """Publishes a checkpoint, from all ranks, unless the newest is of this very step; rank 0 writes it."""
+    """Publishes a checkpoint unless the newest one is of this very step; called on all ranks, written by rank 0."""
     if run.saved == run.images:
         return
     tensors = {kind: run.sharded.gather(kind) for kind in ("weight", *run.sharded.optimizer.STATE)}
@@ -109,12 +111,12 @@ def save(run: Run) -> None:
 
 
 def unread_samples(run: Run) -> list[str]:
-    """What any rank, or the run before it was gone on with, could not read."""
+    """A line for each sample that any rank could not read, in this process or an earlier one."""
     return sorted({*run.unread_before, *zero.gathered(run.data.unread())})
 
 
 def resume(run: Run, path: Path) -> str:
-    """Puts a checkpoint into the run; says what was done."""
+    """Loads a checkpoint into the run; returns a line for the log."""
     manifest, tensors = checkpoint.read(path)
     checkpoint.refuse_other_network(path, tensors["weight"], run.sharded.shapes())
     if manifest["data"] != run.data.fingerprint:
@@ -135,7 +137,7 @@ def resume(run: Run, path: Path) -> str:
 
 
 def goes_on_otherwise(run: Run) -> list[str]:
-    """What changes the numbers of a run that goes on, and may be changed: its precision and its decoder."""
+    """A line for the log if a resumed run changes its precision or decoder: allowed, although its numbers change."""
     before, here = run.parts_before[-1:], {"precision": run.choice.precision, "decoder": run.data.decoder}
     changed = [
         f"{name} {part[name]} until here, {here[name]} from here on"
@@ -143,4 +145,4 @@ def goes_on_otherwise(run: Run) -> list[str]:
         for name in here
         if part[name] != here[name]
     ]
-    return [f"the run goes on otherwise than it was trained: {'; '.join(changed)}"] if changed else []
+    return [f"the run resumes with other settings than before: {'; '.join(changed)}"] if changed else []

@@ -1,4 +1,4 @@
-"""From a recipe to a run that is about to take its first step: all that can be refused is refused before anything is written."""
+"""From a recipe to a run about to take its first step: what can be refused is refused before anything is written."""
 
 from contextlib import ExitStack
 from dataclasses import replace
@@ -28,8 +28,11 @@ from duotone.kernels.self_test import self_test
 
 
 def set_up(recipe: Recipe, held: ExitStack) -> Run:
-    """Everything before the first step: what can be refused comes before what is written; what is opened is `held`."""
-    # The recipe, by itself and on this machine; then on all ranks.
+    """Does everything before the first step, and returns the run; `held` closes what is opened here.
+
+    Raises Refused if the recipe, the data or the run's folder cannot be used.
+    """
+    # The recipe: by itself, on this machine, then across all ranks.
     recipe = recipe.placed()
     choice = speed.choose(recipe.speed, recipe.zero.stage)
     speed.set_up(recipe.speed, choice)
@@ -40,16 +43,16 @@ def set_up(recipe: Recipe, held: ExitStack) -> Run:
     stored = zero.from_rank_0(stored)
     zero.refuse_precision(choice.precision)
     agreement.check_recipe(recipe, choice, ranks)
-    faults = kernel_faults(ranks, recipe.speed)  # before a kernel is used, by the trial of a micro-batch as well
+    faults = kernel_faults(ranks, recipe.speed)  # before any kernel runs: trying a micro-batch below runs them too
 
-    # The data, the network, and what each needs of the other.
+    # The data, the network, and what each needs from the other.
     recipe, data, held_out = opened(recipe, stored, ranks, held)
     unlike = agreement.check_data(data, ranks)
     facts = Facts(classes=as_tuple(data.classes), attributes=as_tuple(data.attributes))
     recipe.preview.check_names(facts)
     network, found, begun = beginning(recipe, facts, ranks)
     agreement.check_untrained(network, ranks)
-    examples = examples_of(data, recipe, network)  # before the reading thread: one decoder serves one reader
+    examples = examples_of(data, recipe, network)  # before the reading thread starts: a decoder serves one reader only
     refuse_undrawable(recipe.preview, artifact.Model(network, recipe.objective, facts, recipe), examples)
     measured = objective(recipe, data, found, ranks)
 
@@ -59,7 +62,7 @@ def set_up(recipe: Recipe, held: ExitStack) -> Run:
     micro = recipe.micro_batch(ranks.count)
     predicted = estimate(network, recipe, micro, choice, ranks.count)
 
-    # Nothing is refused any more but what other ranks, or a checkpoint, turn out to hold: from here on things are written.
+    # From here on files are written; only what other ranks or a checkpoint turn out to hold can still be refused.
     with zero.rank_0_first(ranks):
         if ranks.rank == 0:
             begin_folder(recipe, stored, data.count, held, goes_on=found is not None)
@@ -87,10 +90,10 @@ def set_up(recipe: Recipe, held: ExitStack) -> Run:
 def opened(
     recipe: Recipe, stored: dict | None, ranks: zero.Ranks, held: ExitStack
 ) -> tuple[Recipe, Dataset, Images | None]:
-    """The recipe with its data, which is open, and on rank 0 the images that the loss is measured on."""
+    """The recipe with its data located, the opened data, and on rank 0 the held-out images to measure the loss on."""
     with zero.rank_0_first(ranks):
         if ranks.rank == 0 and stored is not None:
-            claim(recipe, stored, held)  # before a checkpoint of it is chosen
+            claim(recipe, stored, held)  # before one of the folder's checkpoints is chosen
         recipe = with_embedded_data(recipe)
         data = recipe.data.open(ranks.device, require_captions=recipe.wants_captions)
         held.callback(data.close)
@@ -99,14 +102,14 @@ def opened(
 
 
 def measured_on(recipe: Recipe) -> Images | None:
-    """The images of every validation; raises Refused where the data holds none out."""
+    """The images of every validation, or None without validation; raises Refused if the data holds none out."""
     if not recipe.validation.every:
         return None
     return read_images(recipe.data, recipe.validation.images, "validation set", "held out")
 
 
 def beginning(recipe: Recipe, facts: Facts, ranks: zero.Ranks) -> tuple[Network, Path | None, list[str]]:
-    """The network as it is before the first step, the checkpoint that is to be put into it, and what is to be said of both."""
+    """The network before the first step, the checkpoint to resume from (or None), and lines for the log about both."""
     torch.manual_seed(recipe.seed)
     network = artifact.build(recipe, facts)
     found, said = newest_checkpoint(recipe, ranks)
@@ -116,7 +119,7 @@ def beginning(recipe: Recipe, facts: Facts, ranks: zero.Ranks) -> tuple[Network,
 
 
 def objective(recipe: Recipe, data: Dataset, found: Path | None, ranks: zero.Ranks) -> Objectives:
-    """With what it takes from the data: measured once, by rank 0, and from then on the run's own."""
+    """The objective, with the values it takes from the data: rank 0 measures them once; a resumed run keeps them."""
     if found is not None:
         return artifact.recipe_of(found / "ema.safetensors").objective
     with zero.rank_0_first(ranks):
@@ -125,7 +128,7 @@ def objective(recipe: Recipe, data: Dataset, found: Path | None, ranks: zero.Ran
 
 
 def recipe_before(recipe: Recipe) -> dict | None:
-    """The recipe of the run that this one goes on with."""
+    """The stored recipe of the run that this one resumes, or None for a new run."""
     if recipe.fresh:
         run_folder.refuse_strangers(recipe.folder)
         return None
@@ -133,7 +136,7 @@ def recipe_before(recipe: Recipe) -> dict | None:
 
 
 def newest_checkpoint(recipe: Recipe, ranks: zero.Ranks) -> tuple[Path | None, list[str]]:
-    """What the run goes on from, and a line for each checkpoint passed over: rank 0 chooses for all, who must see the same."""
+    """The checkpoint to resume from, chosen by rank 0 and seen by all ranks, and a line for each one passed over."""
     if recipe.fresh:
         return None, []
     with zero.rank_0_first(ranks):
@@ -141,15 +144,15 @@ def newest_checkpoint(recipe: Recipe, ranks: zero.Ranks) -> tuple[Path | None, l
     found, passed_over = zero.from_rank_0(chosen)
     fault = None if found is None or ranks.rank == 0 else checkpoint.verify(found)
     if fault is not None:
-        raise Refused(f"{found} is not here what rank 0 sees ({fault}): all ranks need one --out that they share")
+        raise Refused(f"{found} is not the same here as on rank 0 ({fault}): all ranks must share one --out")
     return found, passed_over
 
 
 def with_accumulation(recipe: Recipe, stored: dict | None, network: Network, choice, ranks: zero.Ranks) -> Recipe:
-    """The recipe with its number of micro-batches: its own, or the fewest that fit on every rank, from the interrupted run's on,
-    which may have had more ranks, or larger ones.
+    """The recipe with its number of micro-batches: its own, or the fewest that fit on every rank.
 
-    The estimate proposes, and two steps tried for real decide."""
+    A resumed run takes at least as many as before, if its batch still divides by them; it may have had more or larger
+    ranks. The estimate proposes a number, and two real steps decide."""
     if recipe.accumulation is not None:
         return recipe
     before = (stored or {}).get("accumulation") or 1
@@ -171,7 +174,7 @@ def tried(network: Network, recipe: Recipe, times: int, choice: speed.Choice, ra
 
 def start_sharded(recipe: Recipe, network: Network, choice: speed.Choice, micro: int) -> Sharded:
     for module in network.untrained:
-        module.to(choice.dtype)  # DeepSpeed casts what is trained, and that alone
+        module.to(choice.dtype)  # DeepSpeed casts trained modules only
     return Sharded(
         network,
         recipe.optimizer.build(network),
@@ -188,7 +191,7 @@ def start_sharded(recipe: Recipe, network: Network, choice: speed.Choice, micro:
 
 
 def examples_of(data: Dataset, recipe: Recipe, network: Network) -> Examples:
-    """The first distinct captions of the data, and its first images where a condition is made of them."""
+    """The first distinct captions of the data, and its first images if a condition is made from images."""
     images_NHWC = None
     if any(conditioner.spatial for conditioner in network.conditioners.values()):
         positions_N = np.arange(min(data.count, recipe.preview.rows))
@@ -197,7 +200,7 @@ def examples_of(data: Dataset, recipe: Recipe, network: Network) -> Examples:
 
 
 def some_captions(data: Dataset, recipe: Recipe) -> tuple[str, ...]:
-    """A sample that cannot be read is passed over where others are trained on in its place."""
+    """The first distinct captions; an unreadable sample is skipped if training would replace it, else refused."""
     found: dict[str, None] = {}
     for i in np.flatnonzero(data.good_N)[: 20 * recipe.preview.rows]:
         try:
@@ -223,22 +226,22 @@ def begin_folder(recipe: Recipe, stored: dict | None, samples: int, held: ExitSt
         if recipe.fresh:
             run_folder.move_aside(recipe.folder)
         claim(recipe, stored, held)
-    if not goes_on:  # nothing is trained yet, and paths and data may be others than at an earlier start
-        write_json(recipe.folder / "recipe.json", to_json(replace(recipe, fresh=False)))  # by which a folder is a run's
+    if not goes_on:  # nothing is trained yet, so paths and data may differ from those of an earlier start
+        write_json(recipe.folder / "recipe.json", to_json(replace(recipe, fresh=False)))  # this marks a run's folder
     if recipe.data.held_out and not (goes_on and (recipe.folder / "splits.json").exists()):
         split = {"training": samples, "held_out": recipe.data.held_out_keys()}
         write_json(recipe.folder / "splits.json", split)
 
 
 def claim(recipe: Recipe, stored: dict | None, held: ExitStack) -> None:
-    """From here on the folder is this process's: what was read of it before must still stand."""
+    """Claims the folder for this process; raises Refused if its stored recipe has changed since it was read."""
     held.enter_context(run_folder.claimed(run_folder.made(recipe.folder)))
     if run_folder.stored_recipe(recipe.folder) != stored:
         raise Refused(f"{recipe.folder}: another process began a run there while this one started; start it again")
 
 
 def with_embedded_data(recipe: Recipe) -> Recipe:
-    """Without shards, the embedded captioned shapes, written once as real shards beside the run's folder."""
+    """Gives a recipe without shards the embedded captioned shapes, written once as shards beside the run's folder."""
     if recipe.data.shards is not None:
         return recipe
     folder = recipe.folder.parent / f"captioned_shapes-{recipe.data.size}px"
@@ -247,7 +250,7 @@ def with_embedded_data(recipe: Recipe) -> Recipe:
         try:
             captioned_shapes.write(folder, count=4096, size=recipe.data.size, seed=0)
         except Refused:
-            if not folder.is_dir():  # which another run, begun at the same time, has written meanwhile
+            if not folder.is_dir():  # otherwise another run, started at the same time, has written it
                 raise
     return replace(recipe, data=replace(recipe.data, shards=folder))
 
@@ -257,7 +260,7 @@ def as_tuple(names: list[str] | None) -> tuple[str, ...] | None:
 
 
 def kernel_faults(ranks: zero.Ranks, switches: speed.Speed) -> list[str]:
-    """On a GPU every kernel is held against its definition once; one that disagrees is switched off, with a line."""
+    """On a GPU, checks every kernel once against its definition; one that disagrees is switched off, with a line."""
     if ranks.device.type == "cpu":
         return []
     mine = self_test(ranks.device, switches.norms_in_turns, switches.norms_join_skips)
@@ -265,7 +268,7 @@ def kernel_faults(ranks: zero.Ranks, switches: speed.Speed) -> list[str]:
 
 
 def announce(run: Run, predicted: Estimate, begun: list[str], faults: list[str]) -> None:
-    """The plan in one line, then every substitution in one line each."""
+    """Logs the plan in one line, then one line for each substitution."""
     recipe, choice = run.recipe, run.choice
     parameters = sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in run.network.parameters())
     micro = recipe.micro_batch(run.ranks.count)
@@ -286,8 +289,8 @@ def announce(run: Run, predicted: Estimate, begun: list[str], faults: list[str])
 
 
 def unguided(run: Run) -> str | None:
-    """Why previews are not drawn with the guidance that was asked for."""
+    """Why previews are not drawn with the guidance scale that was asked for, or None if they are."""
     model = artifact.Model(run.network, run.recipe.objective, run.facts, run.recipe)
     if run.recipe.preview.guidance == 1 or not run.recipe.conditioning or model.can_be_guided:
         return None
-    return f"pictures are drawn unguided, not with preview.guidance = {run.recipe.preview.guidance:g}: no null state is trained"
+    return f"pictures are drawn unguided, not with preview.guidance = {run.recipe.preview.guidance:g}: no null condition is trained"

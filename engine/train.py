@@ -1,6 +1,6 @@
-"""train(recipe): set up, then the loop.
+"""train(recipe): set a run up, then step through its images.
 
-N images of a micro-batch, C channels, H x W pixels.
+Shapes in names: N images of a micro-batch, C channels, H x W pixels.
 """
 
 import time
@@ -32,15 +32,15 @@ from duotone.kernels.diffuse import diffuse
 
 
 def train(recipe: Recipe) -> Path:
-    """Runs a recipe to its end, or on from where it stopped, or until its minutes are over; returns the run's folder.
+    """Trains a recipe to its last image or its time limit, resuming an interrupted run; returns the run's folder.
 
-    Raises Refused on a recipe, data or run folder that cannot be used, before anything is written, and Interrupted
-    after the checkpoint with which SIGINT or SIGTERM ends it.
+    Raises Refused, before anything is written, if the recipe, its data or the run's folder cannot be used, and
+    Interrupted if SIGINT or SIGTERM stopped the run, after a checkpoint has been written.
     """
     recipe.check()
     refuse_unstorable(recipe)
     began = time.monotonic()
-    with ExitStack() as signals, ExitStack() as held:  # what is held is closed first
+    with ExitStack() as signals, ExitStack() as held:  # left in reverse: `held` is closed first
         held.push(zero.leave)
         run = set_up(recipe, held)
         run.whole_step = whole_step(run)
@@ -55,7 +55,7 @@ def train(recipe: Recipe) -> Path:
             interrupt(run, stop)
         else:
             save(run)
-            signals.close()  # from here on they end it at once, and lose nothing but the export, which the same command makes
+            signals.close()  # a signal now ends the process at once; only the export is lost, and a rerun writes it
             finish(run)
     if stop.heard and run.images < recipe.images:
         raise Interrupted(stop.heard)
@@ -63,14 +63,14 @@ def train(recipe: Recipe) -> Path:
 
 
 def go_on_past_the_end(run: Run) -> None:
-    """A run with more images than before is complete no longer."""
+    """Renames the export of a finished run that is given more images, since it is no longer complete."""
     export = reopen(run.recipe.folder)
     if export is not None:
-        run.log.say(f"the run goes on past its end: the weights that it ended with are now {export}")
+        run.log.say(f"the run continues past its earlier end: the weights it ended with are now {export}")
 
 
 def steps(run: Run, batches: Iterator[Batch], stop: Stop) -> None:
-    """To the run's last image, or until it is to stop."""
+    """Trains to the run's last image, or until `stop` is due."""
     recipe = run.recipe
     while run.images < recipe.images:
         with keeping(run):
@@ -79,7 +79,7 @@ def steps(run: Run, batches: Iterator[Batch], stop: Stop) -> None:
             save(run)  # before pictures, which may fail
         due = {"drawn": run.due(recipe.preview.every), "measured": run.due(recipe.validation.every)}
         if any(due.values()) and stop.due(now=True):
-            return  # who ends the run may not wait for pictures; where it goes on they are made up for
+            return  # whoever stopped the run may not wait for pictures; they are made when it resumes
         look(run, **due)
         if stop.due():
             return
@@ -87,7 +87,7 @@ def steps(run: Run, batches: Iterator[Batch], stop: Stop) -> None:
 
 @contextmanager
 def keeping(run: Run) -> Iterator[None]:
-    """A sample that is refused loses no step before it: a single rank saves them, of several the others wait for this one."""
+    """Saves the steps before a refused sample: on a single rank only, since other ranks would wait inside the step."""
     before = run.images
     try:
         yield
@@ -99,7 +99,7 @@ def keeping(run: Run) -> Iterator[None]:
 
 
 def whole_step(run: Run) -> WholeStep | None:
-    """Steps as one recording each, where that was asked for and holds."""
+    """What takes each step as one recorded CUDA graph, or None if that was not asked for or is not possible."""
     recipe = run.recipe
     held = speed.what_keeps_a_step_apart(
         recipe.speed, run.choice, run.sharded.stage, run.ranks.count, recipe.accumulation
@@ -132,7 +132,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> None:
 
 
 def tell(run: Run, loss: Tensor, learning_rate: float, traced: list[tuple[int, str, str]]) -> None:
-    """A step's numbers, where they are due: each waits for the device."""
+    """Logs one step; its numbers, which wait for the device, are computed only when a line is due."""
 
     def numbers() -> dict[str, float]:
         return {
@@ -148,7 +148,7 @@ def tell(run: Run, loss: Tensor, learning_rate: float, traced: list[tuple[int, s
 
 
 def whole_or_micro_step(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
-    """A micro-batch and, with the last of them, the update: the loss, and the network's input for the trace."""
+    """One micro-batch, and the update after a step's last; returns the loss and the network's input for the trace."""
     if run.recipe.model.dropout:
         draws.seed_dropout(run.recipe.seed, batch.positions_N)
     if run.whole_step is not None:
@@ -160,10 +160,10 @@ def whole_or_micro_step(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def micro_step(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Forward and backward of one micro-batch: the loss, and the network's input for the trace."""
+    """Forward and backward of one micro-batch; returns the loss and the network's input for the trace."""
     inputs = inputs_of(run, batch)
     if run.recipe.speed.cuda_graphs:
-        # What the last replay left behind is used up: its memory may be written again.
+        # The outputs of the last replay are no longer needed: their memory may be overwritten.
         torch.compiler.cudagraph_mark_step_begin()
     loss = loss_of(run.recipe.objective, run.sharded, inputs)
     run.sharded.backward(loss)
@@ -171,13 +171,13 @@ def micro_step(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def loss_of(objective: Objective, network: Callable, inputs: dict) -> Tensor:
-    """Of inputs that lie on the device already: nothing here asks the CPU."""
+    """The mean loss of inputs that are already on the device; nothing here synchronises with the CPU."""
     output_NCHW, log_scale_N = network(*(inputs[name] for name in ("input_NCHW", "time_N", "tensors", "keep")))
     return objective.mean_loss(output_NCHW, inputs["target_NCHW"], inputs["weight_N"], log_scale_N)
 
 
 def inputs_of(run: Run, batch: Batch) -> dict:
-    """All that loss_of takes, on the device: a tree of tensors."""
+    """The inputs of loss_of, as a tree of tensors on the device."""
     recipe, device = run.recipe, run.sharded.device
     objective, positions_N = recipe.objective, batch.positions_N
     sigma_N = noise_levels(recipe, positions_N)
@@ -215,7 +215,7 @@ def flips(recipe: Recipe, positions_N: np.ndarray) -> Tensor:
 
 
 def conditions(run: Run, batch: Batch) -> tuple[dict, dict]:
-    """Each conditioner's tensors and the rows it keeps; the others are dropped to their null state."""
+    """Each conditioner's tensors and the rows it keeps; the other rows are dropped to the null condition."""
     recipe, device = run.recipe, run.sharded.device
     flip_N = flips(recipe, batch.positions_N)
     tensors, keep = conditioned(run.network.conditioners, batch, recipe.seed, flip_N, recipe.drop_together)
@@ -224,9 +224,9 @@ def conditions(run: Run, batch: Batch) -> tuple[dict, dict]:
 
 
 def interrupt(run: Run, stop: Stop) -> None:
-    """A checkpoint where the run stands, for the same command to go on from."""
+    """Saves a checkpoint of the current step, from which the same command resumes."""
     save(run)
     stop.ends_the_process()
     if not stop.heard:
         minutes, images = stop.minutes, f"{run.images:,} of {run.recipe.images:,} images"
-        run.log.say(f"stopped after {minutes:g} minutes at {images}: {run.recipe.again} goes on from there")
+        run.log.say(f"stopped after {minutes:g} minutes at {images}: {run.recipe.again} resumes from there")

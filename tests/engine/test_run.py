@@ -204,7 +204,7 @@ def test_two_ranks_stop_at_one_step_when_their_minutes_are_over(shards, tmp_path
     """They stop one step after first looking at their clocks, with an ordinary checkpoint although none was due."""
     out = tmp_path / "stopped"
     done = run(shards, out, "--checkpoint.every", "0", "--checkpoint.stop-after", "0.01", ranks=2)
-    assert "stopped after 0.01 minutes at 16 of 96 images: the same command goes on" in done.stdout
+    assert "stopped after 0.01 minutes at 16 of 96 images: the same command resumes" in done.stdout
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["images-000000000016"]
     assert not (out / "ema.safetensors").exists()
 
@@ -537,10 +537,11 @@ def test_a_sample_that_cannot_be_read_loses_no_step_before_it(shards, tmp_path):
 def test_a_run_tells_how_each_part_of_it_was_trained(shards, tmp_path, capsys):
     out, flags = tmp_path / "run", ["--optimizer.schedule", "constant", "--data.decoder", "pillow"]
     run_here(shards, out, *flags, "--images", "16")
-    assert "goes on otherwise" not in capsys.readouterr().out
+    assert "resumes with other settings" not in capsys.readouterr().out
     run_here(shards, out, *flags, "--images", "24", "--speed.precision", "bf16")
     assert (
-        "goes on otherwise than it was trained: precision fp32 until here, bf16 from here on" in capsys.readouterr().out
+        "resumes with other settings than before: precision fp32 until here, bf16 from here on"
+        in capsys.readouterr().out
     )
     told = (out / "record.json").read_text()
     parts = json.loads(told)["parts"]
