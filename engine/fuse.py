@@ -1,8 +1,9 @@
 """fuse(unet): our kernels inside any diffusers UNet2DModel or UNet2DConditionModel instance; state dict unchanged.
 
-An instance's residual blocks, transformers, attentions and a few more parts are given classes of their own: nothing is
-wrapped, copied or hooked, so the UNet can be moved, cast, compiled, copied and saved as before, and unfuse(unet) undoes it.
-What is not diffusers' own, by class, hook or forward, is left as it is, or run instead of read.
+The instance's residual blocks, transformers, attentions and a few more parts change their class: nothing is wrapped,
+copied or hooked, so the UNet can be moved, cast, compiled, copied and saved as before, and unfuse(unet) undoes it. A part
+with a class, hook or forward that is not diffusers' own is left alone, or called as a module where otherwise only its
+weights would be read.
 """
 
 from dataclasses import dataclass, field
@@ -18,12 +19,12 @@ from duotone.kernels.group_norm_silu import group_norm_silu
 
 SUPPORTED = ("UNet2DModel", "UNet2DConditionModel")
 PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor")
-"""Of diffusers, that compute attention and nothing else; any other is kept."""
+"""The processors of diffusers that compute attention and nothing else; any other is left in place."""
 
 
 @dataclass
 class Fused:
-    """What fuse() did: counts by kind, and what was left with the reason."""
+    """What fuse() did: how many parts of each kind were replaced, and why each other part was left."""
 
     replaced: dict[str, int] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
@@ -40,9 +41,9 @@ class Fused:
 def fuse(unet: nn.Module, *, quiet: bool = False) -> Fused:
     """Puts fused group norms with their SiLU, attention and channels-last activations into a diffusers UNet, in place.
 
-    Says what was replaced, what was left and why; what was put in since an earlier call is fused as well. A mask keeps a token
-    or discards it, as diffusers has it: values between 0 and 1 are rounded. Gradients are of first order, in reverse
-    mode. Raises Refused on anything but the two supported classes.
+    Returns, and prints unless `quiet`, what was replaced, what was left and why; a second call fuses what was added since.
+    A mask keeps a token or discards it, as in diffusers: values between 0 and 1 are rounded. Only first-order gradients in
+    reverse mode are supported. Raises Refused on anything but the two supported classes.
     """
     refuse_others(unet, "fuse()")
     before, fused = is_fused(unet), Fused()
@@ -56,9 +57,10 @@ def fuse(unet: nn.Module, *, quiet: bool = False) -> Fused:
 
 
 def unfuse(unet: nn.Module) -> None:
-    """Gives every part its own class and processor back.
+    """Gives every part its original class and processor back.
 
-    Raises Refused, before anything is done, where something has been put around a fused part: it would still call that.
+    Raises Refused, before anything is changed, if a fused part has since been given another forward or class, which
+    would still call the fused one.
     """
     refuse_others(unet, "unfuse()")
     parts = {name: module for name, module in unet.named_modules() if isinstance(module, FusedPart)}
@@ -92,7 +94,7 @@ def report(fused: Fused, quiet: bool) -> Fused:
 
 
 def fuse_module(name: str, module: nn.Module, fused: Fused) -> None:
-    """Gives one part its fused class, or notes why not."""
+    """Gives one part its fused class, or notes why it is left."""
     kind = next((parent.__name__ for parent in type(module).__mro__ if is_theirs(parent, PARTS)), None)
     if kind is None or isinstance(module, FusedPart) or isinstance(getattr(module, "processor", None), FusedAttention):
         return
@@ -109,12 +111,12 @@ def fuse_module(name: str, module: nn.Module, fused: Fused) -> None:
 
 
 def is_theirs(cls: type, names) -> bool:
-    """Whether a class is diffusers' own of one of these names, and not somebody else's of the same name."""
+    """Whether a class has one of these names and is diffusers' own, not another package's class of the same name."""
     return cls.__name__ in names and cls.__module__.startswith("diffusers.")
 
 
 def own_ways(module: nn.Module) -> str | None:
-    """Why a part is not simply what its class's name says."""
+    """Why a part may not do what the name of its class says, or None."""
     if not is_theirs(type(module), PARTS):
         return f"it is a {type(module).__name__} of {type(module).__module__}"
     return "it has a forward of its own" if "forward" in vars(module) else None
@@ -125,13 +127,13 @@ def fuse_start(unet: nn.Module, fused: Fused) -> None:
     if isinstance(unet.conv_in, ChannelsLast):
         return
     if type(unet.conv_in) is not nn.Conv2d or "forward" in vars(unet.conv_in):
-        fused.left["conv_in"] = "it is no plain convolution: give images in channels_last"
+        fused.left["conv_in"] = "it is not a plain convolution: give images in channels_last"
         return
     unet.conv_in.__class__ = ChannelsLast.of(nn.Conv2d)
 
 
 def fuse_end(unet: nn.Module, fused: Fused) -> None:
-    """The last group norm takes the SiLU that follows it."""
+    """Fuses the last group norm with the SiLU that follows it."""
     if isinstance(unet.conv_norm_out, FusedGroupNormSiLU) and isinstance(unet.conv_act, Nothing):
         return
     if unet.conv_norm_out is None or not isinstance(unet.conv_act, nn.SiLU):
@@ -142,7 +144,7 @@ def fuse_end(unet: nn.Module, fused: Fused) -> None:
         return
     unet.conv_norm_out.__class__ = FusedGroupNormSiLU.of(nn.GroupNorm)
     unet.conv_act.__class__ = Nothing.of(nn.SiLU)
-    unet.conv_act.around = (unet,)  # in a tuple, so that it is no part of the act's state
+    unet.conv_act.around = (unet,)  # in a tuple, so that the UNet does not become a submodule of the activation
     fused.count("group norms with SiLU")
 
 
@@ -154,7 +156,7 @@ def why_not_residual(block: nn.Module) -> str | None:
     if block.upsample is not None or block.downsample is not None:
         return "it also changes the resolution"
     if block.time_embedding_norm not in ("default", "scale_shift"):
-        return f"its time embedding enters by {block.time_embedding_norm}"
+        return f"its time embedding enters through {block.time_embedding_norm}"
     if block.skip_time_act:
         return "its time embedding has no SiLU"
     return None
@@ -196,7 +198,7 @@ def why_not_upsample(block: nn.Module) -> str | None:
 
 
 class FusedPart:
-    """Marks a class that stands in for another, its `original`."""
+    """The base of every fused class, which replaces another class, its `original`."""
 
     made: dict[tuple[type, type], type] = {}
 
@@ -206,37 +208,37 @@ class FusedPart:
         key = (cls, original)
         if key not in cls.made:
             facts = {"__module__": __name__, "part": cls, "original": original}
-            # By their name, since tools look for blocks by it.
+            # The original's name, since tools find blocks by the name of their class.
             cls.made[key] = type(original.__name__, (cls, original), facts)
         return cls.made[key]
 
     def __reduce__(self):
-        """Pickled as what it is made of: its class has no name under which another process would find it."""
+        """Pickled as the two classes it is made of: another process could not find the combined class by name."""
         return blank, (self.part, self.original), self.__dict__
 
 
 def blank(part: type, original: type) -> nn.Module:
-    """An instance of a fused class whose state is yet to come."""
+    """An instance of a fused class, whose state is still to be loaded."""
     cls = part.of(original)
     return cls.__new__(cls)
 
 
 class ChannelsLast(FusedPart):
-    """The first convolution: what it gives is channels-last, and all that follows keeps that."""
+    """The first convolution: its output is channels-last, and every later part keeps that layout."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         return super().forward(x_NCHW.contiguous(memory_format=torch.channels_last))
 
 
 class FusedGroupNormSiLU(FusedPart):
-    """The last norm and, unless it is watched, the SiLU after it."""
+    """The last norm with the SiLU after it, or without it if the norm is watched."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         return normed(self, x_NCHW, act=None if is_watched(self) else SILU)
 
 
 class Nothing(FusedPart):
-    """The SiLU that the norm before it has already done, if it still is the one that does."""
+    """The SiLU after the last norm: does nothing if that norm is still fused and has applied it already."""
 
     def forward(self, x: Tensor) -> Tensor:
         norm = self.around[0].conv_norm_out
@@ -249,7 +251,7 @@ class FusedResnetBlock(FusedPart):
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args, **kwargs) -> Tensor:
         h, modulation = normed(self.norm1, input_tensor, act=self.nonlinearity), self.modulation(temb)
         if "add_NC" in modulation and is_plain(self.conv1, nn.Conv2d) and self.conv1.bias is not None:
-            # The norm adds a vector anyway: with the bias in it, the convolution's own pass for that falls away.
+            # The norm adds a vector anyway: with the bias in it, the convolution needs no separate pass to add it.
             h = self.conv1._conv_forward(h, self.conv1.weight, None)
             modulation["add_NC"] = modulation["add_NC"] + self.conv1.bias
         else:
@@ -275,7 +277,7 @@ SILU = nn.SiLU()
 
 
 def is_plain(layer: nn.Module, kind: type) -> bool:
-    """A layer that may be read instead of run: no adapter around it, no hook on it, no forward put in its own's place."""
+    """Whether reading a layer's weights may replace calling it: no adapter around it, no hook, no replaced forward."""
     return type(layer) is kind and not is_watched(layer)
 
 
@@ -285,7 +287,7 @@ def is_watched(layer: nn.Module) -> bool:
 
 
 def normed(norm: nn.GroupNorm, x_NCHW: Tensor, *, act: nn.Module | None, **modulation: Tensor) -> Tensor:
-    """The norm with what surrounds it in one operation, or, where a part may not be read, one after the other."""
+    """The norm and what surrounds it as one operation, or as separate ones if a part must be called as a module."""
     readable = isinstance(norm, FusedPart) or is_plain(norm, nn.GroupNorm) and norm.affine
     if not readable or not (act is None or is_plain(act, nn.SiLU)):
         return normed_in_parts(norm, x_NCHW, act, **modulation)
@@ -301,7 +303,7 @@ def normed_in_parts(norm: nn.Module, x_NCHW: Tensor, act, add_NC=None, scale_NC=
 
 
 class FusedTransformer(FusedPart):
-    """Its beginning and end over tokens: theirs turns every output back to planes, and each later part runs on those."""
+    """A transformer that keeps channels-last: diffusers' turns its output into planes, and later parts run on those."""
 
     def _operate_on_continuous_inputs(self, x_NCHW: Tensor) -> tuple[Tensor, int]:
         tokens_NLC = tokens_of(normed(self.norm, x_NCHW, act=None))
@@ -317,12 +319,12 @@ class FusedTransformer(FusedPart):
         """A linear layer, or a 1 x 1 convolution: over channels-last pixels that is the same matrix product."""
         if is_plain(layer, nn.Conv2d):
             return F.linear(tokens_NLC, layer.weight.flatten(1), layer.bias)
-        # A convolution that is watched, or what an adapter put around one, takes images.
+        # A watched or adapter-wrapped convolution is called, and takes images.
         return layer(tokens_NLC) if self.use_linear_projection else tokens_of(layer(image_of(tokens_NLC, size)))
 
 
 class FusedUpsample(FusedPart):
-    """Every pixel four times, then the convolution, in the layout that came: theirs goes to planes from 64 images on."""
+    """Repeats each pixel 2 x 2, then convolves, in the input's layout: diffusers' goes to planes from 64 images on."""
 
     def forward(self, x_NCHW: Tensor, output_size: tuple[int, int] | None = None, *args, **kwargs) -> Tensor:
         height, width = output_size or [2 * side for side in x_NCHW.shape[2:]]
@@ -335,12 +337,12 @@ class FusedUpsample(FusedPart):
 
 
 class FusedAttention:
-    """diffusers' attention processor with our attention; additive masks of other shapes go to the processor it replaced."""
+    """diffusers' attention processor with our attention; a mask that is not (N, 1, M) goes to the replaced processor."""
 
     def __init__(self, original=None):
         self.original = (
             original or usual_processor()
-        )  # diffusers makes another of a processor's class where adapters come and go
+        )  # without one, when diffusers builds a new processor of the same class as adapters are added or removed
 
     def __call__(
         self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, *args, **kwargs
@@ -362,7 +364,7 @@ class FusedAttention:
 
     @staticmethod
     def normed_pixels(attn, x_NCHW: Tensor) -> Tensor:
-        """tokens_NLC after the block's own group norm."""
+        """The image as tokens_NLC, after the block's own group norm if it has one."""
         return tokens_of(x_NCHW if attn.group_norm is None else normed(attn.group_norm, x_NCHW, act=None))
 
     @staticmethod
@@ -372,7 +374,7 @@ class FusedAttention:
         else:
             (q,) = each_projected(attn.heads, x_NLC, attn.to_q)
             k, v = each_projected(attn.heads, context_NMD, attn.to_k, attn.to_v)
-        # Their bias is 0 where a key counts and -10000 where it does not: a row of nothing but the latter attends to all.
+        # diffusers' bias is 0 for a key that counts and -10000 for one that does not; if none counts, all do.
         mask_NM = None if bias_N1M is None else bias_N1M[:, 0] > -5000
         mask_NM = None if mask_NM is None else mask_NM | ~mask_NM.any(dim=1, keepdim=True)
         return attention(q, k, v, mask_NM=mask_NM, scale=attn.scale).flatten(2)
@@ -385,7 +387,7 @@ def usual_processor():
 
 
 def each_projected(heads: int, x_NLC: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
-    """Each (N, L, heads, width), by one matrix product where all are plain linear layers, with a bias or all without."""
+    """Each (N, L, heads, width), by one matrix product if all are plain linear layers, all with or all without a bias."""
     if all(is_plain(layer, nn.Linear) for layer in layers) and len({layer.bias is None for layer in layers}) == 1:
         return packed(heads, x_NLC, *layers)
     return tuple(layer(x_NLC).unflatten(-1, (heads, -1)) for layer in layers)
@@ -402,4 +404,4 @@ PARTS = {
     "Attention": (why_not_attention, FusedAttention, "attentions"),
     "Upsample2D": (why_not_upsample, FusedUpsample, "upsamplings"),
 }
-"""Their class: why an instance is left, what takes its place, what a count of them is called."""
+"""By diffusers' class name: why an instance would be left, what replaces it, what a count of them is called."""

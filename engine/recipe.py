@@ -39,7 +39,7 @@ class Recipe:
     """Names the run; its folder is runs/<name> unless --out is given."""
     data: Shards = Shards()
     conditioning: tuple[Condition, ...] = ()
-    """What the network is told."""
+    """The conditions that the network is given."""
     objective: Objectives = EDM()
     """What the network learns to predict."""
     model: UNetConfig = UNetConfig()
@@ -54,18 +54,18 @@ class Recipe:
     batch_size: int = 128
     """Images per optimizer step, over all ranks."""
     accumulation: int | None = None
-    """Micro-batches per rank and optimizer step; by default as few as fit into the GPU's memory, one on a CPU."""
+    """Micro-batches per rank and optimizer step; by default the fewest that fit into the GPU's memory; one on a CPU."""
     images: int = 10_000_000
     """Training budget in images."""
     drop_together: float = 0.0
-    """Share of images that lose all their conditions together in training, as guidance's null branch does."""
+    """Share of training images that lose all conditions at once, as the unconditional branch of guidance does."""
     flip: bool = False
     """Mirror images at random."""
     seed: int = 0
     """Seed of every random number of the run."""
     start: Path | None = None
-    """Weights to begin from instead of random ones: a run's folder, a diffusers UNet folder, or a safetensors file of either
-    or in Stable Diffusion's original layout."""
+    """Weights to begin from instead of random ones: a run's folder, a diffusers UNet folder, or a safetensors file from
+    either or in Stable Diffusion's original layout."""
     out: Path | None = None
     """The run's folder."""
     fresh: bool = False
@@ -73,7 +73,7 @@ class Recipe:
 
     def __post_init__(self):
         for name in ("start", "out"):
-            if isinstance(getattr(self, name), str):  # as one writes it in a script
+            if isinstance(getattr(self, name), str):  # as a script may give it
                 object.__setattr__(self, name, Path(getattr(self, name)))
 
     @property
@@ -81,13 +81,13 @@ class Recipe:
         return self.out or Path("runs") / self.name
 
     def placed(self) -> "Recipe":
-        """The same with a folder that has a name, and keeps its place where the working directory itself is moved aside."""
+        """The recipe with "." or ".." as its folder made absolute: the working directory itself may be moved aside."""
         nameless = self.folder.name in ("", "..")
         return replace(self, out=Path(os.path.abspath(self.folder))) if nameless else self
 
     @property
     def again(self) -> str:
-        """What goes on with an interrupted run, in words."""
+        """The command that resumes an interrupted run, in words."""
         return "the same command without --fresh" if self.fresh else "the same command"
 
     @property
@@ -95,7 +95,7 @@ class Recipe:
         return any(condition.kind == "text" for condition in self.conditioning)
 
     def check(self) -> None:
-        """Refuses values of another type or out of range, naming the key, before anything heavy is loaded."""
+        """Raises Refused on a value of a wrong type or out of range, naming the key, before anything heavy is loaded."""
         refuse_other_types(self)
         for name in ("batch_size", "images"):
             at_least(name, getattr(self, name), 1)
@@ -118,22 +118,22 @@ class Recipe:
         self.check_stage()
 
     def check_budget(self) -> None:
-        """Everything that is counted in images comes out at a whole step."""
+        """Raises Refused unless everything counted in images is a whole number of steps."""
         if self.images % self.batch_size:
             rounded = max(1, round(self.images / self.batch_size)) * self.batch_size
             raise Refused(
-                f"images = {self.images} is no multiple of batch_size = {self.batch_size}: {rounded} would be"
+                f"images = {self.images} is not a multiple of batch_size = {self.batch_size}: {rounded} would be"
             )
         for name in ("checkpoint", "preview", "validation"):
             every = getattr(self, name).every
             if every % self.batch_size:
                 near = max(1, round(every / self.batch_size)) * self.batch_size
                 raise Refused(
-                    f"{name}.every = {every} is no multiple of batch_size = {self.batch_size}: {near} would be"
+                    f"{name}.every = {every} is not a multiple of batch_size = {self.batch_size}: {near} would be"
                 )
         if self.validation.every and not self.data.held_out:
             raise Refused(
-                f"validation.every = {self.validation.every}, but no image is held out: set data.held_out, as 0.05"
+                f"validation.every = {self.validation.every}, but no image is held out: set data.held_out, say to 0.05"
             )
 
     def check_images(self) -> None:
@@ -144,7 +144,7 @@ class Recipe:
     def check_stage(self) -> None:
         if self.zero.bucket % 2:
             raise Refused(
-                f"zero.bucket = {self.zero.bucket}: DeepSpeed lays gradients out in pairs; give an even number"
+                f"zero.bucket = {self.zero.bucket}: DeepSpeed lays gradients out in pairs, so give an even number"
             )
         if self.zero.stage > self.optimizer.largest_stage:
             raise Refused(
@@ -170,12 +170,12 @@ class Recipe:
             if never and self.drop_together == 0:
                 raise Refused(
                     "conditioning has a Temperature, which trains against the unconditional prediction, but "
-                    f"{', '.join(never)} is never dropped, so that is never trained: give it a dropout above 0, or set drop_together"
+                    f"{', '.join(never)} is never dropped, so that prediction is never trained: give it a dropout above 0, or set drop_together"
                 )
             low, guidance = self.conditioning[kinds.index("temperature")].low, self.preview.guidance
             if guidance < 1 or low * guidance > 1 + 1e-5:
                 most = f"to {1 / low:g}" if low else "or more"
-                raise Refused(f"preview.guidance = {guidance}: a model of this Temperature takes 1 {most}")
+                raise Refused(f"preview.guidance = {guidance}: a model with this Temperature takes 1 {most}")
         gives_tokens = any(condition.port == "tokens" for condition in self.conditioning)
         if self.model.reads_tokens != gives_tokens:
             where = "model.attention has levels that are" if "cross" in self.model.attention else "model.middle is"

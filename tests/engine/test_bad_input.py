@@ -78,7 +78,7 @@ def test_a_wrong_name_or_value_is_one_line_with_the_nearest_key(flags, says):
     ("flags", "says"),
     [
         (["--batch-size", "-3"], "batch_size = -3: it must be at least 1"),
-        (["--images", "100"], "no multiple of batch_size = 8: 96 would be"),
+        (["--images", "100"], "not a multiple of batch_size = 8: 96 would be"),
         (["--seed", str(2**64)], "seed = 18446744073709551616: it must be below 2\\^64"),
         (["--checkpoint.every", "12"], "checkpoint.every = 12"),
         (["--optimizer.lr", "-1"], "optimizer.lr = -1.0: it must be above 0"),

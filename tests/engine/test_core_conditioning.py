@@ -293,7 +293,7 @@ def test_settings_out_of_range_are_refused(config, says):
 
 def test_pictures_that_a_temperature_refuses_are_refused_at_the_start():
     recipe = Recipe(name="x", conditioning=(Label(), Temperature(low=0.6)), model=PLAIN)
-    with pytest.raises(Refused, match="preview.guidance = 2.0: a model of this Temperature takes 1 to 1.66667"):
+    with pytest.raises(Refused, match="preview.guidance = 2.0: a model with this Temperature takes 1 to 1.66667"):
         recipe.check_conditioning()
     replace(recipe, preview=replace(recipe.preview, guidance=1.5)).check_conditioning()
 
@@ -301,7 +301,7 @@ def test_pictures_that_a_temperature_refuses_are_refused_at_the_start():
 def test_a_temperature_needs_conditions_that_are_dropped():
     """Otherwise the unconditional prediction in its loss would never be trained itself."""
     never = Recipe(name="x", conditioning=(Label(dropout=0.0), Temperature()), model=PLAIN)
-    with pytest.raises(Refused, match="label is never dropped, so that is never trained"):
+    with pytest.raises(Refused, match="label is never dropped, so that prediction is never trained"):
         never.check_conditioning()
     replace(never, drop_together=0.1).check_conditioning()
 
