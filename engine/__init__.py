@@ -21,9 +21,9 @@ HOMES |= {"register": "recipe_json"}
 
 
 class Engine(ModuleType):
-    """Imports a public name when it is asked for, so that a command that needs no torch answers without its seconds.
+    """Imports a public name on first use, so that a command that needs no torch does not wait seconds for it.
 
-    The function comes before the file of its name: `duotone.engine.sample` is what samples.
+    A public function hides the module of the same name: `duotone.engine.sample` is the function.
     """
 
     def __getattribute__(self, name: str):

@@ -27,7 +27,7 @@ WHAT_IS_LEARNED = ("model.", "objective.", "conditioning.")
 
 @dataclass
 class Model:
-    """A trained network with all that sampling from it needs."""
+    """A trained network with everything needed to sample from it."""
 
     network: Network
     objective: Objective
@@ -38,7 +38,7 @@ class Model:
     forwards: float = field(default=0.0, compare=False)
     """Cost of the last sampling, in forward passes per image."""
     evaluations: int = field(default=0, compare=False)
-    """How often its sampler asked for a denoised image; two plain forwards are 2 forward passes an evaluation."""
+    """How often the last sampling evaluated the denoiser; with plain guidance each evaluation is 2 forward passes."""
 
     @property
     def size(self) -> int:
@@ -50,18 +50,18 @@ class Model:
 
     @property
     def can_be_guided(self) -> bool:
-        """Whether all its conditions together have a null state that was trained, or it is told the guidance instead."""
+        """Whether every conditioner's null condition was trained, or the network is given the guidance scale itself."""
         conditioners = self.network.conditioners
         return bool(conditioners) and ("temperature" in conditioners or self.can_be_asked_for_anything)
 
     @property
     def can_be_asked_for_anything(self) -> bool:
-        """Whether it draws without any condition: every one's null state was trained."""
+        """Whether it can draw without any condition, since the null condition of every conditioner was trained."""
         return all(map(self.null_is_trained, self.network.conditioners))
 
     def null_is_trained(self, kind: str, *, alone: bool = False) -> bool:
-        """Whether training has shown the network this condition's null state, `alone` or perhaps only together with all
-        others'; a temperature's is plain prediction."""
+        """Whether training showed the network the null condition of this kind: `alone`, or else perhaps only together
+        with all the others'; that of a temperature is plain prediction."""
         together = self.recipe.drop_together > 0 and not (alone and len(self.network.conditioners) > 1)
         return kind == "temperature" or together or self.network.conditioners[kind].dropout > 0
 
@@ -74,14 +74,14 @@ def build(recipe: Recipe, facts: Facts) -> Network:
 
 
 def save(path: Path, named: dict[str, Tensor], recipe: Recipe, facts: Facts, images: int) -> None:
-    """Writes the single file, whole or not at all."""
+    """Writes a model's single file, whole or not at all."""
     with draft_of(path) as draft:
         save_file({name: value.contiguous() for name, value in named.items()}, draft, header(recipe, facts, images))
         as_opened(draft)
 
 
 def header(recipe: Recipe, facts: Facts, images: int) -> dict[str, str]:
-    """What makes a file of weights a model: values are strings, and of this machine's paths at most a text encoder's."""
+    """The header that makes a file of weights a model: strings only, and no local path except a text encoder's."""
     stored = to_json(recipe)
     stored["out"] = stored["start"] = None
     stored["data"]["shards"] = None
@@ -101,9 +101,9 @@ def header(recipe: Recipe, facts: Facts, images: int) -> dict[str, str]:
 def load(
     path: str | Path, device: str | torch.device | None = None, *, speed: switches.Speed = switches.SAMPLING
 ) -> Model:
-    """A model from a run, one of its checkpoints or an ema.safetensors, ready to sample from; raises Refused where it is none.
+    """A model from a run, a checkpoint of it or an ema.safetensors, ready to sample from; raises Refused on others.
 
-    In bf16 on a GPU and fp32 on a CPU, unless `speed` says otherwise; `device` is short for speed.device.
+    It samples in bf16 on a GPU and in fp32 on a CPU, unless `speed` says otherwise; `device` is short for speed.device.
     """
     path = Path(path)
     file = path / "ema.safetensors" if path.is_dir() else path
@@ -137,27 +137,27 @@ def recipe_in(metadata: dict[str, str], file: Path) -> Recipe:
 
 
 def instead_of(path: Path) -> str:
-    """What to give for a path that holds no model."""
+    """What to give instead of a path that holds no model."""
     checkpoints = known(path / "checkpoints")
     if checkpoints:
         return f"the run has not ended; give its checkpoint {checkpoints[-1]}"
     if (path / "unet").is_dir():
-        return "this is a folder for diffusers; give the run, or a file of `duotone export --format safetensors`"
+        return "this is a folder for diffusers; give the run, or a file from `duotone export --format safetensors`"
     return "train first, or give the path of an ema.safetensors"
 
 
 def read(file: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a safetensors file; raises Refused where it is none."""
+    """Tensors and header of a safetensors file; raises Refused if it cannot be read as one."""
     try:
         with safe_open(file, framework="pt") as opened:
             names = opened.keys() if tensors else ()
             return {name: opened.get_tensor(name) for name in names}, opened.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise Refused(f"{file} is no readable safetensors file ({error})") from None
+        raise Refused(f"{file} is not a readable safetensors file ({error})") from None
 
 
 def put_to_sample(network: Network, device: str | torch.device | None, speed: switches.Speed) -> None:
-    """Puts a network where it samples, with its switches set."""
+    """Moves a network to the device it samples on, and sets its switches."""
     if device is not None:
         speed = replace(speed, device=torch.device(device).type)
     choice = switches.choose(speed)
@@ -168,12 +168,12 @@ def put_to_sample(network: Network, device: str | torch.device | None, speed: sw
             say(line)
     network.eval().requires_grad_(False).to(device or choice.device, choice.dtype)
     network.records = speed.cuda_graphs and choice.device == "cuda"
-    # The network is recorded whole: blocks that Inductor records as well would give away one another's memory.
+    # The network is recorded whole: if Inductor recorded its blocks as well, they would overwrite each other's memory.
     switches.make_ready(network.unet, replace(speed, cuda_graphs=False), choice)
 
 
 def fill(network: nn.Module, named: dict[str, Tensor], source: Path) -> None:
-    """Copies named weights into a network, refusing any that is missing, left over or of another shape."""
+    """Copies named weights into a network; raises Refused if any is missing, left over or of another shape."""
     own = dict(network.named_parameters())
     for name in sorted(own.keys() | named.keys()):
         there = tuple(named[name].shape) if name in named else "absent"

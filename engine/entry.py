@@ -21,14 +21,14 @@ from duotone.engine.log import say, say_warnings_plainly
 from duotone.engine.recipe import Recipe
 
 ONLY_THIS_RANK = 10
-"""Seconds after which a rank that refuses is known to be the only one: the launcher would have ended it."""
+"""Seconds after which a rank that refuses is known to be alone: had rank 0 refused, the launcher would have ended it."""
 
 
 def main(recipe: Recipe, embedded: Recipe | None = None) -> None:
-    """Runs a recipe file: overrides from the command line, then training; refused input is one line and exit code 2.
+    """Runs a recipe file: command-line overrides, then training; refused input gives one line and exit code 2.
 
-    `embedded` is the small network for the embedded data set: it is taken where neither the recipe nor --data.shards names
-    data, and, for data of one's own, with --small.
+    `embedded` is the small recipe for the embedded data set: it is used if neither the recipe nor --data.shards names
+    data, and with --small also on your own data.
     """
     arguments = [a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank"))]
     try:
@@ -43,7 +43,7 @@ def main(recipe: Recipe, embedded: Recipe | None = None) -> None:
         tell(refusal)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        # The launcher sends it after Ctrl-C, and the last line comes first.
+        # The launcher sends SIGTERM after Ctrl-C; the last line must still be printed.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         tell_where(recipe)
         sys.exit(getattr(interrupt, "code", 130))
@@ -57,24 +57,26 @@ def main(recipe: Recipe, embedded: Recipe | None = None) -> None:
         from duotone.engine.distributed.zero import lost_a_rank
 
         if lost_a_rank(error):
-            # The launcher ends this rank for the other's fault, which alone is worth telling.
+            # The launcher will end this rank because of the other's fault, and only that fault is worth reporting.
             time.sleep(2 * ONLY_THIS_RANK)
             tell_of_the_other(error)
         raise
 
 
 def tell_where(recipe: Recipe) -> None:
-    """Where an interrupted run goes on from."""
+    """Prints, on rank 0, where an interrupted run resumes."""
     if int(os.environ.get("RANK", 0)) == 0:
         found = checkpoint.known(recipe.folder / "checkpoints")
-        newest = max(found, key=lambda path: path.stat().st_mtime, default=None)  # by its name a damaged one may be
-        where = f"{recipe.again} goes on from {newest}" if newest else "there is no checkpoint to go on from yet"
-        with contextlib.suppress(OSError):  # where nobody listens any more
+        newest = max(
+            found, key=lambda path: path.stat().st_mtime, default=None
+        )  # by time: the last name may be a damaged one
+        where = f"{recipe.again} resumes from {newest}" if newest else "there is no checkpoint to resume from yet"
+        with contextlib.suppress(OSError):  # the terminal may be gone
             print(f"\nduotone: interrupted: {where}", file=sys.stderr, flush=True)
 
 
 def tell(refusal: Refused) -> None:
-    """One line from all ranks together: rank 0 speaks, and where the launcher then ends the others they say nothing."""
+    """Prints one line for all ranks: rank 0 speaks at once, the others only if the launcher has not ended them by then."""
     rank = int(os.environ.get("RANK", 0))
     if rank != 0:
         time.sleep(ONLY_THIS_RANK)
@@ -83,20 +85,20 @@ def tell(refusal: Refused) -> None:
 
 
 def tell_of_the_other(error: RuntimeError) -> None:
-    """On another machine than the rank that has ended; where the library has more to say, it is left to say it."""
+    """Prints that this rank stops because another one ended, and exits; a DistError says more itself and is left to."""
     if not isinstance(error, DistError):
         rank, host = os.environ.get("RANK", 0), socket.gethostname()
         said = re.search(r"Connection \w+ by peer( \[[^]]+\])?|Broken pipe", str(error))[0]
-        why = f"another rank has ended, whose own words tell why ({said})"
+        why = f"another rank has ended, and its own output tells why ({said})"
         print(f"duotone: rank {rank} ({host}) stops: {why}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 
 def base_of(recipe: Recipe, embedded: Recipe | None, arguments: list[str]) -> Recipe:
-    """The recipe that the command line's overrides are laid over."""
+    """The recipe to which the command line's overrides are applied."""
     small = "--small" in arguments
     if embedded is None and small:
-        raise Refused(f"--small: {recipe.name} has no small network of its own")
+        raise Refused(f"--small: {recipe.name} has no small network")
     shards = recipe.data.shards
     own = shards is not None or any(a.split("=")[0] == "--data.shards" for a in arguments)
     if small:
@@ -109,7 +111,7 @@ def base_of(recipe: Recipe, embedded: Recipe | None, arguments: list[str]) -> Re
         return recipe
     if embedded is None or own:
         if not own and {"-h", "--help"}.isdisjoint(arguments):
-            say("neither data.shards nor --data.shards: training on the embedded captioned shapes")
+            say("neither data.shards nor --data.shards is given: training on the embedded captioned shapes")
         return recipe
     say(
         f"no --data.shards: training a small network on the embedded captioned shapes. The full {recipe.name} recipe: "

@@ -1,9 +1,9 @@
 """fuse(unet): our kernels inside any diffusers UNet2DModel or UNet2DConditionModel instance; state dict unchanged.
 
 The instance's residual blocks, transformers, attentions and a few more parts change their class: nothing is wrapped,
-copied or hooked, so the UNet can be moved, cast, compiled, copied and saved as before, and unfuse(unet) undoes it. A part
-with a class, hook or forward that is not diffusers' own is left alone, or called as a module where otherwise only its
-weights would be read.
+copied or hooked, so the UNet can be moved, cast, compiled, copied and saved as before, and unfuse(unet) undoes it. A
+part with a class, hook or forward that is not diffusers' own is left alone, or called as a module where otherwise only
+its weights would be read.
 """
 
 from dataclasses import dataclass, field
@@ -41,9 +41,9 @@ class Fused:
 def fuse(unet: nn.Module, *, quiet: bool = False) -> Fused:
     """Puts fused group norms with their SiLU, attention and channels-last activations into a diffusers UNet, in place.
 
-    Returns, and prints unless `quiet`, what was replaced, what was left and why; a second call fuses what was added since.
-    A mask keeps a token or discards it, as in diffusers: values between 0 and 1 are rounded. Only first-order gradients in
-    reverse mode are supported. Raises Refused on anything but the two supported classes.
+    Returns, and prints unless `quiet`, what was replaced, what was left and why; a second call fuses parts added since.
+    A mask keeps a token or discards it, as in diffusers: values between 0 and 1 are rounded. Only first-order gradients
+    in reverse mode are supported. Raises Refused on anything but the two supported classes.
     """
     refuse_others(unet, "fuse()")
     before, fused = is_fused(unet), Fused()
@@ -337,7 +337,7 @@ class FusedUpsample(FusedPart):
 
 
 class FusedAttention:
-    """diffusers' attention processor with our attention; a mask that is not (N, 1, M) goes to the replaced processor."""
+    """diffusers' attention processor with our attention; masks other than (N, 1, M) go to the replaced processor."""
 
     def __init__(self, original=None):
         self.original = (
@@ -387,7 +387,7 @@ def usual_processor():
 
 
 def each_projected(heads: int, x_NLC: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
-    """Each (N, L, heads, width), by one matrix product if all are plain linear layers, all with or all without a bias."""
+    """Each (N, L, heads, width): one matrix product if all are plain linear layers, all with or all without a bias."""
     if all(is_plain(layer, nn.Linear) for layer in layers) and len({layer.bias is None for layer in layers}) == 1:
         return packed(heads, x_NLC, *layers)
     return tuple(layer(x_NLC).unflatten(-1, (heads, -1)) for layer in layers)

@@ -1,4 +1,4 @@
-"""sample(model, ...): from noise to images, with guidance, one solver and a seed per image.
+"""sample(model, ...): from noise to images, by a solver, with guidance and a seed per image.
 
 N images, H x W pixels, C channels.
 """
@@ -60,25 +60,27 @@ def sample(
 ) -> np.ndarray:
     """Images as uint8, (N, H, W, C).
 
-    Give what the model is conditioned on, or `count` images without a condition: `prompts`; `labels` by number or name;
-    `attributes`, for each image a vector of 0, 1 and None (unknown), a list of the names that are present, or a mapping
-    from the known names to 0 or 1; low-resolution `images`, uint8 (h, w, C); `holes`, pairs of an image and its mask (H, W),
-    true where it is to be filled, and around which the image stays as it is. A conditioning of one's own is given by the name
-    that it is `asked` by.
+    Give the conditions that the model takes, or only a `count` for images without any: `prompts`; `labels`, by number
+    or name; `attributes`, for each image a vector of 0, 1 and None (unknown), a list of the names that are present, or
+    a mapping from names to 0 or 1, others being unknown; low-resolution `images`, uint8 (h, w, C); `holes`, for each
+    image a pair of an image and a mask (H, W), true where the image is to be filled; elsewhere the image is kept. A
+    conditioning of your own is given by the name in its `asked`.
 
-    `guidance` is a number or one per image, or for attributes a scale of each by name (engine/sampling/guiding/composed.py): plain, or
-    by a `rule` of engine/sampling/guiding. It leads away from the null state, from the `negative` condition, given by name as above, or,
-    with a `guide`, from a weaker model of the same objective (autoguidance). `sampler` is a name or a function like those of
-    engine/sampling/samplers, as functools.partial(stochastic_heun, churn=40.0) or epsilon_scaled(heun, 1.005).
+    `guidance` is one scale, one per image, or for attributes a scale for each name
+    (engine/sampling/guiding/composed.py), applied as usual or by a `rule` of engine/sampling/guiding. It leads away
+    from the null condition, from the `negative` condition, given by name as above, or from a `guide`, a weaker model of
+    the same objective (autoguidance). `sampler` is a name, or a function like those of engine/sampling/samplers, such
+    as functools.partial(stochastic_heun, churn=40.0) or epsilon_scaled(heun, 1.005).
 
-    `clip` keeps every step's denoised image within [-1, 1], where pixels lie (engine/sampling/samplers/clipping.py): by default for DDPM. With
-    CFG++, whose steps go through what is no image, the two that it combines.
+    `clip` limits every step's denoised image to [-1, 1], the range of pixels (engine/sampling/samplers/clipping.py); it
+    is on by default for DDPM. CFG++ steps through values that are no image: there the two predictions it combines are
+    limited.
 
-    `seed` is a number or one per image: image i of a single seed uses seed and i, and its noise does not depend on the batch;
-    (seed, i) for an image is what image i of that seed begins from.
-    `chunk` images are drawn at once, by default as many as the free memory holds. `on_step(step, x_NCHW, denoised_NCHW)` is
-    called after every step with a chunk's images, once for each image and step (engine/pictures.py has ByStep, which collects
-    them), and `progress` shows a bar. Raises Refused on what does not fit.
+    `seed` is one number or one per image: image i of a single seed draws its noise from (seed, i), whatever the batch;
+    give an image the pair (seed, i) to start it from that same noise. `chunk` images are drawn at once, by default as
+    many as the free memory holds. `on_step(step, x_NCHW, denoised_NCHW)` is called after every step with a chunk's
+    images, once for each image and step (ByStep in engine/pictures.py collects them), and `progress` shows a bar.
+    Raises Refused on arguments that are invalid or do not fit the model.
     """
     asked = {"prompts": prompts, "labels": labels, "attributes": attributes, "images": images, "holes": holes}
     asked = listed(asked | own)
@@ -110,12 +112,12 @@ def sample(
 
 
 def filled(images_NHWC: np.ndarray, holes: Sequence) -> np.ndarray:
-    """What was drawn inside the holes, what was given around them."""
+    """Images with the drawn pixels inside the holes and the given ones around them."""
     return np.stack([around(hole, image) for hole, image in zip(holes, images_NHWC, strict=True)])
 
 
 def around(hole: Sequence | None, drawn_HWC: np.ndarray) -> np.ndarray:
-    """One of them; where nothing was given, all was drawn."""
+    """One such image; an image without a hole is all drawn."""
     if hole is None:
         return drawn_HWC
     given, inside_HW = (np.asarray(part) for part in hole)
@@ -123,16 +125,16 @@ def around(hole: Sequence | None, drawn_HWC: np.ndarray) -> np.ndarray:
 
 
 class Steps:
-    """Who is told of every step: the caller, and a progress bar over all images."""
+    """Reports every step to the caller, and on a progress bar over all images."""
 
     def __init__(self, total: int, on_step: Callable | None, *, shown: bool):
         self.on_step = on_step
         self.bar = tqdm(total=total, unit="step", unit_scale=True, dynamic_ncols=True) if shown else None
         self.told: Counter[int] = Counter()
-        """How many images, from the first on, each step was told of."""
+        """For each step, how many images from the first on have been reported."""
 
     def of(self, rows: slice) -> Callable:
-        """What a solver calls for these images, which may be drawn again after memory ran out."""
+        """The solver's callback for these images, some of which may be drawn again after running out of memory."""
 
         def told(step: int, x_NCHW: Tensor, denoised_NCHW: Tensor) -> None:
             known, self.told[step] = self.told[step], max(self.told[step], rows.stop)
@@ -152,14 +154,14 @@ class Steps:
 
 
 def sweep(model: Model, scales: Sequence[float], **asked) -> np.ndarray:
-    """The same images, from the same noise, at each guidance scale: uint8, (scales, N, H, W, C), a row of a grid per scale."""
+    """The same images, from the same noise, at each guidance scale: uint8, (scales, N, H, W, C)."""
     return np.stack([sample(model, **asked, guidance=scale) for scale in scales])
 
 
 def run(
     model: Model, denoise, solver: Callable, sigmas: Tensor, seeds: list[tuple[int, int]], size, on_step
 ) -> np.ndarray:
-    """One chunk of images."""
+    """Draws one chunk of images, one for each seed."""
     shape = (len(seeds), *image_shape(model, size))
     x_NCHW = noise(seeds, draws.Purpose.SAMPLE_START, 0, shape, model.device)
     if sigmas[0].isfinite():
@@ -172,22 +174,20 @@ def run(
         x_NCHW = solver(denoise, x_NCHW, sigmas, noise=fresh, on_step=on_step)
     lost = int((~x_NCHW.isfinite().flatten(1).all(1)).sum())
     if lost:
-        warnings.warn(
-            f"{lost} of {len(x_NCHW)} pictures came out with numbers that are not finite", NotFinite, stacklevel=3
-        )
+        warnings.warn(f"{lost} of {len(x_NCHW)} pictures have values that are not finite", NotFinite, stacklevel=3)
     return pixels(x_NCHW)
 
 
 class NotFinite(UserWarning):
-    """Weights or a sampler that give no picture: where sigma is infinite, x is the noise itself."""
+    """Weights or a sampler that give no picture; where sigma is infinite, a sampler's x is the noise itself."""
 
 
 AT_ONCE = 2**20
-"""Numbers of noise that are made together: each takes some hundred bytes on the way."""
+"""Noise values made together: each takes a few hundred bytes while it is made."""
 
 
 def noise(seeds: list[tuple[int, int]], purpose: draws.Purpose, step: int, shape: tuple, device) -> Tensor:
-    """Normal noise of each image from its own (seed, number) and the step: the same whatever the batch."""
+    """Normal noise for each image from its own (seed, number) and the step, the same whatever the batch."""
     _, c, h, w = shape
     rows, most = [], max(1, AT_ONCE // (c * h * w))
     for seed, alike in itertools.groupby(seeds, key=lambda pair: pair[0]):

@@ -562,7 +562,7 @@ def test_commands_refuse_in_one_line(arguments, says, cli):
 
 def test_files_that_are_no_models_are_refused(ema, tmp_path):
     (tmp_path / "torn.safetensors").write_bytes(ema.read_bytes()[:1000])
-    with pytest.raises(Refused, match="no readable safetensors"):
+    with pytest.raises(Refused, match="not a readable safetensors"):
         artifact.load(tmp_path / "torn.safetensors", "cpu")
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(Refused, match="not written by duotone"):

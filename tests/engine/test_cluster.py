@@ -188,7 +188,7 @@ def test_a_signal_to_one_machine_ends_the_run_with_a_checkpoint(machines, shards
     (_, said), (_, said_1) = ended(*started)
     (written,) = (out / "checkpoints").iterdir()
     assert written.name == checkpoint.name_of(rows(out)[-1]["images"])
-    assert f"goes on from {written}" in said and "Traceback" not in said + said_1
+    assert f"resumes from {written}" in said and "Traceback" not in said + said_1
 
 
 def test_who_waits_for_the_others_says_so_and_not_for_ever(monkeypatch, capsys):

@@ -250,7 +250,7 @@ def test_a_sampler_that_gives_no_picture_is_told():
             x_NCHW = x_NCHW + (following - sigma) * (x_NCHW - denoise(x_NCHW, sigma.item())) / sigma
         return x_NCHW
 
-    with pytest.warns(NotFinite, match="2 of 2 pictures came out with numbers that are not finite"):
+    with pytest.warns(NotFinite, match="2 of 2 pictures have values that are not finite"):
         sample(model_of(objective=Flow()), count=2, steps=2, sampler=naive)
     with warnings.catch_warnings():
         warnings.simplefilter("error", NotFinite)

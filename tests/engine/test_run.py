@@ -708,7 +708,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(shards, tmp_path):
     said = said_at_the_end(process)
     (written,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert process.returncode == 143 and "Traceback" not in said
-    assert f"duotone: interrupted: the same command goes on from {written}" in said
+    assert f"duotone: interrupted: the same command resumes from {written}" in said
     last = rows(tmp_path / "run")[-1]["images"]
     assert written.name == checkpoint.name_of(last)
     run_here(shards, tmp_path / "run", *ENDLESS, "--images", str(last + 8))
@@ -727,7 +727,7 @@ def test_a_signal_ends_two_ranks_after_one_step(shards, tmp_path, to):
         next(p for p in others if "--local_rank=1" in p.cmdline()).send_signal(signal.SIGTERM)
     said = said_at_the_end(process)
     (written,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert said.count(f"duotone: interrupted: the same command goes on from {written}") == 1
+    assert said.count(f"duotone: interrupted: the same command resumes from {written}") == 1
     assert written.name == checkpoint.name_of(rows(tmp_path / "run")[-1]["images"])
     assert ("stopping with a checkpoint" in said) == (to == "all")  # rank 0 reports a signal that it got itself
 

@@ -317,7 +317,7 @@ def test_weights_by_another_name_are_told(tmp_path):
     [
         ("other shape", r"another network than model: give .*--model.channels 16 32"),
         ("a weight less", "unet.conv_in.weight is only in the network"),
-        ("torn", "no readable safetensors file"),
+        ("torn", "not a readable safetensors file"),
         ("original layout", "unet.conv_in.bias is only in the network"),
         ("unknown feature", "downsample_type = 'resnet'"),
         ("absent", "there are no weights"),
