@@ -1,8 +1,9 @@
-"""A checkpoint is a directory of named tensors, published once: no pickle, no world size inside.
+"""A checkpoint is a directory of named tensors, published at once as a whole; it holds no pickle and no world size.
 
     images-000000123000/  weight.safetensors  exp_avg.safetensors  exp_avg_sq.safetensors  ema.safetensors  manifest.json
 
-Its ema.safetensors is a model that can be loaded, as the run's own will be. It is written beside its place under a temporary name, synced, and renamed; resuming takes the newest whose manifest verifies.
+Its ema.safetensors loads as a model, like the run's final one. A checkpoint is written under a temporary name, synced,
+and renamed; resuming takes the newest one whose manifest verifies.
 """
 
 import hashlib
@@ -22,21 +23,21 @@ from duotone.data.refusal import Refused, at_least
 from duotone.data.whole_file import as_opened, sync
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
-"""What a checkpoint holds whose manifest does not say: those of AdamW."""
+"""The kinds of a checkpoint whose manifest does not name them: those of AdamW."""
 NAME = re.compile(r"images-\d{12}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
-    """When checkpoints are written and how many stay."""
+    """When checkpoints are written and how many are kept."""
 
     every: int = 256_000
     """Images between checkpoints; 0 = only at the end."""
     keep: int = 2
-    """Newest checkpoints kept."""
+    """How many of the newest checkpoints are kept."""
     stop_after: float = 0.0
-    """Minutes after which the run ends with a checkpoint, from which the same command goes on, as a queue with a time limit
-    wants it; 0 = never."""
+    """Minutes after which the run stops with a checkpoint, from which the same command resumes, for queues with a time
+    limit; 0 = never."""
 
     def check(self) -> None:
         at_least("checkpoint.every", self.every, 0)
@@ -70,7 +71,7 @@ def publish(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise Refused(
-            f"checkpoint {final} cannot be written ({error}): mend that, and the same command (without --fresh) goes on from the one before"
+            f"checkpoint {final} cannot be written ({error}): fix that, and the same command (without --fresh) resumes from the one before"
         ) from None
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
@@ -82,7 +83,7 @@ def publish(
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and a line for each newer one that does not.
 
-    Raises Refused where there are checkpoints and none verifies: to begin anew is not for this command to decide.
+    Raises Refused if there are checkpoints but none verifies: starting over is for the user to decide.
     """
     passed_over = []
     for path in reversed(known(folder)):
@@ -98,12 +99,12 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def known(folder: Path) -> list[Path]:
-    """The run's checkpoints, oldest first; what else lies there, a copy by another name say, is somebody's own."""
+    """The run's checkpoints, oldest first; anything else, such as a copy under another name, is the user's own."""
     return sorted(p for p in folder.glob("images-*") if NAME.fullmatch(p.name) and p.is_dir() and not p.is_symlink())
 
 
 def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None; raises Refused where the disk does not let it be read, which is no damage."""
+    """What is wrong with a checkpoint, or None; raises Refused on an error of the disk, which does not mean damage."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         for name, facts in manifest["files"].items():
@@ -111,11 +112,11 @@ def verify(path: Path) -> str | None:
                 return f"{name} differs from the manifest"
         missing = [kind for kind in manifest.get("kinds", KINDS) if f"{kind}.safetensors" not in manifest["files"]]
         if missing or name_of(manifest["images"]) != path.name:
-            return f"manifest.json is not of {path.name}" if not missing else f"manifest.json knows no {missing[0]}"
+            return f"manifest.json is not of {path.name}" if not missing else f"manifest.json has no {missing[0]}"
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"manifest.json cannot be followed ({error})"
+        return f"manifest.json or a file it names cannot be used ({error})"
     except OSError as error:
-        raise Refused(f"checkpoint {path} cannot be read ({error}): mend that, and the same command goes on") from None
+        raise Refused(f"checkpoint {path} cannot be read ({error}): fix that, and the same command resumes") from None
     return None
 
 
@@ -129,7 +130,7 @@ def read(path: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
 
 
 def refuse_other_network(path: Path, stored: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Refuses a checkpoint whose tensors are not those of this network."""
+    """Raises Refused on a checkpoint whose tensors do not have this network's names and shapes."""
     for name in sorted(stored.keys() | shapes.keys()):
         there = tuple(stored[name].shape) if name in stored else None
         if there != shapes.get(name):
@@ -140,9 +141,9 @@ def refuse_other_network(path: Path, stored: dict[str, Tensor], shapes: dict[str
 
 
 def retire(folder: Path, keep: int, images: int) -> None:
-    """Removes all but the newest checkpoints up to that of `images`, and what an interrupted write left.
+    """Keeps the `keep` newest checkpoints up to that of `images`; removes older ones and what interrupted writes left.
 
-    Later ones were passed over, being damaged: counted, they would push out those that can be read.
+    Later ones are damaged and were passed over: counting them would push out those that can be read.
     """
     earlier = [path for path in known(folder) if path.name <= name_of(images)]
     for path in earlier[:-keep]:

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl first, then the progress bar, TensorBoard and wandb, which only listen."""
+"""A run's log: metrics.jsonl comes first; the progress bar, TensorBoard and wandb only listen."""
 
 import contextlib
 import json
@@ -26,11 +26,11 @@ class Log:
     wandb: bool = False
     """Follow the run in Weights & Biases (WANDB_MODE=offline works); only numbers and the recipe are sent."""
     wandb_pictures: bool = False
-    """Send its sheets and strips too, which show the data where a model restores images."""
+    """Send its sheets and strips too; those of a model that restores images show images of the data."""
     tensorboard: bool = False
-    """Write TensorBoard events into the run's folder, sheets and strips among them."""
+    """Write TensorBoard events, sheets and strips included, into the run's folder."""
     trace: bool = False
-    """Write trace.jsonl: images, sample keys and a hash of the draws per step."""
+    """Write trace.jsonl: for each step the image count, the sample keys and a hash of the random draws."""
 
     def check(self) -> None:
         at_least("log.every", self.every, 1)
@@ -46,20 +46,20 @@ class Window:
 
 
 def say(line: str) -> None:
-    """One line outside of a run's log, from rank 0 only."""
+    """Prints one line without a run's log, on rank 0 only."""
     if int(os.environ.get("RANK", 0)) == 0:
         printed(f"duotone: {line}")
 
 
 def say_warnings_plainly() -> None:
-    """From here on this package's warnings are one line each, without the code that raised them; others stay as they are."""
+    """Prints this package's warnings as one line each, without the code that raised them; others stay as they are."""
     others = warnings.showwarning
 
     def show(message, category, *where) -> None:
         if not category.__module__.startswith("duotone."):
             others(message, category, *where)
             return
-        of_this_rank = issubclass(category, SampleReplaced)  # each reads samples of its own
+        of_this_rank = issubclass(category, SampleReplaced)  # each rank reads its own samples
         if of_this_rank or int(os.environ.get("RANK", 0)) == 0:
             print(f"duotone: warning: {message}", file=sys.stderr, flush=True)
 
@@ -67,7 +67,7 @@ def say_warnings_plainly() -> None:
 
 
 class Logger:
-    """Rank 0's voice; on other ranks nothing speaks."""
+    """Writes and prints a run's log on rank 0; on other ranks it only counts."""
 
     def __init__(self, config: Log, folder: Path, total: int, start: int, *, speaks: bool, recipe: dict):
         self.config, self.folder, self.total, self.speaks = config, folder, total, speaks
@@ -86,11 +86,11 @@ class Logger:
             self.begin(wandb, folder, recipe, config.wandb_pictures)
 
     def begin(self, tracker: Callable, *arguments) -> None:
-        """A tracker that does not start is one line; the run goes on without it."""
+        """Starts a tracker; if that fails, prints one line and the run continues without it."""
         try:
             self.listeners.append(tracker(*arguments))
         except Exception as error:  # noqa: BLE001 - as below
-            self.say(f"{tracker.__name__} does not start, metrics.jsonl goes on: {type(error).__name__}: {error}")
+            self.say(f"{tracker.__name__} does not start, metrics.jsonl continues: {type(error).__name__}: {error}")
 
     def say(self, line: str) -> None:
         if self.speaks:
@@ -100,7 +100,7 @@ class Logger:
         self.window.waited += seconds
 
     def step(self, step: int, images: int, batch: int, numbers) -> None:
-        """Counts one optimizer step; `numbers()` is only asked for (a device synchronisation) when a line is due."""
+        """Counts one optimizer step; `numbers()`, which waits for the device, is called only if a line is due."""
         self.window.images += batch
         due = step % self.config.every == 0 or images >= self.total or step == 1
         if due:
@@ -124,15 +124,15 @@ class Logger:
             self.tell(listener, row)
 
     def tell(self, listener, row: dict) -> None:
-        """A tracker that fails is dropped with one line; the run goes on."""
+        """Passes a row to a tracker; one that fails is dropped with one line, and the run continues."""
         try:
             listener(row)
         except Exception as error:  # noqa: BLE001 - whatever a tracker raises must not end a run
             self.listeners.remove(listener)
-            self.say(f"a tracker failed and is dropped, metrics.jsonl goes on: {type(error).__name__}: {error}")
+            self.say(f"a tracker failed and is dropped, metrics.jsonl continues: {type(error).__name__}: {error}")
 
     def validated(self, row: dict) -> None:
-        """A row of validation.jsonl, and its mean for whoever follows the run; of a run that had ended, in the place of its last."""
+        """Writes a row of validation.jsonl, replacing one of as many images, and reports its mean loss."""
         keep_rows_up_to(self.folder / "validation.jsonl", row["images"] - 1)
         with open(self.folder / "validation.jsonl", "a") as file:
             file.write(as_json(row))
@@ -141,7 +141,7 @@ class Logger:
             self.tell(listener, {"images": row["images"], "validation_loss": row["loss"]})
 
     def drawn(self, images: int, pictures: list[Path]) -> None:
-        """Sheets and strips, for whoever follows the run: images-N.png as "samples", images-N-conditional.png as "conditional"."""
+        """Passes pictures to the trackers: images-N.png as "samples", images-N-conditional.png as "conditional"."""
         sheets = {(path.stem.split("-") + ["samples"])[2]: path for path in pictures if path.suffix == ".png"}
         for listener in list(self.listeners):
             self.tell(listener, {"images": images, **sheets})
@@ -161,12 +161,12 @@ class Logger:
             self.bar.close()
             self.metrics.close()
             for listener in self.listeners:
-                with contextlib.suppress(Exception):  # of another's service, when all that counts is on the disk
+                with contextlib.suppress(Exception):  # an external service may fail; all that counts is on the disk
                     listener.close()
 
 
 def as_json(row: dict) -> str:
-    """A line of a jsonl file: JSON has no NaN, which the norm of a skipped step and the losses of a run that diverged may be."""
+    """A line of a jsonl file; NaN and infinity, as of a skipped step's norm or a diverged loss, become null."""
 
     def plain(value):
         if isinstance(value, dict):
@@ -209,7 +209,7 @@ class Bar:
             printed(plain_line(row, self.total, self.left(row["images"], now)))
 
     def left(self, images: int, now: float) -> float:
-        """Seconds to go at the mean rate so far."""
+        """Seconds left at the mean rate so far."""
         done = images - self.start
         return (now - self.began) / done * (self.total - images) if done else 0.0
 
@@ -219,7 +219,7 @@ class Bar:
 
 
 def printed(line: str) -> None:
-    """Whether or not it is heard: a pager that has ended must not end the run."""
+    """Prints a line, ignoring a closed output: a pager that has ended must not end the run."""
     with contextlib.suppress(OSError):
         print(line, flush=True)
 
@@ -264,11 +264,11 @@ NOTHING_ELSE = dict(
     x_disable_stats=True,
     x_save_requirements=False,
 )
-"""What wandb would send of itself: all that is printed, the command line, the repository's address, packages, the machine."""
+"""Keeps wandb from sending printed output, the command line, the repository's address, packages and the machine."""
 
 
 def wandb(folder: Path, recipe: dict, shows: bool) -> Callable[[dict], None]:
-    """Nothing but numbers and the recipe is sent; a later start of the same run goes on under the same id."""
+    """Sends numbers and the recipe, pictures only if `shows`; a resumed run keeps its id."""
     import wandb as library
 
     remembered = folder / "wandb_id"

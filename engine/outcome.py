@@ -1,4 +1,4 @@
-"""What comes out of a run, on its way and at its end: pictures and losses of the EMA weights, the export, the record."""
+"""What a run produces on its way and at its end: pictures and losses of the EMA weights, the export, the record."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from duotone.kernels.dispatch import fallbacks
 
 
 def look(run: Run, drawn: bool, measured: bool) -> None:
-    """Pictures and losses of the EMA weights, which are gathered once for both."""
+    """Draws pictures and measures losses of the EMA weights, which are gathered once for both."""
     if not drawn and not measured:
         return
     ema = run.sharded.gather("ema")
@@ -29,7 +29,7 @@ def look(run: Run, drawn: bool, measured: bool) -> None:
 
 
 def missed(run: Run) -> dict[str, bool]:
-    """What was due with the checkpoint that the run goes on from, and did not come about: it is written before they are."""
+    """The pictures and losses that were due at the resumed checkpoint but are missing: the checkpoint is written first."""
     recipe, folder = run.recipe, run.recipe.folder
     last = folder / "previews" / f"{name_of(run.images)}.{'gif' if recipe.preview.strips else 'png'}"
     return {
@@ -53,7 +53,7 @@ def measure(run: Run, model: artifact.Model) -> None:
 
 
 def averaged(run: Run, ema: dict[str, Tensor]) -> artifact.Model:
-    """The EMA weights in a copy of the network."""
+    """A model of the EMA weights, in a copy of the network."""
     network = artifact.build(run.recipe, run.facts)
     artifact.fill(network, ema, run.recipe.folder)
     network.eval().requires_grad_(False).to(run.ranks.device, run.choice.dtype)
@@ -61,14 +61,14 @@ def averaged(run: Run, ema: dict[str, Tensor]) -> artifact.Model:
 
 
 def finish(run: Run) -> None:
-    """After the last checkpoint: export, pictures and losses."""
+    """Writes what follows the last checkpoint: export, record, model card, pictures and losses."""
     ema = run.sharded.gather("ema")
     unread = unread_samples(run)
     if run.ranks.rank == 0:
         path = run.recipe.folder / "ema.safetensors"
         artifact.save(path, ema, run.recipe, run.facts, run.images)
         told = run.recipe.folder / "record.json"
-        if run.steps_here or not told.exists():  # it tells of the training, not of a later look at it
+        if run.steps_here or not told.exists():  # it describes the training, not a later start that trained nothing
             write_json(told, record(run) | {"unread_samples": unread})
         model_card.write(run.recipe.folder / "MODEL_CARD.md", run.recipe, run.facts, run.data, run.images)
         model = averaged(run, ema)
@@ -81,7 +81,7 @@ def finish(run: Run) -> None:
 
 
 def record(run: Run) -> dict:
-    """What a run says of how it ran: every substitution, and whether compilation held."""
+    """How the run was executed: every substitution, graph breaks and recompilations."""
     return {
         "images": run.images,
         "device": run.choice.device,

@@ -23,7 +23,7 @@ def recipe_at(path: Path, flags: list[str], name: str) -> Recipe:
 
 def stored(folder: Path) -> Recipe:
     if not (folder / "recipe.json").exists():
-        raise Refused(f"{folder} is no run's folder (no recipe.json): give one, or a file of recipes/")
+        raise Refused(f"{folder} is not a run's folder (no recipe.json): give one, or a file of recipes/")
     return from_json(run_folder.stored_recipe(folder))
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: which run it belongs to, one process at a time, moving an old one aside, cutting logs back to where a run resumes."""
+"""A run's folder: which run it belongs to, which process uses it, moving it aside, cutting logs back on resuming."""
 
 import fcntl
 import json
@@ -18,9 +18,9 @@ DRAFT = re.compile(r"\..+\.[0-9a-f]{8}")
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Holds a run's folder for this process, however it ends; raises Refused where another one trains there.
+    """Claims a run's folder for this process, however it ends; raises Refused if another process trains there.
 
-    Two of them would remove each other's checkpoints in the making.
+    Two of them would remove each other's half-written checkpoints.
     """
     try:
         opened = open(folder / CLAIM, "a+")  # noqa: SIM115 - closed below
@@ -34,7 +34,7 @@ def claimed(folder: Path) -> Iterator[None]:
             raise Refused(
                 f"{folder} is in use by {claim.read().strip() or 'another process'}: wait until it ends, or give another --out"
             ) from None
-        except OSError:  # a file system without locks: nothing can be said
+        except OSError:  # a file system without locks: another process cannot be detected
             pass
         refuse_moved(folder, claim.fileno())
         claim.truncate(0)
@@ -45,7 +45,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def refuse_moved(folder: Path, claim: int) -> None:
-    """Raises Refused where another process moved the folder aside between the opening of its claim and the lock on it."""
+    """Raises Refused if another process moved the folder aside after the claim was opened and before it was locked."""
     try:
         still_there = os.path.samestat(os.fstat(claim), os.stat(folder / CLAIM))
     except FileNotFoundError:
@@ -55,14 +55,14 @@ def refuse_moved(folder: Path, claim: int) -> None:
 
 
 def remove_drafts(folder: Path) -> None:
-    """What a process that was killed while it wrote has left beside the files of a run: .NAME.1a2b3c4d."""
+    """Removes the drafts, .NAME.1a2b3c4d, that a process left beside a run's files when it was killed while writing."""
     for path in (*folder.glob(".*"), *(folder / "previews").glob(".*")):
         if DRAFT.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)
 
 
 def keep_rows_up_to(path: Path, images: int) -> None:
-    """Drops the rows of a jsonl file that a resumed run will write again, and a last row that was cut off."""
+    """Drops the rows of a jsonl file that a resumed run will write again, and rows that are cut off or not its own."""
     if not path.exists():
         return
     rows = []
@@ -70,28 +70,28 @@ def keep_rows_up_to(path: Path, images: int) -> None:
         try:
             if json.loads(line)["images"] <= images:
                 rows.append(line)
-        except (ValueError, TypeError, KeyError):  # a row that was cut off, or that nobody here wrote
+        except (ValueError, TypeError, KeyError):  # a row that was cut off, or that this package did not write
             continue
     write_whole(path, "".join(f"{row}\n" for row in rows))
 
 
 def move_aside(folder: Path) -> Path | None:
-    """Renames an earlier run's folder so that nothing of it is lost; raises Refused where another process trains there."""
+    """Renames an earlier run's folder so that nothing of it is lost; raises Refused if another process trains there."""
     if not folder.exists():
         return None
-    folder = Path(os.path.abspath(folder))  # the name of "." is its own
+    folder = Path(os.path.abspath(folder))  # "." has no name to rename by
     with claimed(folder):
         return renamed(folder)
 
 
 def reopen(folder: Path) -> Path | None:
-    """Renames the export of an earlier end: by ema.safetensors a run is known to be complete, and its model is found."""
+    """Renames the export of an earlier end, if any: an ema.safetensors marks a run as complete and is its model."""
     export = folder / "ema.safetensors"
     return renamed(export, ending=".safetensors") if export.exists() else None
 
 
 def renamed(path: Path, ending: str = "") -> Path:
-    """Gives a folder or a file a name that nothing has yet."""
+    """Renames a folder or a file to the first free NAME-before-N; returns the new path."""
     n = 1
     while (aside := path.with_name(f"{path.name.removesuffix(ending)}-before-{n}{ending}")).exists():
         n += 1
@@ -100,15 +100,15 @@ def renamed(path: Path, ending: str = "") -> Path:
 
 
 def refuse_strangers(folder: Path) -> None:
-    """Raises Refused on a folder that holds something and is no run's."""
+    """Raises Refused on a folder that is not empty and not a run's."""
     if (folder / "recipe.json").exists() or not folder.exists():
         return
     if not folder.is_dir() or any(path.name != CLAIM and not DRAFT.fullmatch(path.name) for path in folder.iterdir()):
-        raise Refused(f"{folder} exists and is no run's folder (no recipe.json): give another --out")
+        raise Refused(f"{folder} exists and is not a run's folder (no recipe.json): give another --out")
 
 
 def made(folder: Path, flag: str = "--out") -> Path:
-    """The folder that a flag names, made where it is not there; raises Refused where it cannot be written to."""
+    """The folder that a flag names, made if it does not exist; raises Refused if it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -119,14 +119,14 @@ def made(folder: Path, flag: str = "--out") -> Path:
 
 
 def refuse_unwritable(folder: Path, flag: str) -> None:
-    """Raises Refused where a folder could not be made or written to, and makes nothing."""
+    """Raises Refused if a folder could not be made or written to; makes nothing."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise Refused(f"{folder} cannot be written to, since {there} cannot: give another {flag}")
 
 
 def stored_recipe(folder: Path) -> dict | None:
-    """The recipe that a run's folder was begun with."""
+    """The stored recipe of a run's folder, or None if it has none."""
     refuse_strangers(folder)
     path = folder / "recipe.json"
     if not path.exists():
@@ -138,7 +138,7 @@ def stored_recipe(folder: Path) -> dict | None:
 
 
 def held_out_keys(folder: Path) -> list[str]:
-    """Keys of the samples that a run was not trained on, as its splits.json names them."""
+    """Keys of the samples held out from a run's training, from its splits.json."""
     path = folder / "splits.json"
     try:
         return list(json.loads(path.read_text())["held_out"])

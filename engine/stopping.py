@@ -1,4 +1,4 @@
-"""What ends a run before its images are done: its minutes, or a signal."""
+"""What stops a run before its last image: a time limit, or a signal."""
 
 import contextlib
 import os
@@ -12,11 +12,11 @@ import torch
 from duotone.engine.distributed import meeting, zero
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-"""Ctrl-C; what queues and launchers send before they take the machine back."""
+"""Ctrl-C, and what queues and launchers send before they kill a process."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended a run, which had written a checkpoint; the process's exit code tells the signal, as a shell's does."""
+    """A signal ended a run after a checkpoint was written; `code` is the exit code that shells use for the signal."""
 
     def __init__(self, number: int):
         super().__init__(f"{signal.Signals(number).name}: a checkpoint is written")
@@ -24,15 +24,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 def tell(line: str) -> None:
-    """A line from within a signal's handler: not by print, which may be at work just now, and whether or not it is heard."""
+    """Writes a line from a signal handler, where print may be running already, and ignores a closed output."""
     with contextlib.suppress(OSError):
         os.write(2, f"\nduotone: {line}\n".encode())
 
 
 class Stop:
-    """Holds the signals back while it is entered: the first lets the next step end, a second Ctrl-C does not wait.
+    """Holds signals back while it is entered: the first stops the run after the next step, a second Ctrl-C at once.
 
-    Under the launcher, which Ctrl-C ends, no second one reaches a rank.
+    The launcher ends at the first Ctrl-C, so no second one reaches a rank under it.
     """
 
     def __init__(self, minutes: float, began: float, device: torch.device):
@@ -43,7 +43,7 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
-            # What the process was told to ignore, as nohup does, stays ignored.
+            # A signal that the process ignores, for example under nohup, stays ignored.
             held = [n for n in SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
             self.handlers = {number: signal.signal(number, self.hear) for number in held}
         return self
@@ -53,7 +53,7 @@ class Stop:
             signal.signal(number, handler)
 
     def ends_the_process(self) -> None:
-        """Who was told to end is about to: a second SIGTERM, between here and there, would only take its exit code."""
+        """After a SIGTERM, ignores further ones: the process is about to end, and another would change the exit code."""
         if self.heard == signal.SIGTERM and self.handlers.get(signal.SIGTERM) is signal.SIG_DFL:
             self.handlers[signal.SIGTERM] = lambda number, frame: None
 
@@ -63,17 +63,18 @@ class Stop:
             raise KeyboardInterrupt
         first, self.heard = not self.heard, self.heard or number
         if first and int(os.environ.get("RANK", 0)) == 0:
-            again = "; Ctrl-C once more: at once" if meeting.SET_HERE else ""
+            again = " (Ctrl-C once more stops at once)" if meeting.SET_HERE else ""
             tell(f"stopping with a checkpoint after the next step{again}")
 
     def due(self, *, now: bool = False) -> bool:
-        """Whether the run stops after this step, on all ranks alike: one has heard a signal, or by the mean of their clocks.
+        """Whether the run stops after this step: a rank got a signal, or the mean of the ranks' clocks is past the limit.
 
-        What they tell one another is read a step later, when it has arrived: no device is waited for, but for an answer `now`.
+        All ranks decide alike. The answer is that of the step before, which has arrived and needs no waiting for the
+        device; with `now` it is this step's.
         """
         before = self.told
         self.told = zero.means([float(self.heard > 0), time.monotonic() - self.began], self.device)
         heard, seconds = self.told() if now else before()
         if heard:
-            self.heard = self.heard or signal.SIGTERM  # which another rank has heard
+            self.heard = self.heard or signal.SIGTERM  # another rank got the signal
         return heard > 0 or 0 < 60 * self.minutes <= seconds

@@ -1,4 +1,4 @@
-"""The trace of a run: which samples each step saw and a hash of every draw, by which two runs are held against each other."""
+"""The trace of a run, for comparing two runs: which samples each step saw, and a hash of every draw."""
 
 import hashlib
 
@@ -20,7 +20,7 @@ def fingerprints(batch: Batch, input_NCHW: Tensor) -> list[tuple[int, str, str]]
 
 
 def trace(run: Run, mine: list[tuple[int, str, str]], loss: float) -> None:
-    """One row: the keys in the order of their positions, and one hash over every image's draws."""
+    """Writes one row: the keys in the order of their positions, and one hash over every image's draws."""
     rows = sorted(zero.gathered(mine))
     digest = hashlib.sha256("".join(h for _, _, h in rows).encode()).hexdigest()
     run.log.trace({"images": run.images, "loss": loss, "keys": [key for _, key, _ in rows], "draws": digest})

@@ -1,4 +1,4 @@
-"""Losses on held-out images during a run: of the EMA weights, always on the same images and draws, so that they differ by the weights alone."""
+"""Held-out losses of the EMA weights during a run, always on the same images and draws: only the weights change them."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ from duotone.data.refusal import at_least
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """How often the loss on held-out images is measured, and on what."""
+    """How often the loss on held-out images is measured, and on how many of them."""
 
     every: int = 0
-    """Images between measurements, which need data.held_out, and one at the end; 0 = never."""
+    """Images between measurements; there is one at the end as well. Needs data.held_out; 0 = never."""
     images: int = 256
-    """Held-out images measured, the same every time."""
+    """How many held-out images are measured, the same ones every time."""
     levels: int = 8
-    """Equally likely noise levels, at each of which they are measured."""
+    """How many noise levels, equally likely in training, the loss is measured at."""
 
     def check(self) -> None:
         at_least("validation.every", self.every, 0)

@@ -198,7 +198,7 @@ def test_a_run_shorter_than_an_epoch_is_refused(flags, said, bench, tmp_path):
 
 def test_what_is_no_run_is_refused(bench, tmp_path):
     code, _, errors = bench("notebook_losses", tmp_path)
-    assert code == 2 and len(errors) == 1 and "no run's folder" in errors[0]
+    assert code == 2 and len(errors) == 1 and "not a run's folder" in errors[0]
 
 
 # ---------------------------------------------------------------------------------------------- convolutions, sampling

@@ -360,7 +360,7 @@ def test_a_folder_that_is_no_run_is_left_alone(flags, shards, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
     line = refused(str(RECIPE), "--data.shards", str(shards), "--out", "run", *flags, cwd=tmp_path)
-    assert "no run's folder" in line
+    assert "not a run's folder" in line
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
 
@@ -399,7 +399,7 @@ def test_what_the_disk_does_not_give_is_no_damage(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(checkpoint, "digest", denied)
-    with pytest.raises(Refused, match=f"checkpoint {newer} cannot be read .*Permission denied.*: mend that"):
+    with pytest.raises(Refused, match=f"checkpoint {newer} cannot be read .*Permission denied.*: fix that"):
         checkpoint.newest(tmp_path)
 
 

@@ -88,7 +88,7 @@ def test_a_tracker_that_does_not_start_is_one_line(tmp_path, capsys):
     logger = Logger(Log(every=1, tensorboard=True), tmp_path, 8, 0, speaks=True, recipe={})
     logger.step(1, 8, 8, lambda: {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-3})
     logger.close()
-    assert "tensorboard does not start, metrics.jsonl goes on" in capsys.readouterr().out
+    assert "tensorboard does not start, metrics.jsonl continues" in capsys.readouterr().out
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
 
 
