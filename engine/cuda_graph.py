@@ -1,4 +1,4 @@
-"""A network's forward pass as a CUDA graph: recorded once for its shapes, then replayed in one launch."""
+"""A function of tensors as a CUDA graph: recorded once for its shapes, then replayed in one launch."""
 
 from collections.abc import Callable, Hashable
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Recorded:
-    """function(*tensors) for tensors of one shape; the result lies in the graph's memory until the next call."""
+    """function(*tensors) for tensors of fixed shapes; the result is in the graph's memory, until the next call."""
 
     def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]):
         self.inputs = [tensor.clone() for tensor in inputs]
@@ -18,7 +18,7 @@ class Recorded:
             self.record(function)
 
     def warm_up(self, function: Callable[..., Tensor]) -> None:
-        """Whatever is compiled, measured or chosen on first use has to be so before the recording."""
+        """Runs the function first, since whatever it compiles, measures or chooses on first use cannot be recorded."""
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -29,7 +29,7 @@ class Recorded:
     def record(self, function: Callable[..., Tensor]) -> None:
         before, own = torch.cuda.current_stream(), torch.cuda.Stream()
         try:
-            # Another thread reads batches meanwhile, and may ask the device for memory.
+            # Thread-local, since the thread that reads batches may allocate device memory meanwhile.
             with torch.cuda.graph(self.graph, stream=own, capture_error_mode="thread_local"):
                 self.output = function(*self.inputs)
         except BaseException:
@@ -45,8 +45,11 @@ class Recorded:
 
 
 def put_right(stream: torch.cuda.Stream, device: torch.device) -> None:
-    """What torch.cuda.graph leaves behind where its recording fails: work would go on on a stream that the thread which reads
-    batches does not wait for, and the generator takes itself for recorded. It begins anew from its seed."""
+    """Undoes what torch.cuda.graph leaves behind when recording fails.
+
+    Work would stay on a stream that the thread reading batches does not wait for, and the random generator would still
+    take itself to be recording. The generator starts again from its seed.
+    """
     torch.cuda.set_stream(stream)
     generator = torch.cuda.default_generators[device.index]
     seed = generator.initial_seed()

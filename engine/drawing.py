@@ -1,4 +1,4 @@
-"""Sample grids, denoising strips and GIFs of a run, always from the EMA weights, the same seeds and the same conditions."""
+"""Sample grids, denoising strips and GIFs of a run, always of the EMA weights, with the same seeds and conditions."""
 
 import re
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ NO_FILE_NAME = re.compile(r"[^\w-]+")
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """What the data shows, for models that are asked for more than a name."""
+    """Captions and images of the data, for models whose conditions cannot be named without it."""
 
     captions: tuple[str, ...] = ()
     images_NHWC: np.ndarray | None = None
 
 
 def asked_for(config: Previews, model: Model, examples: Examples) -> dict[str, list]:
-    """The conditions of one column: keyword arguments of sample()."""
+    """The conditions of one column of the grid, as keyword arguments of sample()."""
     rows: dict[str, list] = {}
     asked = {conditioner.asked for conditioner in model.network.conditioners.values()}
     if "prompts" in asked:
@@ -52,7 +52,7 @@ def asked_for(config: Previews, model: Model, examples: Examples) -> dict[str, l
 
 
 def refuse_undrawable(config: Previews, model: Model, examples: Examples) -> None:
-    """Refuses before the first step what would end a run at its first pictures."""
+    """Raises Refused, before the first step, on what would end a run at its first pictures."""
     rows = asked_for(config, model, examples)
     guidance, plain = settings_of(config, model, rows)["guidance"], Steering()
     count = rows.pop("count", None)
@@ -65,7 +65,7 @@ def refuse_undrawable(config: Previews, model: Model, examples: Examples) -> Non
 
 
 def spatial(model: Model) -> list:
-    """The conditioners that are given an image."""
+    """The conditioners that take an image."""
     return [conditioner for conditioner in model.network.conditioners.values() if conditioner.spatial]
 
 
@@ -81,7 +81,7 @@ def given(model: Model, rows: dict) -> list[np.ndarray]:
 
 
 def beside(given_NHWC: list[np.ndarray], images_NHWC: np.ndarray, columns: int) -> np.ndarray:
-    """Each row of a grid, begun with what it was given."""
+    """A grid with the images that each row was given at its beginning."""
     if not given_NHWC:
         return images_NHWC
     rows = images_NHWC.reshape(-1, columns, *images_NHWC.shape[1:])
@@ -95,7 +95,7 @@ def repeated(rows: dict, columns: int) -> dict:
 
 
 def draw(config: Previews, model: Model, examples: Examples, folder: Path, name: str) -> list[Path]:
-    """Writes <name>.png and the strips; returns what was written. Where a row is given an image, that one comes first."""
+    """Writes <name>.png and the strips; returns their paths. A row that is given an image starts with it."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = asked_for(config, model, examples)
     settings = settings_of(config, model, rows)
@@ -120,13 +120,13 @@ def draw(config: Previews, model: Model, examples: Examples, folder: Path, name:
 
 
 def settings_of(config: Previews, model: Model, rows: dict) -> dict:
-    """How pictures are drawn that are asked for so: keyword arguments of sample()."""
+    """Steps, sampler and guidance scale for these conditions, as keyword arguments of sample()."""
     guidance = config.guidance if model.can_be_guided and "count" not in rows else 1.0
     return {"steps": config.steps, "sampler": config.sampler, "guidance": guidance}
 
 
 def draw_sheets(config: Previews, model: Model, folder: Path) -> list[Path]:
-    """Writes class-<number>-<name>.png, a sheet of each class, where labels are all that the model is asked for."""
+    """Writes class-<number>-<name>.png, a sheet of each class, if labels are the model's only condition."""
     if {conditioner.asked for conditioner in model.network.conditioners.values()} != {"labels"}:
         return []
     written = []
@@ -139,12 +139,12 @@ def draw_sheets(config: Previews, model: Model, folder: Path) -> list[Path]:
 
 
 def zoom_of(images_NHWC: np.ndarray) -> int:
-    """What makes small images large enough to be looked at."""
+    """The factor that makes small images large enough to look at."""
     return max(1, 64 // images_NHWC.shape[1])
 
 
 def frames_of(strip_NHWC: np.ndarray, moments: int, zoom: int) -> list:
-    """A strip's moments one after another, its rows side by side: the generation as a film."""
+    """The frames of a film of the generation: the moments of a strip in turn, its rows side by side."""
     film = strip_NHWC.reshape(-1, moments, *strip_NHWC.shape[1:])
     return [pictures.grid(film[:, i], min(8, len(film)), zoom=zoom) for i in range(moments)]
 
@@ -159,12 +159,12 @@ def film_of_grids(folder: Path) -> Path | None:
 
 
 def by_step(config: Previews, model: Model, columns: int) -> pictures.ByStep:
-    """The first image of each row on its way out of noise."""
+    """Collects the first image of each row at every step."""
     return pictures.ByStep(model.objective.falling_sigmas(config.steps) if config.noisy else None, columns)
 
 
 def unasked(config: Previews, model: Model, rows: int, settings: dict) -> np.ndarray:
-    """A strip of what becomes of each row's first noise without a condition."""
+    """A strip drawn without a condition, from the first noise of each row."""
     seen, seeds = by_step(config, model, 1), [(0, row * config.columns) for row in range(rows)]
     sample(model, count=rows, **settings | {"guidance": 1.0}, seed=seeds, on_step=seen)
     return seen.strips(config.columns)

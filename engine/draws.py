@@ -1,6 +1,7 @@
 """Every random number of a run is a function of (seed, position, purpose); position counts images since its start.
 
-So a run resumes from one integer, and draws do not depend on ranks, workers or micro-batch. Salmon et al. 2011 (Philox).
+So a run resumes from one integer, and draws do not depend on ranks, workers or micro-batches. Salmon et al. 2011
+(Philox).
 """
 
 import math
@@ -17,7 +18,7 @@ from duotone.kernels.philox import normal_reference, uniform_reference
 
 
 class Purpose(IntEnum):
-    """What a number is drawn for; a purpose keeps its number for ever, so old runs replay."""
+    """What a number is drawn for; a purpose never changes its value, so that old runs can be replayed."""
 
     NOISE = 0
     SIGMA = 1
@@ -35,7 +36,7 @@ class Purpose(IntEnum):
 
 
 BLOCK = 4096
-"""Positions whose numbers are made at once: steps of a small network would wait for them longer than for the network."""
+"""Positions drawn at once and cached: drawn step by step, they would take longer than a step of a small network."""
 
 
 def uniform(seed: int, positions_N: np.ndarray, purpose: Purpose, count: int = 1) -> Tensor:
@@ -54,9 +55,10 @@ def _block(seed: int, block: int, purpose: int, count: int) -> Tensor:
 
 
 def stratified(u_N: Tensor, positions_N: np.ndarray, batch: int) -> Tensor:
-    """u_N spread evenly over the global batch: each image draws within a stratum of its own, 1 / batch wide.
+    """u_N spread evenly over the global batch: each image draws within its own stratum, 1 / batch wide.
 
-    Neighbouring positions take distant strata, so that every micro-batch sees all noise levels. Kingma et al. 2021, appendix I.1.
+    Neighbouring positions get distant strata, so every micro-batch sees all noise levels. Kingma et al. 2021, appendix
+    I.1.
     """
     stride = max(1, round(batch * 0.618034))
     while math.gcd(stride, batch) > 1:
@@ -73,15 +75,15 @@ def normal(
 
 
 def seed_dropout(seed: int, positions_N: np.ndarray) -> None:
-    """Seeds torch's generators, which dropout inside the network draws from, by where a micro-batch begins.
+    """Seeds torch's generators, from which dropout inside the network draws, by the first position of a micro-batch.
 
-    A run so goes on as it would have; unlike all other draws these depend on how a batch is divided.
+    So a resumed run draws as if it had not stopped; unlike all other draws, these depend on how a batch is divided.
     """
     torch.manual_seed(int(uniform(seed, positions_N[:1], Purpose.DROPOUT).item() * 2**53))
 
 
 def plan(seed: int, positions_N: np.ndarray, samples: int) -> Plan:
-    """Which of `samples` samples stand at these positions, and how each is read."""
+    """Which of the `samples` samples are read at these positions, and how: its crop and its caption."""
     return Plan(
         positions_N=positions_N,
         samples_N=samples_at(seed, positions_N, samples),
@@ -91,7 +93,7 @@ def plan(seed: int, positions_N: np.ndarray, samples: int) -> Plan:
 
 
 def micro_batches(first: int, batch: int, micro: int, rank: int, ranks: int) -> list[np.ndarray]:
-    """The positions of one rank's micro-batches in the step that begins at image `first`: ranks in order, then micro-batches."""
+    """Positions of one rank's micro-batches in the step that begins at image `first`: by rank, then by micro-batch."""
     per_rank = batch // ranks
     mine = first + rank * per_rank + np.arange(per_rank, dtype=np.int64)
     return list(mine.reshape(-1, micro))

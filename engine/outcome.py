@@ -29,7 +29,7 @@ def look(run: Run, drawn: bool, measured: bool) -> None:
 
 
 def missed(run: Run) -> dict[str, bool]:
-    """The pictures and losses that were due at the resumed checkpoint but are missing: the checkpoint is written first."""
+    """Whether pictures or losses due at the resumed checkpoint are missing: the checkpoint is written before them."""
     recipe, folder = run.recipe, run.recipe.folder
     last = folder / "previews" / f"{name_of(run.images)}.{'gif' if recipe.preview.strips else 'png'}"
     return {

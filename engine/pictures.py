@@ -19,15 +19,15 @@ FILMS = {".gif", ".webp", ".png"}
 
 
 def pixels(x_NCHW: Tensor) -> np.ndarray:
-    """[-1, 1] to uint8, (N, H, W, C)."""
+    """Converts [-1, 1] to uint8, (N, H, W, C)."""
     bytes_NCHW = ((x_NCHW.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return bytes_NCHW.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 class ByStep:
-    """sample()'s on_step: each step's idea of every image, as uint8, from however many chunks they come.
+    """An on_step for sample() that collects the denoised image of every step, as uint8, over all chunks.
 
-    With the `sigmas` of the steps: every image as it stands after each, noise and all, at variance-preserving scale,
+    With the `sigmas` of the steps it collects the noisy image after each step instead, at variance-preserving scale,
     x / sqrt(1 + sigma^2). Of each row of `columns` images the first is kept.
     """
 
@@ -45,11 +45,11 @@ class ByStep:
 
     @property
     def images(self) -> list[np.ndarray]:
-        """(N, H, W, C) of each step."""
+        """The images of each step, (N, H, W, C)."""
         return [np.concatenate(part) for part in self.parts]
 
     def strips(self, moments: int) -> np.ndarray:
-        """Each image at so many moments of its way out of noise, image by image: (N x moments, H, W, C)."""
+        """Each image at `moments` steps from noise to picture, image by image: (N x moments, H, W, C)."""
         steps = np.linspace(0, len(self.parts) - 1, moments).round().astype(int)
         images = self.images
         frames_NM = np.stack([images[step] for step in steps], axis=1)
@@ -57,7 +57,7 @@ class ByStep:
 
 
 GAP = 2
-"""Pixels of white around each picture of a sheet."""
+"""White pixels around each picture of a sheet."""
 
 
 def grid(images_NHWC: np.ndarray, columns: int, *, zoom: int = 1) -> Image.Image:
@@ -73,12 +73,12 @@ def grid(images_NHWC: np.ndarray, columns: int, *, zoom: int = 1) -> Image.Image
 
 
 def refuse_unwritable(path: Path, *, film: bool = False) -> None:
-    """Makes the folder, and refuses what a picture, or a film, could not be written to, before anything is drawn."""
+    """Makes the folder; raises Refused, before anything is drawn, if a picture or a film could not be written there."""
     kinds = Image.SAVE_ALL if film else Image.SAVE
     endings = {ending for ending, name in Image.registered_extensions().items() if name in kinds}
     if path.suffix.lower() not in endings & FILMS if film else path.suffix.lower() not in endings:
         what, such = ("film", ".gif, .webp or .png") if film else ("picture", ".png, .jpg, .webp or .gif")
-        raise Refused(f"{path}: {path.suffix or 'no ending'} is no kind of {what}; end it in {such}")
+        raise Refused(f"{path}: {path.suffix or 'no ending'} is not a kind of {what}; end it in {such}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -94,7 +94,7 @@ def write(path: Path, picture: Image.Image, **options) -> None:
 
 
 def opened(paths: Sequence[Path]) -> list[Image.Image]:
-    """Pictures of one size: those of another size than the last, and those that cannot be read, are left out."""
+    """The pictures that have the size of the last one; others, and those that cannot be read, are left out."""
     pictures = []
     for path in paths:
         with contextlib.suppress(OSError, SyntaxError), Image.open(path) as picture:
@@ -103,20 +103,22 @@ def opened(paths: Sequence[Path]) -> list[Image.Image]:
 
 
 def read(path: Path, channels: int) -> np.ndarray:
-    """A picture as uint8 (H, W, C), upright, on white, in grey for one channel, as `duotone prepare` reads it; raises Refused
-    where it cannot be read."""
+    """A picture as uint8 (H, W, C), as `duotone prepare` reads it: upright, on white, grey for one channel.
+
+    Raises Refused if it cannot be read.
+    """
     try:
         with Image.open(path) as picture:
-            if picture.mode[:1] in "IF":  # whole numbers or floats, which a conversion would cut off at 255
+            if picture.mode[:1] in "IF":  # integers or floats, which a conversion would clip at 255
                 raise Refused(f"{path} has more than 8 bits per channel; 8 are supported: save it with 8")
             shown = opaque(ImageOps.exif_transpose(picture))
             converted = np.array(shown.convert("RGB" if channels == 3 else "L"))
     except (OSError, UnidentifiedImageError) as error:
-        raise Refused(f"{path} is no readable picture ({error})") from None
+        raise Refused(f"{path} is not a readable picture ({error})") from None
     return converted.reshape(*converted.shape[:2], -1)
 
 
 def save_gif(path: Path, frames: Sequence[Image.Image], *, milliseconds: int = 80) -> None:
-    """An endless GIF that rests on its last frame."""
+    """Writes an endless GIF that rests on its last frame."""
     durations = [milliseconds] * (len(frames) - 1) + [10 * milliseconds]
     write(path, frames[0], save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)

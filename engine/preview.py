@@ -1,4 +1,4 @@
-"""What pictures a run draws of itself: drawn by drawing.py."""
+"""The settings of a run's previews; drawing.py draws them."""
 
 import math
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from duotone.engine.sampling.samplers.named import solver_named
 
 @dataclass(frozen=True, kw_only=True)
 class Previews:
-    """What pictures a run draws of itself, and how."""
+    """Which pictures a run draws as previews, and how."""
 
     every: int = 256_000
     """Images between previews; 0 = only at the end."""
     prompts: tuple[str, ...] = ()
-    """For text: what to draw; by default captions of the data."""
+    """Captions to draw, for a text model; by default captions of the data."""
     attributes: tuple[str, ...] = ()
-    """For attributes: what to draw, each row's with commas between them, as "Smiling,Male=0"; by default one attribute a row."""
+    """Attributes to draw, one entry per row, such as "Smiling,Male=0"; by default one attribute per row."""
     columns: int = 8
     """Pictures per prompt, class or set of attributes."""
     rows: int = 8
-    """Most prompts or sets of attributes drawn; of classes alone at least ten."""
+    """The most prompts or sets of attributes drawn; for classes alone at least ten."""
     sheets: bool = False
-    """At the end also a sheet of rows x columns pictures for each class."""
+    """At the end, also draw a sheet of rows x columns pictures for each class."""
     steps: int = 18
     """Sampling steps."""
     guidance: float = 2.0
@@ -33,13 +33,13 @@ class Previews:
     sampler: str = "heun"
     """euler, heun, dpmpp_2m, ancestral or stochastic_heun."""
     strips: bool = True
-    """Also draw each row's first picture as the network sees it at every step: a conditional strip, an unconditional one where that
-    was trained, and a GIF."""
+    """Also show each row's first picture as the network predicts it at every step: a strip with its condition, one without
+    if that was trained, and a GIF."""
     noisy: bool = False
-    """Strips and GIF show the pictures as they stand, noise and all, instead."""
+    """Show the noisy pictures of each step in strips and GIF instead."""
 
     def check(self, objective: Objective) -> None:
-        """Refuses what no picture could be drawn with, long before the first is due."""
+        """Raises Refused on settings with which no picture could be drawn, long before the first is due."""
         at_least("preview.every", self.every, 0)
         for name in ("columns", "rows", "steps"):
             at_least(f"preview.{name}", getattr(self, name), 1)
@@ -52,7 +52,7 @@ class Previews:
             raise Refused(f"preview: {refusal}") from None
 
     def check_names(self, facts: Facts) -> None:
-        """Refuses attributes that the data does not have."""
+        """Raises Refused on attributes that the data does not have."""
         try:
             for text in self.attributes if facts.attributes else ():
                 attribute_row(states_in(text), facts.attributes)

@@ -29,32 +29,32 @@ class Speed:
     backend: str = "inductor"
     """Backend of torch.compile."""
     autotune: bool = False
-    """Try cuDNN and the compiler's own templates on every convolution and matrix product and keep the faster: minutes, once."""
+    """Time cuDNN against the compiler's own templates for each convolution and matrix product: minutes, once."""
     cuda_graphs: bool = False
-    """Replay launches instead of repeating them: each compiled block in training, the whole network in sampling; on CUDA."""
+    """Replay recorded launches, on CUDA: those of each compiled block in training, of the whole network in sampling."""
     whole_step: bool = False
     """Record a whole step, update included, as one CUDA graph and replay it, on one GPU without accumulation; the first
-    step holds the recording against an eager one, with two copies of the state in the CPU's memory."""
+    step checks the recording against an eager step, with two copies of the state in CPU memory."""
     padded_ends: bool = False
-    """Carry the image's few channels as eight, the others zero: what tensor cores want of the first and last convolution."""
+    """Pad the image's few channels to eight with zeros, as tensor cores need for the first and the last convolution."""
     norms_in_turns: bool = False
-    """Group norms of large maps in one launch: an image is normalised while the cache holds what its statistics read."""
+    """Normalise large feature maps in one launch, while the cache still holds what an image's statistics read."""
     norms_join_skips: bool = False
-    """On the way up a block's first norm reads x and its skip where they lie, writes them joined as it goes, and adds up
-    their gradients; off until a GPU has measured it."""
+    """On the way up, let a block's first norm read x and its skip in place, write them concatenated, and add up their
+    gradients; off until it has been measured on a GPU."""
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: about a third more work for much less memory."""
     threads: int | None = None
-    """CPU threads of each rank; by default OMP_NUM_THREADS, or the cores divided among the ranks of this machine."""
+    """CPU threads per rank; by default OMP_NUM_THREADS, or the cores divided among the ranks on this machine."""
 
 
 SAMPLING = Speed(compile=False)
-"""By default for sampling: compiling takes longer than a few pictures."""
+"""The default for sampling: compiling takes longer than drawing a few pictures."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The switches as they stand on this machine."""
+    """What the switches resolve to on this machine."""
 
     device: str
     precision: str
@@ -69,9 +69,9 @@ class Choice:
 
 
 def choose(speed: Speed, stage: int = 1) -> Choice:
-    """Resolves every `auto` for a run of this ZeRO stage; refuses a device that is not here.
+    """Resolves every `auto` for a run of this ZeRO stage; raises Refused on a device that is not here.
 
-    Stage 3 gathers weights between a block's modules, so that a block is no single graph.
+    Stage 3 gathers weights between a block's modules, so a block is not a single graph there and is not compiled.
     """
     cuda = torch.cuda.is_available()
     at_least("speed.threads", 1 if speed.threads is None else speed.threads, 1)
@@ -93,7 +93,7 @@ def choose(speed: Speed, stage: int = 1) -> Choice:
 
 
 def c_compiler() -> str | None:
-    """What Triton builds a kernel's launch with."""
+    """The compiler with which Triton builds the launchers of its kernels, or None."""
     return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 
 
@@ -109,11 +109,11 @@ def refuse_unknown_backend(name: str) -> None:
 
 
 def refuse_without_compiler(device: str) -> None:
-    """Raises Refused where torch.compile could not build what it writes."""
+    """Raises Refused if torch.compile could not build the code it generates."""
     if device == "cuda":
         if c_compiler() is None:
             raise Refused(
-                "speed.compile = True needs a C compiler, which Triton's launches are built with and which is not there: "
+                "speed.compile = True needs a C compiler, for Triton's launchers, and finds none: "
                 "install it (Debian: apt-get install gcc), or leave it off"
             )
         return
@@ -127,13 +127,13 @@ def refuse_without_compiler(device: str) -> None:
         missing = "a C++ compiler"
     if missing:
         raise Refused(
-            f"speed.compile = True needs {missing} on a CPU, which is not there: leave it off, or install it "
+            f"speed.compile = True needs {missing} on a CPU, and finds none: leave it off, or install it "
             "(Debian: apt-get install g++ python3-dev)"
         )
 
 
 def set_up(speed: Speed, choice: Choice) -> None:
-    """The process-wide switches."""
+    """Sets the process-wide switches."""
     if choice.device == "cpu":
         torch.set_num_threads(speed.threads or usual_threads())
         return
@@ -144,9 +144,9 @@ def set_up(speed: Speed, choice: Choice) -> None:
 
 
 def usual_threads() -> int:
-    """What OMP_NUM_THREADS asks for, or this rank's share of the cores."""
-    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # a list holds those of nested parts too
-    # As torchrun says it, as deepspeed does, and where nobody tells of machines.
+    """The threads that OMP_NUM_THREADS asks for, or this rank's share of the cores."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # a list gives nested parallel regions too
+    # Set by torchrun, set by deepspeed, and a fallback if only the ranks of all machines are known.
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
     local_ranks = int(next((os.environ[name] for name in names if name in os.environ), 1))
     cores = len(os.sched_getaffinity(0)) // local_ranks
@@ -155,7 +155,7 @@ def usual_threads() -> int:
 
 def compile_blocks(network: nn.Module, speed: Speed = Speed()) -> int:
     """Compiles each residual block and attention in place, fullgraph; blocks of one shape share the compiled code."""
-    # One block class meets every width and resolution of the network: each is one specialisation.
+    # A block class is specialised once for every width and resolution in the network.
     torch._dynamo.config.recompile_limit = 256
     blocks = [m for m in network.modules() if isinstance(m, ResBlock | SelfAttention | Transformer)]
     for block in blocks:
@@ -164,20 +164,20 @@ def compile_blocks(network: nn.Module, speed: Speed = Speed()) -> int:
 
 
 def compiler_options(speed: Speed) -> dict[str, bool] | None:
-    """What the switches ask of Inductor; no other backend is given options."""
+    """The options that the switches set for Inductor; other backends get none."""
     if speed.backend != "inductor":
         return None
     return {"max_autotune": speed.autotune, "triton.cudagraphs": speed.cuda_graphs and not speed.whole_step}
 
 
 def records_blocks(speed: Speed, choice: Choice) -> bool:
-    """Whether Inductor replays each block as a CUDA graph in training."""
+    """Whether Inductor records and replays each block as a CUDA graph in training."""
     graphs = choice.compile and (compiler_options(speed) or {}).get("triton.cudagraphs", False)
     return choice.device == "cuda" and graphs
 
 
 def make_ready(unet: UNet, speed: Speed, choice: Choice) -> int:
-    """The switches that change the network itself, set before it is used; returns how many blocks will be compiled."""
+    """Sets the switches that change the network itself, before it is used; returns how many blocks will be compiled."""
     unet.checkpointing = speed.gradient_checkpointing
     unet.pad_ends(speed.padded_ends)
     for norm in (m for m in unet.modules() if isinstance(m, GroupNormSiLU)):
@@ -186,7 +186,7 @@ def make_ready(unet: UNet, speed: Speed, choice: Choice) -> int:
 
 
 def what_keeps_a_step_apart(speed: Speed, choice: Choice, stage: int, ranks: int, accumulation: int) -> str | None:
-    """Why steps are not recorded whole, or None: what a replay cannot do, it would do wrongly without a word."""
+    """Why whole steps are not recorded, or None: a replay would silently be wrong in each of these cases."""
     reasons = {
         "unless asked for": not speed.whole_step,
         "without a CUDA device": choice.device == "cpu",
@@ -200,16 +200,16 @@ def what_keeps_a_step_apart(speed: Speed, choice: Choice, stage: int, ranks: int
 
 
 def substitutions(speed: Speed, choice: Choice) -> list[str]:
-    """One line for each part of this machine's set-up that is not the fast one, or not what was asked for."""
+    """A line for each thing on this machine that is slower than it could be, or not what was asked for."""
     lines = []
     if choice.device == "cpu":
         lines.append("no CUDA device: the CPU runs the kernels' plain PyTorch definitions")
     if choice.device == "cuda" and c_compiler() is None:
-        lines.append("no C compiler: nothing is compiled, and Triton's kernels run only where they were built before")
+        lines.append("no C compiler: nothing is compiled, and Triton's kernels run only if they were built before")
     elif choice.device == "cuda" and speed.compile is None and not choice.compile:
         lines.append("ZeRO-3 gathers weights within the blocks, which are therefore not compiled")
     if choice.device == "cuda" and speed.whole_step and speed.cuda_graphs:
-        lines.append("speed.cuda_graphs has no effect beside speed.whole_step, which records a step as one")
+        lines.append("speed.cuda_graphs has no effect with speed.whole_step, which records each step as one graph")
     if choice.device == "cpu" and speed.cuda_graphs:
         lines.append("speed.cuda_graphs has no effect without a CUDA device")
     if choice.device == "cpu" and speed.norms_in_turns:
@@ -226,7 +226,7 @@ def substitutions(speed: Speed, choice: Choice) -> list[str]:
 
 
 def kernel_sites(network: nn.Module, device: torch.device) -> tuple[int, int]:
-    """How many group norms and attentions of the network run our kernels on this device, and how many there are."""
+    """How many group norms and attentions of the network run our kernels on this device, and how many it has."""
     kernels = {GroupNormSiLU: "group_norm_silu", Attention: "attention"}
     names = [name for module in network.modules() for kind, name in kernels.items() if isinstance(module, kind)]
     probe = torch.empty(0, device=device)
@@ -234,7 +234,7 @@ def kernel_sites(network: nn.Module, device: torch.device) -> tuple[int, int]:
 
 
 def compiled_graphs() -> int:
-    """Graphs compiled so far: growth after the second step means that something recompiles."""
+    """Graphs compiled so far: growth after the second step means that something is recompiled."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 

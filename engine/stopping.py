@@ -53,7 +53,7 @@ class Stop:
             signal.signal(number, handler)
 
     def ends_the_process(self) -> None:
-        """After a SIGTERM, ignores further ones: the process is about to end, and another would change the exit code."""
+        """After a SIGTERM, ignores further ones: the process is about to end, and they would change its exit code."""
         if self.heard == signal.SIGTERM and self.handlers.get(signal.SIGTERM) is signal.SIG_DFL:
             self.handlers[signal.SIGTERM] = lambda number, frame: None
 
@@ -67,7 +67,7 @@ class Stop:
             tell(f"stopping with a checkpoint after the next step{again}")
 
     def due(self, *, now: bool = False) -> bool:
-        """Whether the run stops after this step: a rank got a signal, or the mean of the ranks' clocks is past the limit.
+        """Whether the run stops after this step: a rank got a signal, or the ranks' mean clock is past the limit.
 
         All ranks decide alike. The answer is that of the step before, which has arrived and needs no waiting for the
         device; with `now` it is this step's.

@@ -1,4 +1,4 @@
-"""Held-out losses of the EMA weights during a run, always on the same images and draws: only the weights change them."""
+"""Held-out losses of the EMA weights during a run, always on the same images and draws, so only the weights matter."""
 
 from dataclasses import dataclass
 

@@ -1,9 +1,9 @@
 """A whole training step as a CUDA graph: forward, backward and update recorded once, then replayed in one launch.
 
-One rank exchanges nothing, so between loss and update DeepSpeed has nothing to do: the recording asks autograd for the
-gradients themselves, lays them flat as DeepSpeed does, and runs the same update on the same shards. DeepSpeed's hooks and
-buckets stay as an eager step left them, so any step can be taken eagerly. What changes from step to step (inputs, learning
-rate, EMA decay, how many steps were taken) lives in tensors on the device, which a replay reads.
+A single rank exchanges nothing, so DeepSpeed has nothing to do between loss and update: the recording gets the
+gradients directly from autograd, flattens them as DeepSpeed does, and runs the same update on the same shards.
+DeepSpeed's hooks and buckets stay as an eager step left them, so any step can be taken eagerly. What changes from step
+to step (inputs, learning rate, EMA decay, number of steps) lives in tensors on the device, which a replay reads.
 """
 
 from collections.abc import Callable
@@ -17,14 +17,15 @@ from duotone.engine.cuda_graph import Recorded
 from duotone.engine.distributed import zero
 from duotone.engine.distributed.sharded import Sharded
 
-# Of what the eager step changed, in the norm. Sums in another order move gradients a little, and Adam's first steps, which
-# look at their signs, more; an update that is not made, made twice or made with other inputs is off by 1.
+# Allowed differences, as norms relative to what the eager step changed. Summing in another order moves gradients a
+# little, and Adam's first steps, which follow their signs, more; an update left out, made twice or made from other
+# inputs is off by 1.
 _ALLOWED = {"exp_avg": 0.05, "exp_avg_sq": 0.05, "loss": 0.001}
 _ALLOWED_ELSEWHERE = 0.5
 
 
 class WholeStep:
-    """One optimizer step a call: recorded at the first that moves anything, where it proves itself against an eager step, then replayed."""
+    """One optimizer step per call: the first that moves weights is recorded and checked, later ones replay it."""
 
     def __init__(self, sharded: Sharded, loss_of: Callable, say: Callable[[str], None], recorder=Recorded):
         """`loss_of(network, inputs)` is the loss of a tree of tensors; `recorder(function, tensors)` makes the replay."""
@@ -36,11 +37,11 @@ class WholeStep:
         self.trained = [trained[id(p)] for p in sharded.update.parameters()]
 
     def __call__(self, inputs: dict) -> Tensor:
-        """The loss of the step taken; inputs of another form than the first ones are taken eagerly."""
+        """Takes a step and returns its loss; inputs unlike the first in structure, shape or dtype are taken eagerly."""
         tensors, tree = tree_flatten(inputs)
         form = tree, [(tensor.shape, tensor.dtype) for tensor in tensors]
         if self.form is None and not self.sharded.optimizer.param_groups[0]["lr"]:
-            return self.eager(inputs)  # a rate of 0 moves nothing, and a recording that moved nothing would pass
+            return self.eager(inputs)  # at a rate of 0 nothing moves, so a recording that does nothing would pass
         if self.form is None:
             self.form = form
             return self.first(inputs, tensors)
@@ -62,7 +63,7 @@ class WholeStep:
         return loss.clone()
 
     def recorded(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        """What is recorded: the loss and the squared norm of its gradients, after the update."""
+        """The function that is recorded: updates, and returns the loss and the squared norm of its gradients."""
         update = self.sharded.update
 
         def network(*inputs):
@@ -75,12 +76,12 @@ class WholeStep:
     # ------------------------------------------------------------------------------------------------ the first step
 
     def first(self, inputs: dict, tensors: list[Tensor]) -> Tensor:
-        """An eager step, which stands whatever comes; then the recording, held against it from the same state."""
+        """Takes an eager step, which counts in any case; then records one from the same state and compares the two."""
         before = State(self.sharded)
         loss = self.eager(inputs)
         after = State(self.sharded)
         try:
-            # Warming up takes steps as well.
+            # Warming up takes steps too, so the state is restored again after it.
             before.restore()
             self.replay = self.recorder(self.recorded, tensors)
             before.restore()
@@ -96,7 +97,7 @@ class WholeStep:
 
 
 class Bare(nn.Module):
-    """A module without its own hooks, which are DeepSpeed's."""
+    """A module called without its hooks, which are DeepSpeed's."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()
@@ -107,16 +108,16 @@ class Bare(nn.Module):
 
 
 def leaf_of(parameter: nn.Parameter) -> nn.Parameter:
-    """The same memory as a leaf of its own.
+    """A new leaf that shares the parameter's memory.
 
-    DeepSpeed keeps the node that gathers a parameter's gradient, and with it the stream that the node was made on: work of
-    that stream cannot be part of a recording.
+    DeepSpeed keeps the autograd node that accumulates a parameter's gradient, and with it the stream that the node was
+    created on; work on that stream cannot be part of a recording.
     """
     return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
 
 
 class State:
-    """All that a step changes: the device's own tensors, copies of them on the CPU, and the random generators' states."""
+    """All that a step changes: the tensors on the device, copies of them on the CPU, the random generators' states."""
 
     def __init__(self, sharded: Sharded):
         self.own = sharded.update.state()
@@ -135,7 +136,7 @@ class State:
 
 
 def differences(before: dict, eager: dict, found: dict) -> list[str]:
-    """Names of what the recorded step left otherwise than the eager one, with how far off it is."""
+    """A line for each tensor in which the recorded step differs too much from the eager one, and by how much."""
     wrong = []
     for name, value in eager.items():
         allowed = _ALLOWED.get(name.split()[0], _ALLOWED_ELSEWHERE)

@@ -550,7 +550,7 @@ def test_pictures_are_sharpened_and_filled_from_the_command_line(tmp_path, monke
     assert np.array_equal(sheet[2 + 4 : 2 + 8, 2:10], image[4:]), "around the hole the picture is its own"
     for wrong, says in (
         (["--mask", "mask.png"], "1 masks for 0 images"),
-        (["--image", "mask.txt"], "mask.txt is no readable picture"),
+        (["--image", "mask.txt"], "mask.txt is not a readable picture"),
         (["--image", "image.png"], "this model takes no images: it takes holes"),
     ):
         with pytest.raises(SystemExit, match="2"):

@@ -327,7 +327,7 @@ def test_what_has_no_effect_here_is_said():
     ]
     both = speed.Speed(cuda_graphs=True, whole_step=True)
     (line,) = speed.substitutions(both, speed.Choice("cuda", "bf16", True))
-    assert line.startswith("speed.cuda_graphs has no effect beside speed.whole_step")
+    assert line.startswith("speed.cuda_graphs has no effect with speed.whole_step")
 
 
 # ---------------------------------------------------------------------------------------------------------- probes
