@@ -1,7 +1,7 @@
 """The `duotone` command: finds the class of a sub-command, fills it from the flags, runs it.
 
-A sub-command is a dataclass whose fields are its flags; those on a recipe are a function that takes the recipe's flags. Each is in a
-file of engine/commands or data/prepare, imported when asked for.
+A sub-command is a dataclass whose fields are its flags, or, if it works on a recipe, a function that takes the recipe's
+flags. Each is in a file of engine/commands or data/prepare, imported on use.
 """
 
 import importlib
@@ -25,13 +25,13 @@ PREPARE = {
 
 COMMANDS = {
     "sample": ("Sample", "draw pictures with a trained model (a run's folder or its ema.safetensors)"),
-    "export": ("Export", "one safetensors file, or a folder that diffusers loads"),
-    "evaluate": ("Evaluate", "a trained model against its data, or its captions"),
+    "export": ("Export", "write one safetensors file, or a folder that diffusers loads"),
+    "evaluate": ("Evaluate", "measure a trained model against its data, or its captions"),
 }
 
 RECIPES = {
-    "doctor": "what is wrong with a recipe before it costs a run",
-    "estimate": "parameters, arithmetic, memory and disk of a recipe",
+    "doctor": "find what is wrong with a recipe before it costs a run",
+    "estimate": "print parameters, arithmetic, memory and disk of a recipe",
 }
 
 USAGE = f"""usage: duotone [--with FILE] COMMAND [flags]
@@ -40,11 +40,11 @@ USAGE = f"""usage: duotone [--with FILE] COMMAND [flags]
 {chr(10).join(f"  {name + ' RUN':15} {text}" for name, (_, text) in COMMANDS.items())}
 {chr(10).join(f"  {name + ' RECIPE':15} {text}" for name, text in RECIPES.items())}
 
-duotone COMMAND --help lists the flags. --with imports a Python file first, such as one that registers parts of your own."""
+duotone COMMAND --help lists the flags. --with imports a Python file first, for example one that registers your parts."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command's entry: refused input is one line and exit code 2."""
+    """Runs the `duotone` command; refused input gives one line and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         with warnings.catch_warnings():
@@ -81,45 +81,45 @@ def dispatch(arguments: list[str]) -> None:
     elif command in RECIPES:
         on_a_recipe(command, rest)
     else:
-        raise Refused(f"unknown command {command!r}: there are prepare, {', '.join([*COMMANDS, *RECIPES])}")
+        raise Refused(f"unknown command {command!r}: give one of prepare, {', '.join([*COMMANDS, *RECIPES])}")
 
 
 def import_parts(given: list[str]) -> None:
-    """A file of one's own, which finds what lies beside it as it does when it is run; what it registers can be loaded."""
+    """Imports a user's file, with its folder on sys.path as if it were run; parts that it registers can be loaded."""
     if not given or not Path(given[0]).is_file():
         raise Refused(f"--with {' '.join(given)}: there is no such file; give a Python file and then the command")
     file = Path(given[0]).resolve()
     spec = importlib.util.spec_from_file_location(f"duotone_with_{file.stem}", file)
     if spec is None:
-        raise Refused(f"--with {file}: it is no Python file (*.py)")
+        raise Refused(f"--with {file}: it is not a Python file (*.py)")
     sys.path.insert(0, str(file.parent))
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Refused:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever stands in a file
+    except Exception as error:  # noqa: BLE001 - a user's file may raise anything
         raise Refused(f"--with {file} cannot be imported ({type(error).__name__}: {error})") from None
 
 
 def on_a_model(command: str, rest: list[str]) -> None:
-    """A command whose first word is a run's folder or file."""
+    """Runs a command whose first argument is a run's folder or file."""
     wants_help = any(a in ("-h", "--help") for a in rest)
     if not wants_help and (not rest or rest[0].startswith("-")):
-        raise Refused(f"duotone {command} needs a run's folder or an ema.safetensors as its first word")
+        raise Refused(f"duotone {command} needs a run's folder or an ema.safetensors as its first argument")
     flags = [a for a in rest if a in ("-h", "--help")] if wants_help else rest[1:]
     cls = getattr(importlib.import_module(f"duotone.engine.commands.{command}"), COMMANDS[command][0])
     flags_of(cls, flags, f"duotone {command} RUN").run(None if wants_help else Path(rest[0]))
 
 
 def on_a_recipe(command: str, rest: list[str]) -> None:
-    """A command whose first word is a recipe's file or a run's folder; the flags are the recipe's own."""
+    """Runs a command whose first argument is a recipe's file or a run's folder; its flags are the recipe's own."""
     if rest in (["-h"], ["--help"]):
         print(f"usage: duotone {command} RECIPE [the recipe's flags]\n\n  {RECIPES[command]}\n")
         print("RECIPE is a recipe's file or a run's folder; duotone", command, "RECIPE --help lists its flags.")
         return
     if not rest or rest[0].startswith("-"):
-        raise Refused(f"duotone {command} needs a recipe's file or a run's folder as its first word")
+        raise Refused(f"duotone {command} needs a recipe's file or a run's folder as its first argument")
     importlib.import_module(f"duotone.engine.commands.{command}").run(Path(rest[0]), rest[1:])
 
 
@@ -129,14 +129,14 @@ def prepare(rest: list[str]) -> None:
         print("\n".join(f"  {name:8}  {text}" for name, (_, _, text) in PREPARE.items()))
         return
     if rest[0] not in PREPARE:
-        raise Refused(f"unknown data {rest[0]!r}: there are {', '.join(PREPARE)}")
+        raise Refused(f"unknown data {rest[0]!r}: give one of {', '.join(PREPARE)}")
     module, cls, _ = PREPARE[rest[0]]
     summary = flags_of(getattr(importlib.import_module(module), cls), rest[1:], f"duotone prepare {rest[0]}").run()
     print(json.dumps(summary, default=str))
 
 
 def flags_of(cls: type, flags: list[str], name: str):
-    """The dataclass from its flags; a mistake is one line."""
+    """An instance of the dataclass from its flags; a mistake is refused in one line."""
     from duotone.engine.command_line import parse
 
     return parse(cls, flags, name=name)

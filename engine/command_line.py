@@ -1,4 +1,4 @@
-"""Dataclasses from command lines, by tyro; a mistake is refused in one line with the nearest valid key."""
+"""Parses command lines into dataclasses with tyro; a mistake is refused in one line with the nearest valid key."""
 
 import contextlib
 import io
@@ -12,11 +12,11 @@ from duotone.data.refusal import Refused
 
 
 def parse(cls: type, arguments: list[str], *, default=None, name: str | None = None):
-    """An instance of `cls` from its flags, over `default` where given; raises Refused on a wrong key or value."""
+    """An instance of `cls` from its flags, on top of `default` if given; raises Refused on a wrong key or value."""
     import tyro
 
     if default is not None:
-        refuse_other_types(default)  # in the words of its file, before they are tyro's
+        refuse_other_types(default)  # names the field as the recipe's file does, before tyro names it in its own way
     kinds = kinds_of(cls)
     arguments = last_of_each(arguments, kinds)
     wants_help = any(a in ("-h", "--help") for a in arguments)
@@ -26,7 +26,7 @@ def parse(cls: type, arguments: list[str], *, default=None, name: str | None = N
         with contextlib.nullcontext() if wants_help else contextlib.redirect_stderr(errors):
             settings = {"config": (tyro.conf.CascadeSubcommandArgs,), "registry": numbers()}
             return tyro.cli(cls, args=arguments, prog=name, **settings, **extra)
-    except BrokenPipeError:  # the pager that --help was for has ended
+    except BrokenPipeError:  # the pager that showed --help has ended
         sys.exit(1)
     except SystemExit as stop:
         if stop.code in (0, None):
@@ -36,7 +36,7 @@ def parse(cls: type, arguments: list[str], *, default=None, name: str | None = N
 
 
 def numbers():
-    """How whole numbers are read; a prompt, a class or a folder may be called 1e6 and stays what it is."""
+    """A registry that reads 1e6 as a whole number in integer fields alone: a prompt or a folder may be called 1e6."""
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
     registry = ConstructorRegistry()
@@ -57,15 +57,15 @@ def numbers():
 
 
 def whole_number(word: str) -> int:
-    """1e6 is 1000000, so that counts may be written the short way."""
+    """A whole number, which may be written short: 1e6 is 1000000."""
     short = re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d+", word) and float(word).is_integer()
     return int(float(word)) if short else int(word)
 
 
 def last_of_each(arguments: list[str], kinds: dict) -> list[str]:
-    """Of a flag that is given several times the last, as when an override is appended to a command.
+    """Keeps the last of a flag that is given several times, as when an override is appended to a command.
 
-    Without fields of several kinds tyro does so itself, and positional arguments may stand behind a flag's value.
+    Without fields of several kinds tyro does so itself, and positional arguments may follow a flag's value.
     """
     if not kinds:
         return arguments
@@ -80,13 +80,13 @@ def last_of_each(arguments: list[str], kinds: dict) -> list[str]:
 
 
 def flag_of(argument: str) -> str:
-    """A flag without its value, in one spelling; --no-x is --x given otherwise."""
+    """A flag without its value, in one spelling; --no-x counts as --x."""
     name = argument.split("=")[0].replace("_", "-")
     return re.sub(r"(^--|\.)no-", r"\1", name) if name.startswith("--") else argument
 
 
 def kinds_of(cls: type) -> dict[str, dict[str, type]]:
-    """Fields that may be one of several dataclasses, each by its name on the command line: {"objective": {"edm": EDM, ...}}."""
+    """Fields that take one of several dataclasses, by their command-line names: {"objective": {"edm": EDM, ...}}."""
     found = {}
     for field, hint in get_type_hints(cls).items():
         hint = get_args(hint)[0] if get_origin(hint) is tuple else hint
@@ -97,7 +97,7 @@ def kinds_of(cls: type) -> dict[str, dict[str, type]]:
 
 
 def unknown_kind(kinds: dict, arguments: list[str]) -> str | None:
-    """A kind that does not exist, as objective:foo, or a field of several kinds as if it were a key, as --objective foo."""
+    """The message for a kind that does not exist (objective:foo) or is given as a key (--objective foo), or None."""
     for argument in arguments:
         word = re.fullmatch(r"(?:--(?=[\w.]+$))?([\w.]+?)(?::([\w-]*))?", argument)
         known = kinds.get(re.sub(r"\.\d+$", "", word[1]), {}) if word else {}
@@ -107,7 +107,7 @@ def unknown_kind(kinds: dict, arguments: list[str]) -> str | None:
 
 
 def key_of_another_kind(kinds: dict, box: str) -> str | None:
-    """A key that only other kinds have than the one that was chosen, as tyro's box tells of it."""
+    """The message for a key in tyro's error box that only other kinds have than the chosen one, or None."""
     for field, number, key in re.findall(r"--(\w+)(\.\d+)?\.([\w-]+) \(applied", re.sub(r"[\s│]+", " ", box)):
         name = key.replace("-", "_")
         owners = [f"{field}{number}:{k}" for k, c in kinds.get(field, {}).items() if name in c.__dataclass_fields__]
@@ -117,7 +117,7 @@ def key_of_another_kind(kinds: dict, box: str) -> str | None:
 
 
 def one_line(box: str) -> str:
-    """The message in the library's box, and the key that it thinks was meant."""
+    """The message in tyro's error box, in one line, with the key that tyro thinks was meant."""
     sections: list[list[str]] = [[]]
     for line in box.splitlines():
         text = re.sub(r"[│╭╮╰╯─]+", " ", line)

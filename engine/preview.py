@@ -33,7 +33,7 @@ class Previews:
     sampler: str = "heun"
     """euler, heun, dpmpp_2m, ancestral or stochastic_heun."""
     strips: bool = True
-    """Also show each row's first picture as the network predicts it at every step: a strip with its condition, one without
+    """Also show each row's first picture as predicted at every step: a strip with its condition, one without
     if that was trained, and a GIF."""
     noisy: bool = False
     """Show the noisy pictures of each step in strips and GIF instead."""

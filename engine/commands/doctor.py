@@ -8,8 +8,8 @@ MARKS = {"fault": "FAULT", "warning": "warning", "fine": "ok", "unknown": "-"}
 
 
 def run(path: Path, flags: list[str]) -> None:
-    """Prints every finding; exit code 1 where one is a fault."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a text encoder that is not here yet is a finding, not a download
+    """Prints every finding; exits with code 1 if any is a fault."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a missing text encoder is a finding, not a download
     from duotone.engine.doctor.examination import examine
     from duotone.engine.recipe_file import recipe_at
 

@@ -9,7 +9,7 @@ CARDS = {"24 GB": 24e9, "48 GB": 48e9, "80 GB": 80e9, "141 GB": 141e9}
 
 
 def run(path: Path, flags: list[str]) -> None:
-    """Prints the estimate of a recipe as this machine would run it, and what fits on common cards in bf16."""
+    """Prints the estimate of a recipe as run on this machine, and what would fit on common cards in bf16."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded for an estimate
     from duotone.engine import speed
     from duotone.engine.doctor.patient import Patient
@@ -38,7 +38,7 @@ def arithmetic(network, recipe) -> list[str]:
 
     parameters = sum(p.numel() for p in network.parameters())
     forward = flops_per_image(network.unet, recipe.data.size)
-    # A backward pass costs two forward ones, and blocks that are computed anew for it one more.
+    # A backward pass costs two forward passes, and recomputing the blocks for it costs one more.
     total = (4 if recipe.speed.gradient_checkpointing else 3) * forward * recipe.images
     disk = 4 * recipe.optimizer.state_elements(network) * recipe.checkpoint.keep
     return [

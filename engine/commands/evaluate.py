@@ -15,33 +15,33 @@ from duotone.engine.speed import SAMPLING, Speed
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Where the real images are; size, channels and framing are the run's own."""
+    """Where the real images are; their size, channels and framing are those of the run."""
 
     shards: Path | None = None
-    """Folder of shards: by default the run's own, where it is still there."""
+    """Folder of shards; by default the run's own, if it still exists."""
     threads: int = 2
-    """Threads that decode."""
+    """Decoding threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Measure a trained model against its data: Frechet and kernel distance, precision and recall, whether a classifier sees
-    what was asked for, the loss by noise level and class, the nearest training image of every sample.
+    """Measure a trained model against its data: Frechet and kernel distance, precision and recall, whether a classifier
+    sees what was asked for, the loss by noise level and class, the nearest training image of every sample.
 
-    A model of the embedded captioned shapes is read from its pixels instead, unless --data.shards is given: does each
+    For a model of the embedded captioned shapes, unless --data.shards is given, the pixels are read instead: does each
     picture show what its caption says?
     """
 
     data: Data = Data()
     test: Path | None = None
-    """Shards of the test set; by default DIR/test where it exists, else what the run held out (data.held_out), else a tenth
-    of the training set."""
+    """Shards of the test set; by default DIR/test if it exists, else the run's held-out split (data.held_out), else a
+    tenth of the training set."""
     samples: int = 1000
     """Pictures drawn, with the conditions of as many training images."""
     floor: int | None = None
-    """Real images whose own distance is the floor; by default as many as samples: the fewer, the larger the floor."""
+    """Real images whose distance is reported as the floor; by default as many as samples; fewer give a larger floor."""
     guidance: float | None = None
-    """By default 2, and 1 where conditions were never dropped in training."""
+    """Guidance scale; by default 2, or 1 if conditions were never dropped in training."""
     steps: int = 18
     """Sampling steps."""
     sampler: str = "heun"
@@ -51,11 +51,11 @@ class Evaluate:
     features: FeaturesConfig = FeaturesConfig()
     classifier: ClassifierConfig = ClassifierConfig()
     loss_images: int = 512
-    """Held-out images of the table of losses; 0 = no table."""
+    """Held-out images for the table of losses; 0 = no table."""
     loss_levels: int = 8
-    """Noise levels of that table."""
+    """Noise levels in that table."""
     most: int = 60_000
-    """Most images read of each set."""
+    """The most images read from each set."""
     cache: Path | None = None
     """Folder for the trained classifier and the features of real images; by default ~/.cache/duotone."""
     out: Path | None = None
@@ -63,7 +63,7 @@ class Evaluate:
     json: Path | None = None
     """Also write the result here."""
     per_caption: int = 1
-    """For the embedded captioned shapes: pictures of each caption."""
+    """Pictures of each caption, for the embedded captioned shapes."""
     speed: Speed = SAMPLING
     """Device, precision and switches: bf16 on a GPU, fp32 on a CPU."""
 
@@ -80,10 +80,10 @@ class Evaluate:
             if self.json.is_dir():
                 raise Refused(f"--json {self.json}: it is a folder; give a file")
         if self.data.shards is None and draws_captioned_shapes(model):
-            self.refuse_unread(AGAINST_DATA, "of captioned shapes, which are read from their pixels")
+            self.refuse_unread(AGAINST_DATA, "of captioned shapes, which reads their pixels")
             self.obedience(model)
         else:
-            self.refuse_unread(("per_caption",), "beside data")
+            self.refuse_unread(("per_caption",), "against data")
             self.against_data(path, model)
 
     def refuse_unread(self, names: tuple[str, ...], where: str) -> None:
@@ -131,7 +131,7 @@ class Evaluate:
         return " ".join([f"duotone evaluate RUN --data.shards DIR{test}", *said])
 
     def obedience(self, model) -> None:
-        """The captioned shapes, read back from their pixels."""
+        """Measures the captioned shapes by reading them from the pixels."""
         from duotone.engine.evaluate.captioned_shapes import obedience
 
         result = obedience(
@@ -167,11 +167,11 @@ AGAINST_DATA = (
     "cache",
     "out",
 )
-"""What only a measurement against data reads."""
+"""Settings that only a measurement against data uses."""
 
 
 def flags_for(name: str, value, default) -> list[str]:
-    """The flags of a setting that differs from its default; a path is said to be there, and no more."""
+    """The flags of a setting that differs from its default; a path is written as PATH."""
     if value == default:
         return []
     if dataclasses.is_dataclass(value):
@@ -184,7 +184,7 @@ def flags_for(name: str, value, default) -> list[str]:
 
 
 def place_of(path: Path) -> tuple[Path, str]:
-    """The run's folder, and the name there of a model's evaluation: a checkpoint will be removed, with what lies in it."""
+    """The run's folder, and a name in it for the evaluation: a checkpoint is removed later, with all that is in it."""
     folder = path if path.is_dir() else path.parent
     if folder.parent.name == "checkpoints":
         return folder.parent.parent, f"evaluation-{folder.name}"
@@ -192,7 +192,7 @@ def place_of(path: Path) -> tuple[Path, str]:
 
 
 def draws_captioned_shapes(model) -> bool:
-    """Whether it is told captions, and its data named what the embedded set names."""
+    """Whether the model takes captions only, and its data has the classes and attributes of the embedded set."""
     from duotone.data.captioned_shapes import ATTRIBUTES, SHAPES
 
     told = {conditioner.asked for conditioner in model.network.conditioners.values()}
@@ -201,7 +201,7 @@ def draws_captioned_shapes(model) -> bool:
 
 
 def shards_of(folder: Path) -> Path:
-    """The data that a run's folder says it was trained on; raises Refused where that is not known or gone."""
+    """The data that a run was trained on, from its folder; raises Refused if that is unknown or gone."""
     from duotone.engine import run_folder
 
     stored = run_folder.stored_recipe(folder) if (folder / "recipe.json").exists() else None

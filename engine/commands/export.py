@@ -1,4 +1,4 @@
-"""`duotone export RUN`: hand a model on."""
+"""`duotone export RUN`: write a model in a form for others to load."""
 
 import os
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from duotone.data.refusal import Refused
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Hand a model on: one safetensors file, or a folder that diffusers loads."""
+    """Write a model as one safetensors file, or as a folder that diffusers loads."""
 
     out: Path
     """File or folder to write; refused if it exists."""
     format: Literal["safetensors", "diffusers"] = "diffusers"
-    """A file that `duotone sample` and Python load, or a folder for diffusers; its notes say what that cannot hold."""
+    """A file for `duotone sample` and Python, or a folder for diffusers; notes are printed on what that cannot hold."""
 
     def run(self, path: Path) -> None:
         from duotone.engine import artifact, model_card
@@ -23,7 +23,7 @@ class Export:
         from duotone.engine.run_folder import made
 
         if os.path.lexists(self.out):
-            raise Refused(f"{self.out} exists: give another --out, nothing was written")
+            raise Refused(f"{self.out} exists and nothing was written: give another --out")
         made(self.out.parent)
         model = artifact.load(path, "cpu")
         if self.format == "safetensors":

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from duotone.engine.pictures import ByStep
 
 MOMENTS = 8
-"""Of a picture's way out of noise, on a strip."""
+"""Steps from noise to picture that a strip shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,29 +26,29 @@ class Sample:
     """Draw pictures with a trained model."""
 
     prompt: tuple[str, ...] = ()
-    """Captions to draw, for a text model."""
+    """Captions to draw, for a model conditioned on text."""
     label: tuple[str, ...] = ()
     """Classes to draw, by name or number."""
     attribute: tuple[str, ...] = ()
-    """Attributes of every picture: NAME (present), NAME=0 (absent), NAME=1:3 or NAME=0:3 (with a guidance scale of its own).
-    With commas each is a set of its own, as in --attribute "Smiling,Male=0" "Young,Male"."""
+    """Attributes of every picture: NAME (present), NAME=0 (absent), NAME=1:3 or NAME=0:3 (with its own guidance scale).
+    With commas, each argument is a separate set, as in --attribute "Smiling,Male=0" "Young,Male"."""
     image: tuple[Path, ...] = ()
     """Pictures to sharpen, or with --mask to fill, for a model that is conditioned on an image."""
     mask: tuple[Path, ...] = ()
-    """For each --image, or once for all, a picture that is white where it is to be filled."""
+    """A picture that is white where the image is to be filled: one for each --image, or one for all."""
     negative: str | None = None
     """Caption to steer away from."""
     count: int = 1
-    """Pictures of each prompt, label or set of attributes."""
+    """Pictures for each prompt, label or set of attributes."""
     guidance: tuple[float, ...] = ()
-    """Guidance scale: 1 = none. Several draw the same pictures, from the same noise, at each: a row of the sheet per scale.
-    By default 2, and 1 without a condition or where conditions were never dropped in training."""
+    """Guidance scale: 1 = none. Several scales draw the same pictures, from the same noise, in one row of the sheet
+    each. By default 2, or 1 without a condition or if conditions were never dropped in training."""
     guide: Path | None = None
-    """Be led away from this weaker model instead of the null state, as from an early checkpoint: autoguidance."""
+    """A weaker model to steer away from instead of the null condition, such as an early checkpoint (autoguidance)."""
     interval: tuple[float, float] = (0.0, math.inf)
-    """Noise levels sigma between which pictures are guided; outside a step costs one forward pass instead of two."""
+    """Noise levels sigma between which guidance applies; a step outside costs one forward pass instead of two."""
     rescale: float = 0.0
-    """Share, 0 to 1, by which guidance's contrast is pulled back to that of the conditional prediction."""
+    """How far, 0 to 1, the contrast of the guided prediction is pulled back to that of the conditional one."""
     rule: str = "plain"
     """How guidance combines the predictions: plain, apg (adaptive projected guidance) or cfg++ (scales of 0 to 1, euler)."""
     steps: int = 25
@@ -58,21 +58,21 @@ class Sample:
     spacing: str | None = None
     """How noise levels are placed: karras or log-linear; for DDPM also trailing, leading, linspace; for flow trailing, linspace."""
     clip: bool | None = None
-    """Keep every step's image within the range of pixels; by default for DDPM."""
+    """Limit every step's denoised image to the range of pixels; on by default for DDPM."""
     seed: int = 0
-    """Seed of the noise: with the same number each picture begins as it did before, however many are drawn."""
+    """Seed of the noise: the same seed starts each picture from the same noise, however many are drawn."""
     size: int | None = None
     """Side in pixels; by default as trained."""
     columns: int | None = None
-    """Pictures per row of the sheet; by default a row for each prompt or label, or eight where each has one picture."""
+    """Pictures per row of the sheet; by default a row for each prompt or label, or eight if each has one picture."""
     gif: Path | None = None
-    """Also write how the pictures come out of noise, as a GIF: what the network takes them to be at each step."""
+    """Also write a GIF of the pictures emerging from noise, as the network predicts them at each step."""
     strip: Path | None = None
     """The same as a sheet: a row of eight moments for each picture."""
     noisy: bool = False
-    """In both, the pictures as they stand at each step, noise and all."""
+    """In both, show the noisy pictures of each step instead of the predicted ones."""
     out: Path = Path("sample.png")
-    """Where the sheet goes; refused if it exists."""
+    """Where the sheet is written; refused if it exists."""
     overwrite: bool = False
     """Replace existing files."""
     speed: Speed = SAMPLING
@@ -108,7 +108,7 @@ class Sample:
             if flags[one].resolve() == flags[other].resolve():
                 raise Refused(f"--{other} and --{one} are both {flags[one]}: give each a file of its own")
         if self.noisy and not {"gif", "strip"} & flags.keys():
-            raise Refused("--noisy is about --gif and --strip: give one of them")
+            raise Refused("--noisy has no effect without --gif or --strip: give one of them")
         self.sets()
         for name in ("count", "columns"):
             if getattr(self, name) is not None:
@@ -134,7 +134,7 @@ class Sample:
         return (asked or {"count": images}), images
 
     def pictures(self, channels: int) -> list:
-        """The given pictures, each with its mask where there are any."""
+        """The given pictures, each paired with its mask if there are masks."""
         from duotone.engine.pictures import read
 
         images = [read(path, channels) for path in self.image]
@@ -148,13 +148,13 @@ class Sample:
         return any("," in text for text in self.attribute)
 
     def sets(self) -> list[dict[str, int]]:
-        """What pictures are asked to have: the same for all, or, where commas say so, each row of them its own."""
+        """The attributes that pictures are asked to have: one set for all, or with commas a set for each row."""
         if self.has_sets:
             return [states_in(text) for text in self.attribute]
         return [self.attributes()[0]] if self.attribute else []
 
     def attributes(self) -> tuple[dict[str, int], dict[str, float]]:
-        """What every picture is asked to have, and the scales of those that have one of their own."""
+        """The attributes asked of every picture, and the guidance scales of those that have their own."""
         states, scales = {}, {}
         for text in () if self.has_sets else self.attribute:
             found = re.fullmatch(r"([^=]+)(?:=([01])(?::(\d+(?:\.\d*)?|\.\d+))?)?", text)
@@ -168,7 +168,7 @@ class Sample:
         return states, scales
 
     def draw(self, model, asked: dict, images: int) -> tuple[np.ndarray, "ByStep"]:
-        """The pictures and, where that is to be shown, their way out of noise."""
+        """The pictures and, if a GIF or a strip shows them, their steps out of noise."""
         from duotone.engine.artifact import load
         from duotone.engine.pictures import ByStep
         from duotone.engine.sample import sample
@@ -201,10 +201,10 @@ class Sample:
         return np.concatenate(drawn), seen
 
     def scales(self, asked: dict, model) -> tuple:
-        """What sample() is given as guidance, once for each row of the sheet."""
+        """The `guidance` of sample(), for each row of the sheet."""
         named = self.attributes()[1]
         if named and self.guidance:
-            raise Refused(f"--guidance beside scales by attribute ({', '.join(named)}): give one or the other")
+            raise Refused(f"--guidance is given with scales by attribute ({', '.join(named)}): give one or the other")
         if named:
             return (named,)
         away_from = (

@@ -1,6 +1,6 @@
-"""Conditions as the network gets them: how often each is its null state, whether it says anything, what guidance can do.
+"""Conditions as the network gets them: how often each is null, whether it carries information, what guidance can do.
 
-N rows; the ports' own names are those of engine/conditioning/base.py.
+N rows; the ports are described in engine/conditioning/base.py.
 """
 
 from collections.abc import Iterator
@@ -15,16 +15,16 @@ from duotone.engine.conditioning.dropout import conditioned
 from duotone.engine.conditioning.label import Label
 from duotone.engine.doctor.patient import ROWS, Finding, Patient
 
-PART = 16  # rows at a time: tokens of all would fill gigabytes
+PART = 16  # rows at a time: the tokens of all rows would fill gigabytes
 
 
 @torch.no_grad()
 def drop_rates(patient: Patient) -> Iterator[Finding]:
-    """Rows that reach the network in their null state, counted there, against what is configured."""
+    """Compares how many rows reach the network as the null condition, counted there, with what is configured."""
     recipe, measurable = patient.recipe, patient.measurable
     for kind, why in patient.conditioners[1].items():
         if kind in measurable:
-            yield Finding("unknown", f"{kind}.encoder", f"was not looked at, and has a stand-in below: {why}")
+            yield Finding("unknown", f"{kind}.encoder", f"was not examined, and is replaced by a stand-in below: {why}")
         else:
             yield Finding("unknown", f"{kind}.dropout", f"not measured: {why}")
     flip_N = torch.zeros(ROWS, dtype=torch.bool)
@@ -32,7 +32,7 @@ def drop_rates(patient: Patient) -> Iterator[Finding]:
     for kind, conditioner in measurable.items():
         if kind == "temperature":
             continue
-        # Attributes made unknown one by one have a setting of their own.
+        # Whole conditions only: making attributes unknown one by one has its own setting.
         null_N = is_null(conditioner, conditioner.of_batch_whole(patient.batch, recipe.seed), keep[kind])
         yield rate(kind, conditioner.dropout, recipe.drop_together, float(null_N.double().mean()))
 
@@ -45,7 +45,7 @@ def rate(kind: str, dropout: float, together: float, measured: float) -> Finding
 
 
 def is_null(conditioner: Conditioner, tensors: dict[str, Tensor], keep_N: Tensor) -> Tensor:
-    """Which rows give the network exactly what a dropped row gives it."""
+    """Which rows give the network exactly what a dropped row would."""
     parts = {name: tensor.split(PART) for name, tensor in tensors.items()}
     found = []
     for i, part_N in enumerate(keep_N.split(PART)):
@@ -70,7 +70,7 @@ def pairs(one: Conditioning, other: Conditioning) -> Iterator[tuple[Tensor, Tens
 
 @torch.no_grad()
 def says_something(patient: Patient) -> Iterator[Finding]:
-    """Two samples that differ in a condition must differ at the network's input."""
+    """Checks that samples that differ in a condition also differ at the network's input."""
     for kind, conditioner in patient.measurable.items():
         if kind == "temperature" or not differs(patient.batch, kind):
             continue
@@ -80,13 +80,13 @@ def says_something(patient: Patient) -> Iterator[Finding]:
             yield Finding(
                 "fault",
                 kind,
-                "gives the network tokens, and no level of it reads any: model.attention or middle, cross",
+                "gives the network tokens, but no level reads them: set model.attention or model.middle to cross",
             )
         elif all((a == a[:1]).all() for a, _ in pairs(given, given)):
-            yield Finding("fault", kind, "every sample gives the network the same: the condition says nothing")
+            yield Finding("fault", kind, "every sample gives the network the same input: the condition says nothing")
         elif kind in patient.conditioners[1]:
             yield Finding(
-                "unknown", kind, "samples that differ in it differ at the network's input, by a stand-in's tokens"
+                "unknown", kind, "samples that differ in it differ at the network's input, but with a stand-in's tokens"
             )
         else:
             yield Finding("fine", kind, "samples that differ in it differ at the network's input")
@@ -94,16 +94,16 @@ def says_something(patient: Patient) -> Iterator[Finding]:
 
 @torch.no_grad()
 def draws_by_position(patient: Patient) -> Iterator[Finding]:
-    """A run that goes on, or has other ranks, gives each image what it got before: asked twice, a batch is the same."""
+    """Checks that a batch is the same when drawn twice, as resuming and another number of ranks require."""
     for kind, conditioner in patient.measurable.items():
         once, again = (conditioner.of_batch(patient.batch, patient.recipe.seed) for _ in range(2))
         if any(not tensor.equal(again[name]) for name, tensor in once.items()):
-            says = "the same batch is given otherwise a second time, so a run would not go on as it was: draw by engine/draws.py"
+            says = "the same batch differs when drawn again, so a resumed run would not be the same: draw by engine/draws.py"
             yield Finding("fault", f"{kind}.of_batch", says)
 
 
 def differs(batch: Batch, kind: str) -> bool:
-    """Whether the rows at hand differ in what a kind reads."""
+    """Whether the batch's first rows differ in what this kind of condition reads."""
     if kind in ("label", "class_map"):
         return len(batch.labels_N[:16].unique()) > 1
     if kind == "attributes":
@@ -112,7 +112,7 @@ def differs(batch: Batch, kind: str) -> bool:
 
 
 def sinusoids(patient: Patient) -> Iterator[Finding]:
-    """A class number is a name, not a quantity."""
+    """Warns if class numbers, which are names, are encoded as quantities."""
     for condition in patient.recipe.conditioning:
         if isinstance(condition, Label) and condition.encoding == "sinusoid":
             says = "the class number is fed as a sinusoid, as if class 3 lay between 2 and 4; embedding learns each by itself"
@@ -120,7 +120,7 @@ def sinusoids(patient: Patient) -> Iterator[Finding]:
 
 
 def guidance(patient: Patient) -> Iterator[Finding]:
-    """Guidance is a difference to the null state, which only dropout trains."""
+    """Checks what guidance needs: the null condition, from which it leads away, is trained by dropout only."""
     recipe = patient.recipe
     asked = {c.kind: c.dropout for c in recipe.conditioning if c.kind != "temperature"}
     guided = any(c.kind == "temperature" for c in recipe.conditioning)
@@ -129,7 +129,7 @@ def guidance(patient: Patient) -> Iterator[Finding]:
     never = [kind for kind, dropout in asked.items() if dropout == 0 and recipe.drop_together == 0]
     if never and recipe.preview.guidance != 1:
         says = (
-            f"{recipe.preview.guidance:g} is set, but {', '.join(never)} is never dropped, so there is no trained null state "
+            f"{recipe.preview.guidance:g} is set, but {', '.join(never)} is never dropped, so there is no trained null condition "
             "to guide away from: previews are drawn at 1, and sampling with guidance is refused"
         )
         yield Finding("fault", "preview.guidance", says)
@@ -137,12 +137,12 @@ def guidance(patient: Patient) -> Iterator[Finding]:
         yield Finding("warning", "dropout", f"{', '.join(never)} is never dropped: guidance will not be possible")
     elif recipe.preview.guidance == 1:
         says = (
-            "is 1: pictures are drawn unguided, although guidance is trained for, as every condition is dropped at times; "
+            "is 1: pictures are drawn unguided, although guidance is trained for, since every condition is sometimes dropped; "
             "give a scale above 1, here and to duotone sample"
         )
         yield Finding("warning", "preview.guidance", says)
     else:
-        yield Finding("fine", "guidance", "every condition has a trained null state")
+        yield Finding("fine", "guidance", "every condition has a trained null condition")
 
 
 CHECKS = (drop_rates, says_something, draws_by_position, sinusoids, guidance)

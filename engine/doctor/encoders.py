@@ -1,4 +1,4 @@
-"""Text as the doctor reads it: each different caption is encoded once, and an encoder that is not here has a stand-in.
+"""Text as the doctor reads it: each distinct caption is encoded once, and a missing encoder is replaced by a stand-in.
 
 N captions, M tokens, D token width.
 """
@@ -16,7 +16,7 @@ from duotone.engine.model.unet import UNetConfig
 
 
 class Once:
-    """A TextConditioner's encode, (N, M, D), that is run on each different caption once, in however many rows it stands."""
+    """A TextConditioner's encode, (N, M, D), that runs once for each distinct caption, however many rows have it."""
 
     def __init__(self, encode: Callable[[dict[str, Tensor]], Tensor]):
         self.encode, self.known_MD = encode, {}
@@ -32,7 +32,7 @@ class Once:
 
 
 def reading_once(tokens: Callable[[list[str]], dict[str, Tensor]]) -> Callable[[list[str]], dict[str, Tensor]]:
-    """A tokenizer that reads each different caption of a list once."""
+    """A tokenizer that reads each distinct caption of a list once."""
 
     def read(captions: list[str]) -> dict[str, Tensor]:
         places = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
@@ -43,14 +43,14 @@ def reading_once(tokens: Callable[[list[str]], dict[str, Tensor]]) -> Callable[[
 
 
 def encoding_once(conditioner: Conditioner) -> Conditioner:
-    """The same conditioner; one of text reads and encodes a caption once."""
+    """The same conditioner; if it is one for text, it now reads and encodes each caption once."""
     if isinstance(conditioner, TextConditioner):
         conditioner.tokens, conditioner.encode = reading_once(conditioner.tokens), Once(conditioner.encode)
     return conditioner
 
 
 class RowsOfBytes(nn.Module):
-    """A random row for each byte, where a text encoder would be."""
+    """Stands in for a text encoder: a random row for each byte."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -62,13 +62,13 @@ class RowsOfBytes(nn.Module):
 
 
 def digests(captions: list[str]) -> dict[str, Tensor]:
-    """Eight bytes for each caption, which are others for another caption, however long both are."""
+    """Eight bytes for each caption, which differ for different captions, however long they are."""
     rows = [list(blake2b(caption.encode(), digest_size=8).digest()) for caption in captions]
     ids_NM = torch.tensor(rows)
     return {"ids_NM": ids_NM, "mask_NM": torch.ones_like(ids_NM, dtype=torch.bool)}
 
 
 def stand_in(condition: ClipText | EncoderText, network: UNetConfig) -> TextConditioner:
-    """A text condition with all that is its own and other tokens: how often they are dropped, their values do not change."""
+    """A text condition with its own settings but a stand-in's tokens, whose values do not matter for counting drops."""
     encoder = RowsOfBytes(network.context_width)
     return TextConditioner(encoder, digests, condition.dropout, network, frozen=True).eval()

@@ -1,4 +1,4 @@
-"""Every check, in the order in which a run would meet what it is about; each is a generator of findings in a file of this folder."""
+"""Every check, in the order in which a run would get to its subject; each is a generator of findings in this folder."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ CHECKS = (*settings.CHECKS, *noise.CHECKS, *conditions.CHECKS, *network.CHECKS, 
 
 
 def examine(recipe: Recipe) -> Iterator[Finding]:
-    """Every finding."""
+    """Yields every finding of every check."""
     patient = Patient(recipe)
     for check in CHECKS:
         yield from check(patient)

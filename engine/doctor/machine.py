@@ -1,4 +1,4 @@
-"""What this machine runs in place of the fast path, and what would bring it."""
+"""What this machine runs instead of the fast path, and what would enable that."""
 
 from collections.abc import Iterator
 
@@ -23,14 +23,14 @@ def device(patient: Patient) -> Iterator[Finding]:
 
 
 def attention(patient: Patient) -> Iterator[Finding]:
-    """An xformers that cannot run here is named with its reason."""
+    """Warns if xformers cannot run here, with the reason."""
     if speed.choose(patient.recipe.speed).device == "cuda" and (why := xformers()[1]):
         yield Finding("warning", "xformers", why)
 
 
 def decoder(patient: Patient) -> Iterator[Finding]:
     if patient.data is None:
-        yield Finding("unknown", "data", "no --data.shards: classes, captions and decoder were not looked at")
+        yield Finding("unknown", "data", "no --data.shards: classes, captions and decoder were not examined")
         return
     yield Finding("fine", "data", f"{patient.data.count:,} samples, decoded by {patient.data.decoder}")
     for line in (patient.data.decoder_note, *patient.data.notes):

@@ -1,4 +1,4 @@
-"""The network itself: layers through which an image's prediction would depend on the others of its batch."""
+"""The network itself: layers through which an image's prediction would depend on the other images of its batch."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from duotone.engine.doctor.patient import Finding, Patient
 
 
 def batch_statistics(patient: Patient) -> Iterator[Finding]:
-    """Guided sampling puts both branches into one batch: statistics over a batch would mix them."""
+    """Looks for batch statistics: guided sampling puts both branches into one batch, so these would mix them."""
     named = {**dict(patient.unet.named_modules()), **built_modules(patient)}
     found = [name for name, module in named.items() if isinstance(module, _BatchNorm)]
     if found:

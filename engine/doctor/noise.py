@@ -1,4 +1,4 @@
-"""Noise levels that are sampled but never trained, and a sigma_data that is not the data's."""
+"""Noise levels that sampling uses but training never draws, and a sigma_data that is not the data's."""
 
 from collections.abc import Iterator
 
@@ -12,11 +12,11 @@ from duotone.engine.objectives.sigma_data import measured_sigma_data
 DRAWS = 1_000_000
 TOLERATED = 0.05
 STILL_SEEN = 0.1
-RARE = 1e-7  # the published EDM draws 3e-6 of its levels at or above the second of 50 that it samples
+RARE = 1e-7  # the published EDM draws 3e-6 of its levels at or above the second of its 50 sampling levels
 
 
 def trained_levels(patient: Patient) -> Iterator[Finding]:
-    """Every level of a table is drawn; of a continuous range, where sampling begins and ends is not beyond what is drawn."""
+    """Checks that training draws every level of a table, or a range that reaches where sampling starts and ends."""
     objective = patient.recipe.objective
     u_N = (torch.arange(DRAWS, dtype=torch.float64) + 0.5) / DRAWS
     sigma_N = objective.draw_sigma(u_N)
@@ -40,7 +40,7 @@ def of_table(sigmas: torch.Tensor, drawn_N: torch.Tensor) -> Iterator[Finding]:
 
 
 def weightless(objective: DDPM) -> Iterator[Finding]:
-    """A level that is drawn with weight 0 is not trained: SNR weights give it to a last level without signal."""
+    """Warns of levels with loss weight 0, which are not trained: SNR weights give it to a last level without signal."""
     sigmas = objective.sigmas
     nothing = (objective.loss_weight(sigmas) == 0).nonzero().flatten().tolist()
     if nothing:
@@ -48,17 +48,17 @@ def weightless(objective: DDPM) -> Iterator[Finding]:
         says = f"{objective.weighting} gives t = {listed} weight 0"
         last = ", where sampling begins" if len(sigmas) - 1 in nothing else ""
         yield Finding(
-            "warning", "objective.weighting", f"{says}: it is drawn, but learned from its neighbours alone{last}"
+            "warning", "objective.weighting", f"{says}: it is drawn, but learned only from its neighbours{last}"
         )
 
 
 def last_level(objective: DDPM) -> Iterator[Finding]:
-    """Sampling begins from noise alone, so the last level of a table should hold nothing else."""
+    """Warns if a table's last level still holds signal, since sampling begins from pure noise."""
     signal = float(1 / (1 + objective.sigmas[-1].square()).sqrt())
     if signal > STILL_SEEN:
         says = (
             f"{objective.steps} levels of {objective.schedule} end where {signal:.0%} of the image is left, but sampling begins "
-            "without any: pictures will be grayer than the data's; take 1000 levels, or schedule cosine"
+            "with nothing of it: pictures will be greyer than the data's; take 1000 levels, or schedule cosine"
         )
         yield Finding("warning", "objective.steps", says)
 
@@ -78,7 +78,7 @@ def of_range(objective, drawn_N: torch.Tensor) -> Iterator[Finding]:
 
 
 def sigma_data(patient: Patient) -> Iterator[Finding]:
-    """Karras et al. 2022 scale by the standard deviation of the pixels: measured here."""
+    """Compares sigma_data, by which Karras et al. 2022 scale, with the measured standard deviation of the pixels."""
     objective = patient.recipe.objective
     if not isinstance(objective, EDM):
         return

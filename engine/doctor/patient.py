@@ -1,4 +1,4 @@
-"""What the doctor looks at, and what a finding is; each check is a generator of findings in a file of this folder."""
+"""What the doctor examines, and what a finding is; each check is a generator of findings in a file of this folder."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +22,7 @@ ROWS = 4096
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's: what was looked at, how it stands, and what to do about it."""
+    """One line of the doctor's report: what was examined, its state, and what to do about it."""
 
     level: Literal["fault", "warning", "fine", "unknown"]
     subject: str
@@ -31,13 +31,13 @@ class Finding:
 
 @dataclass
 class Patient:
-    """A recipe with what it would train on and with; nothing is trained, and no UNet is given storage."""
+    """A recipe with the data and the network that it would train; nothing is trained, and the UNet has no storage."""
 
     recipe: Recipe
 
     @cached_property
     def data(self) -> Dataset | None:
-        """The data, where the recipe names any."""
+        """The data, or None if the recipe names none."""
         recipe = self.recipe
         if recipe.data.shards is None:
             return None
@@ -45,7 +45,7 @@ class Patient:
 
     @cached_property
     def facts(self) -> Facts:
-        """The data's own, or stand-ins."""
+        """The class and attribute names of the data, or stand-ins without data."""
         if self.data is None:
             return Facts(classes=tuple("0123456789"), attributes=tuple("abcdefgh"))
         named = (self.data.classes, self.data.attributes)
@@ -53,7 +53,7 @@ class Patient:
 
     @cached_property
     def batch(self) -> Batch:
-        """ROWS training rows: a few samples over and over, each time at another position of the run."""
+        """ROWS training rows: a few samples repeated, each time at another position of the run."""
         few = self.few()
         rows_N = np.arange(ROWS) % len(few.keys)
         pick = torch.from_numpy(rows_N)
@@ -84,7 +84,7 @@ class Patient:
 
     @cached_property
     def conditioners(self) -> tuple[dict[str, Conditioner], dict[str, Refused]]:
-        """Those that can be built here, and why the others cannot."""
+        """The conditioners that can be built here, and why the others cannot."""
         torch.manual_seed(0)
         built, absent = {}, {}
         for condition in self.recipe.conditioning:
@@ -96,7 +96,7 @@ class Patient:
 
     @cached_property
     def measurable(self) -> dict[str, Conditioner]:
-        """Those through which the batch can be sent: a text encoder that is not here has a stand-in."""
+        """The conditioners that the batch can be sent through; a missing text encoder is replaced by a stand-in."""
         built, absent = self.conditioners
         found = {}
         for condition in self.recipe.conditioning:

@@ -10,7 +10,7 @@ from duotone.engine.objectives.ddpm import DDPM
 
 
 def warm_up(patient: Patient) -> Iterator[Finding]:
-    """Counted in images, not in steps, and not multiplied by ranks."""
+    """Checks the warm-up, which is counted in images, not in steps, and not multiplied by ranks."""
     recipe = patient.recipe
     warmup, share = recipe.optimizer.warmup, recipe.optimizer.warmup / recipe.images
     if share >= 1:
@@ -23,7 +23,7 @@ def warm_up(patient: Patient) -> Iterator[Finding]:
 
 
 def averaging(patient: Patient) -> Iterator[Finding]:
-    """The EMA at the end must have forgotten the weights that it began with."""
+    """Checks that the EMA has forgotten its initial weights by the end."""
     recipe = patient.recipe
     kept, images = 1.0, 0
     stride = max(1, recipe.images // recipe.batch_size // 2000)
@@ -34,11 +34,11 @@ def averaging(patient: Patient) -> Iterator[Finding]:
         says = f"the exported weights will still be {kept:.0%} the random ones of the start: shorten ema.half_life"
         yield Finding("fault", "ema", says)
     else:
-        yield Finding("fine", "ema", f"the start's weights count {kept:.1g} at the end")
+        yield Finding("fine", "ema", f"the initial weights have a share of {kept:.1g} at the end")
 
 
 def batches(patient: Patient) -> Iterator[Finding]:
-    """A batch must divide among ranks, and an epoch should hold several."""
+    """Checks that the batch divides among ranks, and that the data holds at least one batch."""
     recipe = patient.recipe
     uneven = [ranks for ranks in (2, 4, 8) if recipe.batch_size % (ranks * (recipe.accumulation or 1))]
     if uneven:
@@ -48,12 +48,12 @@ def batches(patient: Patient) -> Iterator[Finding]:
     else:
         yield Finding("fine", "batch_size", f"{recipe.batch_size} divides among 2, 4 and 8 ranks")
     if patient.data is not None and patient.data.count < recipe.batch_size:
-        says = f"{recipe.batch_size}, but the data has {patient.data.count}: an image comes up several times in a step"
+        says = f"{recipe.batch_size}, but the data has {patient.data.count}: an image is used several times in a step"
         yield Finding("warning", "batch_size", says)
 
 
 def without_effect(patient: Patient) -> Iterator[Finding]:
-    """Fields that were set, and that another field keeps from being read."""
+    """Warns of fields that are set but have no effect because of another field."""
     silent = list(unread(patient.recipe))
     for name, why in silent:
         yield Finding("warning", name, f"is set, but has no effect: {why}")
@@ -74,7 +74,7 @@ def unread(recipe) -> Iterator[tuple[str, str]]:
     if recipe.drop_together and not recipe.conditioning:
         yield "drop_together", "there is no condition"
     if recipe.preview.prompts and not recipe.wants_captions:
-        yield "preview.prompts", "no condition is a text"
+        yield "preview.prompts", "no condition is text"
     kinds = [condition.kind for condition in recipe.conditioning]
     if recipe.preview.attributes and "attributes" not in kinds:
         yield "preview.attributes", "no condition is of attributes"
@@ -100,7 +100,7 @@ def unread(recipe) -> Iterator[tuple[str, str]]:
 
 
 def of_attention(model: UNetConfig) -> Iterator[str]:
-    """Fields that only attention reads, where there is none; of those with an entry per level, 1 throughout asks for nothing."""
+    """Fields set for attention in a network that has none; one with an entry per level counts as unset if all are 1."""
     if {*model.attention, model.middle} & {"self", "cross"}:
         return
     for name in ("heads", "depth"):

@@ -363,7 +363,7 @@ def test_the_estimate_counts_parameters_memory_and_arithmetic(duotone):
         (("estimate", "engine/draws.py"), "defines no `recipe = Recipe(...)`"),
         (("estimate", "recipes/mnist_concat.py", "--batch-sise", "3"), "the nearest key is --batch-size"),
         (("doctor", "recipes/mnist_concat.py", "--images", "1000"), "no multiple of batch_size"),
-        (("examine", "recipes/mnist_concat.py"), "there are prepare, sample, export, evaluate, doctor, estimate"),
+        (("examine", "recipes/mnist_concat.py"), "give one of prepare, sample, export, evaluate, doctor, estimate"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(arguments, says, duotone):

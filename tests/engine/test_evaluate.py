@@ -699,7 +699,7 @@ def refused(capsys, *arguments: str) -> str:
         (["--features.network", "dinov2"], "--features.weights"),
         (["--features.network", "inception"], "torch-fidelity's .* or torchvision's"),
         (["--sampler", "rk45"], "rk45.*heun"),
-        (["--per-caption", "3"], "--per-caption has no effect on a measurement beside data"),
+        (["--per-caption", "3"], "--per-caption has no effect on a measurement against data"),
         (
             ["--out", str(FASHION / "t10k-labels-idx1-ubyte.gz" / "out")],
             "labels-idx1-ubyte.gz cannot: give another --out",

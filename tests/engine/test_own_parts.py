@@ -227,7 +227,7 @@ def test_a_file_of_ones_own_is_trained_by_and_given_to_a_command(tmp_path, capsy
     [
         (None, "--with : there is no such file; give a Python file and then the command"),
         ("mine.py", "mine.py cannot be imported \\(ZeroDivisionError: division by zero\\)"),
-        ("mine.txt", "mine.txt: it is no Python file"),
+        ("mine.txt", "mine.txt: it is not a Python file"),
     ],
 )
 def test_a_file_that_cannot_be_imported_is_one_line(file, says, tmp_path, capsys, monkeypatch):
@@ -322,7 +322,7 @@ def found(check, **settings) -> dict:
 
 def test_the_doctor_sees_what_such_parts_do():
     said = found(conditions.says_something, conditioning=(Tokens(),))["brightness"]
-    assert said.level == "fault" and "no level of it reads any" in said.says
+    assert said.level == "fault" and "no level reads them" in said.says
     assert found(conditions.says_something, conditioning=(Brightness(),))["brightness"].level == "fine"
     said = found(conditions.draws_by_position, conditioning=(Restless(), Label()))
     assert list(said) == ["brightness.of_batch"] and said["brightness.of_batch"].level == "fault"

@@ -73,7 +73,7 @@ MISTAKES = [
     ("label", "--label cat --guidance 1 --rescale 0.5", "have no effect at guidance 1"),
     ("label", "--label cat --gif same.gif --out same.gif", "--gif and --out are both same.gif"),
     ("label", "--label cat --strip same.png --out same.png", "--strip and --out are both same.png"),
-    ("label", "--label cat --noisy", "--noisy is about --gif and --strip"),
+    ("label", "--label cat --noisy", "--noisy has no effect without --gif or --strip"),
     ("attributes", "--attribute Male Male=0", "attribute 'Male' is given twice"),
     ("attributes", "--attribute Male,Male=0", "attribute 'Male' is given twice"),
     (
@@ -88,7 +88,7 @@ MISTAKES = [
     ("label", "--label cat --steps 2000", "steps = 2000: noise levels must fall at every step"),
     ("undropped", "--label cat --guidance 2", "trained with condition dropout 0 for its labels: leave guidance at 1"),
     ("attributes", "--attribute Old", "attribute 'Old' is none of this model's: it knows Bald, Male"),
-    ("attributes", "--attribute Male=1:3 --guidance 2", "--guidance beside scales by attribute (Male)"),
+    ("attributes", "--attribute Male=1:3 --guidance 2", "--guidance is given with scales by attribute (Male)"),
     ("alone", "--guidance 3", "guidance needs a condition"),
     ("alone", "--prompt a", "this model takes no prompts: it takes no condition, only count"),
 ]
