@@ -1,4 +1,4 @@
-"""How much memory a rank will need, from the network itself, and what fits into it."""
+"""How much memory a rank will need, computed from the network itself, and what fits into it."""
 
 import os
 from collections.abc import Callable
@@ -21,7 +21,7 @@ USABLE = 0.85  # of a GPU: the rest goes to workspaces, to gaps between tensors 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one rank."""
+    """Bytes on one rank."""
 
     state: int
     """Weights, gradients, fp32 master weights, moments and EMA, as sharded."""
@@ -34,7 +34,7 @@ class Estimate:
 
 
 def estimate(network: nn.Module, recipe, micro: int, choice, ranks: int) -> Estimate:
-    """The prediction for a micro-batch of `micro` images."""
+    """Predicts the memory of one rank for a micro-batch of `micro` images."""
     parameters = sum(p.numel() for p in network.parameters())
     held = parameters * choice.dtype.itemsize
     sharded = 4 * recipe.optimizer.state_elements(network) // ranks
@@ -47,7 +47,7 @@ def estimate(network: nn.Module, recipe, micro: int, choice, ranks: int) -> Esti
 
 
 def fewest_micro_batches(network: nn.Module, recipe, choice, ranks: int, room: int, least: int = 1) -> int:
-    """Micro-batches per rank and step, `least` or more, so that one fits into `room` bytes; refuses where no image does."""
+    """Fewest micro-batches per rank and step, from `least` on, of which one fits into `room` bytes; Refused if none."""
     share = recipe.batch_size // ranks
 
     def fits(times: int) -> bool:
@@ -59,13 +59,13 @@ def fewest_micro_batches(network: nn.Module, recipe, choice, ranks: int, room: i
             return times
     needed = estimate(network, recipe, 1, choice, ranks)
     raise Refused(
-        f"one image at a time needs about {needed.gib:.1f} GiB per rank, and there are {room / 2**30:.1f}: take "
+        f"one image at a time needs about {needed.gib:.1f} GiB per rank, but there are only {room / 2**30:.1f}: take "
         "--speed.gradient-checkpointing, a higher --zero.stage with more ranks, or a smaller network or --data.size"
     )
 
 
 def saved_per_image(unet: nn.Module, size: int, choice) -> int:
-    """Bytes that autograd keeps for one image, counted on a twin without storage; on CUDA the kernels keep less."""
+    """Bytes that autograd keeps for one image, counted on a copy without storage; on CUDA the kernels keep less."""
     return saved_by(unet.config, size, choice.dtype, choice.device == "cuda", getattr(unet, "checkpointing", False))
 
 
@@ -74,7 +74,7 @@ def saved_by(config: UNetConfig, size: int, dtype: torch.dtype, fused: bool, che
     with torch.device("meta"):
         twin = UNet(config).to(dtype)
     twin.checkpointing = checkpointing
-    # Views share their storage: a transposed weight is a weight, and what two layers keep is held once.
+    # By storage, which views share: a transposed weight is a weight, and what two layers keep counts once.
     weights = {p.untyped_storage()._cdata for p in twin.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -98,7 +98,7 @@ def imagined_inputs(config: UNetConfig, size: int, dtype: torch.dtype) -> tuple:
 
 
 def rows_that_fit(unet: nn.Module, size: int) -> int:
-    """Images to sample at once: as many as training could hold in the free memory, which is more than sampling needs."""
+    """Images to sample at once: as many as training could hold in half the free memory; sampling needs less."""
     device, dtype = unet.conv_in.weight.device, unet.conv_in.weight.dtype
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_on_cpu()
     row = saved_by(unet.config, size, dtype, device.type == "cuda", False)
@@ -106,7 +106,7 @@ def rows_that_fit(unet: nn.Module, size: int) -> int:
 
 
 def in_chunks(compute: Callable[[slice], np.ndarray], number: int, at_once: int) -> np.ndarray:
-    """All rows, `at_once` at a time; where memory runs out, half as many and on from there."""
+    """Computes all rows, `at_once` at a time; if memory runs out, continues with half as many at a time."""
     parts, first = [], 0
     while first < number:
         rows = slice(first, min(first + at_once, number))
@@ -129,12 +129,14 @@ def free_on_cpu() -> int:
 @lru_cache
 def flops_of(config: UNetConfig, size: int) -> int:
     with torch.device("meta"):
-        twin = UNet(config).requires_grad_(False)  # what a block returns of its weights would be asked for its gradient
+        twin = UNet(config).requires_grad_(
+            False
+        )  # else the counter would hook gradients of weights that a block returns
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         twin(*imagined_inputs(config, size, torch.float32))
     return counter.get_total_flops()
 
 
 def flops_per_image(unet: nn.Module, size: int) -> int:
-    """Arithmetic of one forward pass for one image, multiplications and additions, counted on a twin without storage."""
+    """Multiplications and additions of one forward pass for one image, counted on a copy without storage."""
     return flops_of(unet.config, size)

@@ -1,6 +1,7 @@
-"""Two training steps tried for real, before a run settles on its micro-batch.
+"""Tries two real training steps before a run settles on its micro-batch.
 
-The estimate (engine/memory.py) counts what autograd keeps; workspaces and gaps between tensors show only in a run.
+The estimate (engine/memory.py) counts what autograd keeps; workspaces and gaps between tensors only show in a real
+step.
 """
 
 from dataclasses import replace
@@ -13,10 +14,10 @@ from duotone.engine.model.unet import UNet
 
 
 def fits(unet: UNet, size: int, rows: int, needed: Estimate, switches: speed.Speed, choice: speed.Choice) -> bool:
-    """Whether two steps of `rows` images run on the device of `unet`, in a twin of it, beside the optimizer's state."""
+    """Whether two steps of `rows` images fit on the device of `unet`, in a copy of it, beside the optimizer's state."""
     device = unet.conv_in.weight.device
     try:
-        # Random numbers are left as they were: a run that tries goes on as one that does not.
+        # The random state is restored, so that a run that tries steps is the same as one that does not.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             return runs(unet.config, size, rows, needed, switches, choice, device)
     except torch.cuda.OutOfMemoryError:
@@ -29,10 +30,10 @@ def fits(unet: UNet, size: int, rows: int, needed: Estimate, switches: speed.Spe
 def runs(config, size: int, rows: int, needed: Estimate, switches, choice, device: torch.device) -> bool:
     with device:
         twin = UNet(config).to(choice.dtype)
-    # Uncompiled: that holds more than what is compiled, and does not keep the run waiting.
+    # Uncompiled, which needs more memory than compiled blocks and does not delay the run by compiling.
     speed.make_ready(twin, switches, replace(choice, compile=False))
     weights = sum(p.nbytes for p in twin.parameters())
-    # The twin brings weights and gradients of its own; the rest of the state is held free for the run.
+    # The copy has its own weights and gradients; this reserves the memory of the rest of the state.
     state = torch.empty(max(0, needed.state - 2 * weights), dtype=torch.uint8, device=device)
     inputs = [
         None if one is None else torch.zeros(rows, *one.shape[1:], dtype=one.dtype, device=device)
@@ -40,5 +41,5 @@ def runs(config, size: int, rows: int, needed: Estimate, switches, choice, devic
     ]
     for _ in range(2):
         twin(*inputs).float().square().mean().backward()
-    del state  # held until here
+    del state  # keeps the reservation until here
     return True

@@ -1,4 +1,4 @@
-"""A recipe from where a person keeps it: a recipe's file, or the folder of a run, with flags laid over it."""
+"""Reads a recipe from a recipe's file or a run's folder, with flags applied on top."""
 
 import runpy
 from pathlib import Path
@@ -13,7 +13,7 @@ from duotone.engine.recipe_json import from_json, refuse_unstorable
 def recipe_at(path: Path, flags: list[str], name: str) -> Recipe:
     """The checked recipe of recipes/X.py or runs/X; `name` is the command as its help shows it.
 
-    Raises Refused on a path that holds none, and on flags that do not fit.
+    Raises Refused on a path without a recipe, and on flags that do not fit it.
     """
     recipe = parse(Recipe, flags, default=stored(path) if path.is_dir() else written(path), name=name)
     recipe.check()
@@ -32,7 +32,7 @@ def written(file: Path) -> Recipe:
         raise Refused(f"{file} does not exist: give a recipe's file, such as recipes/coco_clip.py, or a run's folder")
     try:
         found = runpy.run_path(str(file)).get("recipe")
-    except Exception as error:  # noqa: BLE001 - whatever stands in a file that may be no recipe at all
+    except Exception as error:  # noqa: BLE001 - a file that may not be a recipe can raise anything
         raise Refused(f"{file} cannot be run as a recipe ({type(error).__name__}: {error})") from None
     if not isinstance(found, Recipe):
         raise Refused(f"{file} defines no `recipe = Recipe(...)`")

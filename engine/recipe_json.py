@@ -1,4 +1,4 @@
-"""Recipes as JSON, beside the weights that they made."""
+"""Recipes as JSON, as stored with the weights that they trained."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ def to_json(value) -> object:
 
 
 def from_json(value, kind=None) -> object:
-    """The dataclass tree back; only what a stored model can hold is built."""
+    """The dataclass tree of a JSON value; builds only the dataclasses that a stored model can hold."""
     if isinstance(value, dict) and "type" in value:
         cls = dataclass_named(value["type"])
         hints = typing.get_type_hints(cls)
@@ -39,11 +39,11 @@ def wants_path(kind) -> bool:
 
 
 def dataclass_named(name: str) -> type:
-    """By its name alone, so that a stored recipe outlives a file's move; older ones say the module too."""
+    """The dataclass of this name, whatever its file, so that files may move; older recipes also store the module."""
     found = configurations().get(str(name).rpartition(":")[2])
     if found is None:
         raise Refused(
-            f"recipe names the type {name!r}, which this version of duotone does not have; where it is one of your own, import "
+            f"recipe names the type {name!r}, which this version of duotone does not have; if it is your own, import "
             "the file that registers it (duotone.engine.register), or give it to the command: duotone --with FILE COMMAND"
         )
     return found
@@ -64,9 +64,10 @@ def configurations() -> dict[str, type]:
 
 
 def register(kind: type) -> type:
-    """A decorator for a part of one's own outside of this package: every process that has imported it can load what it made.
+    """A decorator for your own recipe parts: every process that has imported one can load the models trained with it.
 
-    A class that is defined again, as by a notebook's cell, takes its own place. Raises Refused where another part has its name.
+    A class that is defined again, as when a notebook's cell is rerun, replaces its earlier self. Raises Refused if
+    another part has its name.
     """
     known = configurations().get(kind.__name__, kind)
     if (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
@@ -76,7 +77,7 @@ def register(kind: type) -> type:
 
 
 def refuse_unstorable(value, key: str = "recipe") -> None:
-    """Refuses a part that no stored model could name, before anything is trained with it."""
+    """Raises Refused on a part that a stored model could not name, before anything is trained with it."""
     if isinstance(value, tuple | list):
         for i, part in enumerate(value):
             refuse_unstorable(part, f"{key}.{i}")
@@ -103,7 +104,7 @@ def flat(value, prefix: str = "") -> dict[str, object]:
 
 
 def unknown_fields(stored: dict, recipe: Recipe) -> dict[str, object]:
-    """What a stored recipe says that this version has no field for, by dotted keys."""
+    """The fields of a stored recipe that this version does not have, by dotted keys."""
     known = flat(to_json(recipe))
     return {name: value for name, value in flat(stored).items() if name not in known}
 
@@ -126,16 +127,16 @@ FREE = (
 
 
 def differences(stored: dict, recipe: Recipe) -> list[str]:
-    """The fields by which a stored recipe is another run than this one; what leaves the numbers alone does not count.
+    """The fields that make a stored recipe a different run; those that do not change the numbers are ignored.
 
-    A field that came with a later version of duotone had its default when the run began.
+    A field that a later version of duotone added counts as having had its default when the run began.
     """
     then, now = (flat(json.loads(json.dumps(to_json(r)))) for r in (from_json(stored), recipe))
-    then = flat(stored) | then  # with fields that this version no longer has
+    then = flat(stored) | then  # includes fields that this version no longer has
     return unlike(then, now, (*FREE, "images") if recipe.optimizer.schedule == "constant" else FREE)
 
 
 def unlike(there: dict, here: dict, free: tuple[str, ...]) -> list[str]:
-    """The fields of two flat recipes that differ, but for those that are free to."""
+    """The fields in which two flat recipes differ, except those that are free to differ."""
     keys = [key for key in sorted(there.keys() | here.keys()) if not key.startswith(free)]
     return [f"{key}: {there.get(key)} there, {here.get(key)} here" for key in keys if there.get(key) != here.get(key)]

@@ -1,6 +1,6 @@
-"""Small networks for the embedded captioned shapes: what a recipe trains where no data is given, or with --small.
+"""Small recipes for the embedded captioned shapes: what a recipe file trains without data, or with --small.
 
-Sized for minutes on two CPU cores; their colours and shapes say whether a condition is followed.
+Sized for minutes on two CPU cores; colours and shapes show whether a condition is followed.
 """
 
 from dataclasses import replace
@@ -22,7 +22,7 @@ small_text = Recipe(
     name="captioned_shapes",
     data=Shards(size=16),
     conditioning=(ByteText(width=64, dropout=0.1),),
-    # At 16 px colours and shapes are settled at high noise: training looks there more often than Karras et al. do.
+    # At 16 px colours and shapes are decided at high noise, so training draws it more often than Karras et al. do.
     objective=EDM(sigma_data=0.6, log_mean=0.8, log_std=1.2),
     model=UNetConfig(
         channels=(48, 64),
@@ -52,7 +52,7 @@ small_label = replace(
     small_plain,
     name="labelled_shapes",
     conditioning=(Label(dropout=0.1),),
-    # A class that is only added to the features does not teach its shape in so few images; one that scales them does.
+    # With so few images, a class embedding that only shifts the features does not teach its shape; scaling them does.
     model=replace(small_plain.model, film=True),
     images=48_000,
 )
