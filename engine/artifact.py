@@ -101,7 +101,7 @@ def header(recipe: Recipe, facts: Facts, images: int) -> dict[str, str]:
 def load(
     path: str | Path, device: str | torch.device | None = None, *, speed: switches.Speed = switches.SAMPLING
 ) -> Model:
-    """A model from a run, a checkpoint of it or an ema.safetensors, ready to sample from; raises Refused on others.
+    """A model from a run, a checkpoint or an ema.safetensors, ready to sample from; raises Refused on anything else.
 
     It samples in bf16 on a GPU and in fp32 on a CPU, unless `speed` says otherwise; `device` is short for speed.device.
     """
@@ -168,7 +168,7 @@ def put_to_sample(network: Network, device: str | torch.device | None, speed: sw
             say(line)
     network.eval().requires_grad_(False).to(device or choice.device, choice.dtype)
     network.records = speed.cuda_graphs and choice.device == "cuda"
-    # The network is recorded whole: if Inductor recorded its blocks as well, they would overwrite each other's memory.
+    # The network is recorded whole: if Inductor recorded its blocks as well, they would reuse each other's memory.
     switches.make_ready(network.unet, replace(speed, cuda_graphs=False), choice)
 
 

@@ -107,7 +107,7 @@ def unknown_kind(kinds: dict, arguments: list[str]) -> str | None:
 
 
 def key_of_another_kind(kinds: dict, box: str) -> str | None:
-    """The message for a key in tyro's error box that only other kinds have than the chosen one, or None."""
+    """The message for a key, in tyro's error box, that belongs only to kinds that were not chosen, or None."""
     for field, number, key in re.findall(r"--(\w+)(\.\d+)?\.([\w-]+) \(applied", re.sub(r"[\s│]+", " ", box)):
         name = key.replace("-", "_")
         owners = [f"{field}{number}:{k}" for k, c in kinds.get(field, {}).items() if name in c.__dataclass_fields__]

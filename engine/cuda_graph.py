@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Recorded:
-    """function(*tensors) for tensors of fixed shapes; the result is in the graph's memory, until the next call."""
+    """function(*tensors) for tensors of fixed shapes; the result lives in the graph's memory until the next call."""
 
     def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]):
         self.inputs = [tensor.clone() for tensor in inputs]

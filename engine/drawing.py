@@ -22,7 +22,7 @@ NO_FILE_NAME = re.compile(r"[^\w-]+")
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """Captions and images of the data, for models whose conditions cannot be named without it."""
+    """Captions and images of the data, for previews of models that are conditioned on such."""
 
     captions: tuple[str, ...] = ()
     images_NHWC: np.ndarray | None = None
@@ -81,7 +81,7 @@ def given(model: Model, rows: dict) -> list[np.ndarray]:
 
 
 def beside(given_NHWC: list[np.ndarray], images_NHWC: np.ndarray, columns: int) -> np.ndarray:
-    """A grid with the images that each row was given at its beginning."""
+    """A grid whose rows begin with the images that they were given."""
     if not given_NHWC:
         return images_NHWC
     rows = images_NHWC.reshape(-1, columns, *images_NHWC.shape[1:])

@@ -1,7 +1,6 @@
 """Every random number of a run is a function of (seed, position, purpose); position counts images since its start.
 
-So a run resumes from one integer, and draws do not depend on ranks, workers or micro-batches. Salmon et al. 2011
-(Philox).
+So a run resumes from one integer, and draws do not depend on ranks, workers or micro-batch. Salmon et al. 2011 (Philox).
 """
 
 import math
@@ -57,8 +56,7 @@ def _block(seed: int, block: int, purpose: int, count: int) -> Tensor:
 def stratified(u_N: Tensor, positions_N: np.ndarray, batch: int) -> Tensor:
     """u_N spread evenly over the global batch: each image draws within its own stratum, 1 / batch wide.
 
-    Neighbouring positions get distant strata, so every micro-batch sees all noise levels. Kingma et al. 2021, appendix
-    I.1.
+    Neighbouring positions get distant strata, so micro-batches see all noise levels. Kingma et al. 2021, appendix I.1.
     """
     stride = max(1, round(batch * 0.618034))
     while math.gcd(stride, batch) > 1:

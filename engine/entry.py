@@ -67,9 +67,8 @@ def tell_where(recipe: Recipe) -> None:
     """Prints, on rank 0, where an interrupted run resumes."""
     if int(os.environ.get("RANK", 0)) == 0:
         found = checkpoint.known(recipe.folder / "checkpoints")
-        newest = max(
-            found, key=lambda path: path.stat().st_mtime, default=None
-        )  # by time: the last name may be a damaged one
+        # The newest by time: the last one by name may be damaged.
+        newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
         where = f"{recipe.again} resumes from {newest}" if newest else "there is no checkpoint to resume from yet"
         with contextlib.suppress(OSError):  # the terminal may be gone
             print(f"\nduotone: interrupted: {where}", file=sys.stderr, flush=True)

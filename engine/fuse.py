@@ -374,7 +374,7 @@ class FusedAttention:
         else:
             (q,) = each_projected(attn.heads, x_NLC, attn.to_q)
             k, v = each_projected(attn.heads, context_NMD, attn.to_k, attn.to_v)
-        # diffusers' bias is 0 for a key that counts and -10000 for one that does not; if none counts, all do.
+        # diffusers' bias is 0 for a key that counts and -10000 for one that does not; if none does, all count.
         mask_NM = None if bias_N1M is None else bias_N1M[:, 0] > -5000
         mask_NM = None if mask_NM is None else mask_NM | ~mask_NM.any(dim=1, keepdim=True)
         return attention(q, k, v, mask_NM=mask_NM, scale=attn.scale).flatten(2)

@@ -46,7 +46,7 @@ class Window:
 
 
 def say(line: str) -> None:
-    """Prints one line without a run's log, on rank 0 only."""
+    """Prints one line outside of a run's log, on rank 0 only."""
     if int(os.environ.get("RANK", 0)) == 0:
         printed(f"duotone: {line}")
 
@@ -264,7 +264,7 @@ NOTHING_ELSE = dict(
     x_disable_stats=True,
     x_save_requirements=False,
 )
-"""Keeps wandb from sending printed output, the command line, the repository's address, packages and the machine."""
+"""Keeps wandb from sending printed output, the command line, the repository's address, packages and machine facts."""
 
 
 def wandb(folder: Path, recipe: dict, shows: bool) -> Callable[[dict], None]:

@@ -129,9 +129,8 @@ def free_on_cpu() -> int:
 @lru_cache
 def flops_of(config: UNetConfig, size: int) -> int:
     with torch.device("meta"):
-        twin = UNet(config).requires_grad_(
-            False
-        )  # else the counter would hook gradients of weights that a block returns
+        # Without gradients: the counter would hook those of weights that a block returns.
+        twin = UNet(config).requires_grad_(False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         twin(*imagined_inputs(config, size, torch.float32))
     return counter.get_total_flops()

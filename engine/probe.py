@@ -1,7 +1,6 @@
 """Tries two real training steps before a run settles on its micro-batch.
 
-The estimate (engine/memory.py) counts what autograd keeps; workspaces and gaps between tensors only show in a real
-step.
+The estimate (engine/memory.py) counts what autograd keeps; workspaces and gaps between tensors show only in a run.
 """
 
 from dataclasses import replace

@@ -95,7 +95,7 @@ class Recipe:
         return any(condition.kind == "text" for condition in self.conditioning)
 
     def check(self) -> None:
-        """Raises Refused on a value of a wrong type or out of range, by its key, before anything heavy is loaded."""
+        """Raises Refused on values of a wrong type or out of range, naming the key, before anything heavy loads."""
         refuse_other_types(self)
         for name in ("batch_size", "images"):
             at_least(name, getattr(self, name), 1)

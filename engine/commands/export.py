@@ -1,4 +1,4 @@
-"""`duotone export RUN`: write a model in a form for others to load."""
+"""`duotone export RUN`: write a model as one file or as a folder for diffusers."""
 
 import os
 from dataclasses import dataclass
