@@ -17,7 +17,7 @@ from duotone.engine.conditioning.base import Conditioner, Conditioning, Facts
 from duotone.engine.model.unet import UNetConfig
 
 UNKNOWN = -1
-STATES = 3  # absent, present, unknown: the last is each attribute's null state
+STATES = 3  # absent, present, unknown; unknown is the attribute's null state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,17 +27,17 @@ class Attributes:
     kind = "attributes"
 
     port: Literal["tokens", "vector"] = "tokens"
-    """tokens: one for each attribute, for cross-attention; vector: their sum, added to the time embedding."""
+    """tokens: one token per attribute, for cross-attention; vector: the sum of their rows, added to the time embedding."""
     dropout: float = 0.1
-    """Share of images whose attributes are all made unknown in training."""
+    """Share of images for which all attributes are made unknown in training."""
     attribute_dropout: float = 0.1
-    """Share of single attributes made unknown in training, each by itself."""
+    """Probability with which each single attribute is made unknown in training, independently of the others."""
 
     def build(self, network: UNetConfig, facts: Facts) -> "AttributesConditioner":
         share("conditioning: attribute_dropout", self.attribute_dropout)
         if not facts.attributes:
             raise Refused(
-                "conditioning by attributes needs their names, and the data has none: prepare it with attributes"
+                "conditioning by attributes needs attribute names, but the data has none: prepare it with attributes"
             )
         return AttributesConditioner(self, facts.attributes, network)
 
@@ -77,10 +77,10 @@ class AttributesConditioner(Conditioner):
 
 
 def attribute_row(value: Mapping | Sequence, names: tuple[str, ...]) -> list[int]:
-    """1 present, 0 absent, -1 unknown, for every attribute, from one of three ways to ask.
+    """The state of every attribute: 1 present, 0 absent, -1 unknown. A value may be given in one of three ways.
 
     A vector of 0, 1 and None (or -1) in the model's order; a list of the names that are present, all others being absent;
-    a mapping from names to 0, 1 or None, all others being unknown.
+    or a mapping from names to 0, 1 or None, all others being unknown.
     """
     if isinstance(value, Mapping):
         known = {place(name, names): state_of(state) for name, state in value.items()}
@@ -99,7 +99,7 @@ def attribute_row(value: Mapping | Sequence, names: tuple[str, ...]) -> list[int
 
 
 def states_in(text: str) -> dict[str, int]:
-    """What a text asks for: {"Smiling": 1, "Male": 0} for "Smiling,Male=0"; raises Refused."""
+    """The states that a text asks for: {"Smiling": 1, "Male": 0} for "Smiling,Male=0"; raises Refused if it is malformed."""
     states: dict[str, int] = {}
     for part in text.split(","):
         name, _, state = part.strip().partition("=")
@@ -113,7 +113,7 @@ def states_in(text: str) -> dict[str, int]:
 
 def place(name: str, names: tuple[str, ...]) -> int:
     if name not in names:
-        raise Refused(f"attribute {name!r} is none of this model's: it knows {', '.join(names)}")
+        raise Refused(f"attribute {name!r} is not one of this model's: it knows {', '.join(names)}")
     return names.index(name)
 
 

@@ -1,4 +1,4 @@
-"""What a condition is to the network: three ports, and a null state for each kind.
+"""How a condition enters the network: through one of three ports, with a null state for each kind.
 
 N images, E embedding width, M tokens of width D, K channels of H x W pixels.
 """
@@ -15,7 +15,7 @@ from duotone.data.batch import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What the data says of itself and a network must know: it is stored with the weights."""
+    """What a network must know about its data; stored with the weights."""
 
     classes: tuple[str, ...] | None = None
     attributes: tuple[str, ...] | None = None
@@ -25,7 +25,7 @@ class Facts:
 class Conditioning:
     """The three ports: a vector added to the time embedding, tokens for cross-attention, channels beside the image.
 
-    Channels of 1 x 1 pixels hold for every pixel.
+    Channels of 1 x 1 pixels are repeated at every pixel.
     """
 
     vector_NE: Tensor | None = None
@@ -35,49 +35,49 @@ class Conditioning:
 
 
 class Conditioner(nn.Module, ABC):
-    """Turns one kind of condition into a Conditioning; keep_N False gives a row its null state."""
+    """Turns one kind of condition into a Conditioning; a row whose keep_N is False gets the null state."""
 
     kind: str
-    """Its name within a network, which holds one of each kind."""
+    """Its name within a network, which has at most one of each kind."""
     asked: str
-    """The keyword by which sample() is given its values."""
+    """The keyword argument of sample() that takes its values."""
     nobody: object = 0
-    """A value that stands in where nobody gave one; its row is not kept."""
+    """A placeholder for a value that was not given; its row gets the null state."""
     dropout: float
     spatial: bool = False
-    """Whether it is given an image, which must then be mirrored as the network sees it."""
+    """Whether the condition is an image, which must be mirrored together with the training image."""
     extra_channels: int = 0
     """Channels that it adds to the network's input."""
     untrained: tuple[nn.Module, ...] = ()
-    """What it holds beside what is trained."""
+    """Frozen modules that it uses, which are not part of the trained state."""
 
     @abstractmethod
     def of_batch(self, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
-        """The tensors of a training batch; what is drawn at random is a function of the seed and the batch's positions."""
+        """The tensors of a training batch; random draws depend only on the seed and the batch's positions."""
 
     def of_batch_whole(self, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
-        """The same with all that the data says, where of_batch leaves out a part of it at random."""
+        """The same as of_batch, but with nothing left out at random."""
         return self.of_batch(batch, seed)
 
     @abstractmethod
     def of_values(self, values: list, size: tuple[int, int] | None = None) -> dict[str, Tensor]:
-        """The tensors of what a person asks for when sampling at `size` pixels; refuses values that do not fit."""
+        """The tensors of values given for sampling at `size` pixels; raises Refused if they do not fit."""
 
     def values_of(self, images_NHWC: np.ndarray, seed: int = 0) -> list:
-        """What a person would ask for to have these images (uint8) restored; only a spatial condition is made of an image."""
+        """The values to give to sample() to restore these images (uint8); spatial conditions only."""
         raise NotImplementedError
 
     def examples(self) -> list:
-        """Values that previews are drawn with, of a kind that neither the recipe nor the data names."""
+        """Values to draw previews with, for a kind of condition that neither the recipe nor the data has values for."""
         return []
 
     @abstractmethod
     def forward(self, tensors: dict[str, Tensor], keep_N: Tensor) -> Conditioning:
-        """The ports, with the rows that are not kept in their null state."""
+        """The ports; rows that are not kept are in their null state."""
 
 
 def combine(parts: list[Conditioning]) -> Conditioning:
-    """Several conditions as one: vectors add, tokens join along M, channels along K."""
+    """Several conditions as one: vectors are added, tokens concatenated along M, channels along K."""
     vectors = [p.vector_NE for p in parts if p.vector_NE is not None]
     channels = [p.channels_NKHW for p in parts if p.channels_NKHW is not None]
     spoken = [p for p in parts if p.tokens_NMD is not None]
@@ -92,7 +92,7 @@ def combine(parts: list[Conditioning]) -> Conditioning:
 
 
 def as_large(channels: list[Tensor]) -> list[Tensor]:
-    """Channels of 1 x 1 pixels, which are the same everywhere, spread over the size of the largest."""
+    """Channels of 1 x 1 pixels expanded to the size of the largest."""
     height, width = max(c.shape[2:] for c in channels)
     return [c.expand(-1, -1, height, width) for c in channels]
 

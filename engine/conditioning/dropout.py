@@ -1,4 +1,4 @@
-"""Which conditions of a training batch are replaced by their null state: each by itself, or all of an image together.
+"""Which conditions of a training batch are replaced by their null state: each independently, or all of an image together.
 
 N images.
 """
@@ -17,9 +17,10 @@ from duotone.engine.conditioning.base import Conditioner
 def conditioned(
     conditioners: Mapping[str, Conditioner], batch: Batch, seed: int, flip_N: Tensor, together: float
 ) -> tuple[dict, dict]:
-    """Each conditioner's tensors, and the rows that it keeps: keep_N is False with its dropout, and where all are dropped.
+    """Each conditioner's tensors, and its keep_N: False with the conditioner's dropout, and where all are dropped together.
 
-    Ho and Salimans 2022, algorithm 1, line 3. The null branch of guidance drops all conditions together: `together` trains it.
+    Ho and Salimans 2022, algorithm 1, line 3. Guidance's null branch drops all conditions at once; it is trained by doing
+    the same with probability `together`.
     """
     if any(c.spatial for c in conditioners.values()):
         batch = replace(batch, images_NHWC=mirrored(batch.images_NHWC, flip_N))

@@ -47,7 +47,7 @@ class LowResolution:
     port = "channels"
 
     factor: int = 4
-    """How much smaller its sides are."""
+    """How many times smaller the sides of the shrunk image are."""
     dropout: float = 0.1
     """Share of images replaced by the null state (grey) in training."""
 
@@ -71,7 +71,7 @@ class Hole:
 
 
 class ClassMapConditioner(Conditioner):
-    """The class as K channels of 1 x 1 pixels, which hold everywhere."""
+    """The class as K channels of 1 x 1 pixels, which are the same at every pixel."""
 
     kind, asked = "class_map", "labels"
 
@@ -124,9 +124,9 @@ class LowResolutionConditioner(Conditioner):
     def row(self, value, size: tuple[int, int]) -> Tensor:
         image_HWC = pixels_of(value, self.extra_channels)
         (height, width), (h, w) = size, image_HWC.shape[:2]
-        if abs(h * width - w * height) >= max(height, width):  # by a pixel of the small image or more
+        if abs(h * width - w * height) >= max(height, width):  # off by a pixel of the small image or more
             raise Refused(
-                f"low resolution: an image of {h} x {w} is of another shape than {size}: crop it, or set size"
+                f"low resolution: an image of {h} x {w} has another aspect ratio than {size}: crop it, or set size"
             )
         return enlarged(unit(image_HWC[None]), size)
 
@@ -163,7 +163,7 @@ class HoleConditioner(Conditioner):
         return torch.zeros(self.channels, *size), torch.ones(1, *size, dtype=torch.bool)
 
     def pair(self, value, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """An image (H, W, C) and its mask (H, W), both of the size that is sampled."""
+        """An image and its mask, (C, H, W) and (1, H, W); raises Refused if either is not of the size being sampled."""
         image_HWC, mask_HW = pixels_of(value[0], self.channels), torch.as_tensor(np.array(value[1])).bool()
         if image_HWC.shape[:2] != size or mask_HW.shape != size:
             raise Refused(
@@ -183,7 +183,7 @@ def enlarged(x_NCHW: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def rectangles(u_N4: Tensor, height: int, width: int) -> Tensor:
-    """A mask (N, 1, H, W) with one rectangle, sides between a quarter and three quarters of the image's."""
+    """Masks (N, 1, H, W), each of one rectangle with sides between a quarter and three quarters of the image's."""
     extent_N2 = 0.25 + 0.5 * u_N4[:, :2]
     first_N2 = u_N4[:, 2:] * (1 - extent_N2)
     inside = []

@@ -1,4 +1,4 @@
-"""Class labels: a vector added to the time embedding, or a token for cross-attention; class K, one past the last, is the null
+"""Class labels: a vector added to the time embedding, or a token for cross-attention. Class K, one past the last, is the null
 class.
 
 N images, D token width, E embedding width, K classes, W width of the sinusoid.
@@ -25,10 +25,10 @@ class Label:
     kind = "label"
 
     port: Literal["vector", "tokens"] = "vector"
-    """vector: added to the time embedding; tokens: one, which cross-attention reads."""
+    """vector: added to the time embedding; tokens: a single token, for cross-attention."""
     encoding: Literal["embedding", "one_hot", "sinusoid"] = "embedding"
-    """A learned row per class; the class as a one-hot vector, or its number as a sinusoid (diffusers' class_embed_type
-    "timestep"), through two layers."""
+    """embedding: a learned row per class; one_hot: the class as a one-hot vector, through two layers; sinusoid: its number as
+    a sinusoid (diffusers' class_embed_type "timestep"), through two layers."""
     dropout: float = 0.1
     """Share of labels replaced by the null class in training."""
 
@@ -47,8 +47,8 @@ class Label:
 def classes_of(facts: Facts) -> tuple[str, ...]:
     if not facts.classes:
         raise Refused(
-            "conditioning by label needs class names, and the data has none: prepare it with classes (of your own pictures "
-            "one per sub-folder), or take a recipe without a condition, as recipes/celeba_edm.py"
+            "conditioning by label needs class names, but the data has none: prepare it with classes (for your own "
+            "pictures, one sub-folder per class), or take a recipe without a condition, such as recipes/celeba_edm.py"
         )
     return facts.classes
 
@@ -65,7 +65,7 @@ class OneHot(Embedding):
 
 
 class Sinusoid(Embedding):
-    """Two layers over the class number's sinusoid, the same sinusoid as the time's."""
+    """Two layers over the sinusoid of the class number, computed as the timestep's is."""
 
     def __init__(self, network: UNetConfig, width: int):
         super().__init__(network.channels[0], width)
@@ -81,7 +81,7 @@ def one_hot(rows_N: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
 
 
 class LabelConditioner(Conditioner):
-    """A row for each class, as vector_NE or as the only one of tokens_NMD."""
+    """A row for each class, as vector_NE or as the single token of tokens_NMD."""
 
     kind, asked = "label", "labels"
 
@@ -98,7 +98,7 @@ class LabelConditioner(Conditioner):
 
     @torch.no_grad()
     def rows(self) -> Tensor:
-        """The row of every class and, last, the null class's: any encoding as the table that an embedding is."""
+        """The rows of all classes, (K + 1, width), the null class last: any encoding as an embedding table."""
         return self.embedding(torch.arange(len(self.classes) + 1, device=next(self.parameters()).device))
 
     def forward(self, tensors: dict[str, Tensor], keep_N: Tensor) -> Conditioning:

@@ -1,4 +1,4 @@
-"""The temperature of guidance-free training: how strongly a prediction is guided, as a condition of the network.
+"""The temperature of guidance-free training: the strength of guidance as a condition of the network.
 
 N images, E embedding width.
 """
@@ -18,14 +18,14 @@ from duotone.engine.model.unet import UNetConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Temperature:
-    """Guidance-free training (engine/objectives/guidance_free.py): guidance 1 / beta then costs one forward."""
+    """Guidance-free training (engine/objectives/guidance_free.py): sampling at guidance 1 / beta then costs one forward pass."""
 
     kind = "temperature"
     port = "vector"
     dropout = 0.0
 
     low: float = 0.0
-    """Smallest beta drawn in training, uniform up to 1; 1 / low is the strongest guidance."""
+    """Smallest beta drawn in training, where beta is uniform in [low, 1]; 1 / low is the strongest guidance."""
 
     def build(self, network: UNetConfig, facts: Facts) -> "TemperatureConditioner":
         share("conditioning: Temperature.low", self.low, below_one=True)
@@ -33,7 +33,7 @@ class Temperature:
 
 
 class TemperatureConditioner(Conditioner):
-    """beta_N through a sinusoid and two layers, as the time is; 1, plain conditional prediction, is its null state."""
+    """beta_N through a sinusoid and two layers, like the timestep; the null state is 1, the plain conditional prediction."""
 
     kind, asked = "temperature", "temperatures"
     nobody = 1.0

@@ -47,7 +47,7 @@ class EncoderText:
     encoder: str = "google-t5/t5-base"
     """Name on the Hugging Face hub, or a folder holding model and tokenizer."""
     length: int = 77
-    """Most tokens of a caption."""
+    """Maximum number of tokens in a caption; the rest is cut."""
     dropout: float = 0.1
     """Share of captions replaced by the null state (no token) in training."""
 
@@ -66,22 +66,22 @@ class EncoderText:
 
 
 def most_tokens(encoder: nn.Module) -> int | None:
-    """The rows of an encoder's table of positions; None if it has no table, as T5 and DeBERTa, which take any length."""
+    """The most tokens that an encoder's position table has rows for; None if it has no table (T5, DeBERTa) and takes any length."""
     rows = getattr(encoder.config, "max_position_embeddings", None)
     for table in encoder.modules():
         if isinstance(table, nn.Embedding) and table.num_embeddings == rows:
-            # RoBERTa numbers its tokens from the row behind the padding's.
+            # RoBERTa's positions start at the row after the padding's.
             return rows if table.padding_idx is None else rows - table.padding_idx - 1
     return None
 
 
 class EncoderAbsent(Refused):
-    """A text encoder that is neither here nor within reach."""
+    """A text encoder that is neither stored locally nor reachable on the hub."""
 
 
 def loaded(name: str, tokenizer_class: type, encoder_class: type) -> tuple:
-    """A tokenizer and an encoder from a folder or the hub; raises EncoderAbsent where they cannot be had."""
-    # What is here already is taken without asking the hub, which a machine without a network waits for.
+    """A tokenizer and an encoder from a folder or the hub; raises EncoderAbsent if they cannot be loaded."""
+    # Local files first: without a network, asking the hub would wait for a timeout.
     with contextlib.suppress(OSError, ValueError):
         return tuple(kind.from_pretrained(name, local_files_only=True) for kind in (tokenizer_class, encoder_class))
     try:
@@ -89,14 +89,14 @@ def loaded(name: str, tokenizer_class: type, encoder_class: type) -> tuple:
     except (OSError, ValueError) as error:
         reason = first_line(error)
         raise EncoderAbsent(
-            f"text encoder {name!r} cannot be loaded ({reason}): give its encoder (conditioning.0.encoder where it is the "
-            "first condition) a folder with a text model and its tokenizer, or a name that can be reached from here"
+            f"text encoder {name!r} cannot be loaded ({reason}): set its encoder (conditioning.0.encoder for the first "
+            "condition) to a folder with a text model and its tokenizer, or to a name on the hub that can be reached from here"
         ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ByteText:
-    """A small CLIP text model over bytes, trained with the network: needs no download."""
+    """A small CLIP text model over bytes, trained with the network; it needs no download."""
 
     kind = "text"
     port = "tokens"
@@ -108,9 +108,9 @@ class ByteText:
     heads: int = 4
     """Attention heads."""
     length: int = 64
-    """Most bytes of a caption, with one mark before and one after."""
+    """Maximum number of bytes in a caption, including a mark at either end; the rest is cut."""
     pooled: bool = True
-    """Also add the mean of a caption's tokens to the time embedding, so that every block hears the caption."""
+    """Also add the mean of a caption's tokens to the time embedding, so that the caption reaches every block."""
     dropout: float = 0.1
     """Share of captions replaced by the null state (no token) in training."""
 
@@ -209,11 +209,11 @@ class TextConditioner(Conditioner):
                 f"model.context_width = {network.context_width}, but the text encoder's tokens are {width} wide"
             )
         self.tokens, self.dropout, self.frozen = tokens, dropout, frozen
-        # CLIP is causal: padding behind a caption changes nothing before it. Others would attend to it.
+        # CLIP is causal, so padding after a caption does not change its tokens. Other encoders would attend to the padding.
         self.sees_mask = sees_mask
         self.pool = Embedding(width, network.embedding_width) if pooled else None
         if frozen:
-            # In a tuple, so that it is no part of the trained state: neither optimizer, checkpoint nor export holds it.
+            # In a tuple, so that nn.Module does not register it: neither optimizer, checkpoint nor export then holds it.
             self.held = (encoder.requires_grad_(False).eval(),)
         else:
             self.encoder = encoder
@@ -233,10 +233,10 @@ class TextConditioner(Conditioner):
     def of_values(self, values: list[str], size: tuple[int, int] | None = None) -> dict[str, Tensor]:
         for value in values:
             if not isinstance(value, str):
-                raise Refused(f"prompt {value!r} is no text: give strings")
+                raise Refused(f"prompt {value!r} is not text: give strings")
             if any("\ud800" <= character <= "\udfff" for character in value):
-                # How Python reads an argument's bytes that are no UTF-8; no encoder takes them.
-                raise Refused(f"prompt {value!r} is no text in UTF-8: write it in that")
+                # Python reads bytes of an argument that are not UTF-8 as surrogates, which no encoder takes.
+                raise Refused(f"prompt {value!r} is not valid UTF-8: write it in UTF-8")
         return self.tokens(values)
 
     def encode(self, tensors: dict[str, Tensor]) -> Tensor:
@@ -251,7 +251,8 @@ class TextConditioner(Conditioner):
         tokens_NMD = torch.where(keep_N[:, None, None], tokens_NMD, torch.zeros_like(tokens_NMD))
         mask_NM = tensors["mask_NM"]
         vector_NE = None if self.pool is None else self.pool(masked_mean(tokens_NMD, mask_NM))
-        # Beside another condition's tokens, zero keys would take a share of the attention that tells the caption's length.
+        # The mask too: beside another condition's tokens, zero keys would still take a share of the attention, which would
+        # give away the dropped caption's length.
         return Conditioning(vector_NE=vector_NE, tokens_NMD=tokens_NMD, mask_NM=mask_NM & keep_N[:, None])
 
 

@@ -108,7 +108,7 @@ def test_ways_to_ask_for_attributes(value, row):
     ("value", "says"),
     [
         ([1, 0], "attributes has 2 entries, but this model knows 3: Bald, Male, Smiling"),
-        (["Old"], "attribute 'Old' is none of this model's"),
+        (["Old"], "attribute 'Old' is not one of this model's"),
         ("Male", "is a string"),
         (1, "attributes 1 is a single number: give each image a vector"),
         ([1, 0, 2], "attribute value 2"),
@@ -356,7 +356,11 @@ def test_rectangles_have_sides_between_a_quarter_and_three_quarters():
     [
         (LowResolution(), {"images": [np.zeros((4, 4))]}, r"give uint8 \(H, W, 3\)"),
         (LowResolution(), {"labels": [0]}, "takes no labels: it takes images"),
-        (LowResolution(), {"images": [np.zeros((4, 6, 3), np.uint8)]}, "an image of 4 x 6 is of another shape than"),
+        (
+            LowResolution(),
+            {"images": [np.zeros((4, 6, 3), np.uint8)]},
+            "an image of 4 x 6 has another aspect ratio than",
+        ),
         (LowResolution(), {"images": [np.zeros((0, 0, 3), np.uint8)]}, r"image of shape \(0, 0, 3\)"),
         (Hole(), {"images": [np.zeros((8, 8, 3), np.uint8)]}, "it takes holes .an image and its mask"),
         (Hole(), {"holes": [(np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4)))]}, r"but \(8, 8\) is sampled"),
@@ -400,7 +404,7 @@ def test_previews_draw_the_sets_of_attributes_that_are_asked_for(tmp_path):
     rows = drawing.asked_for(settings, model_of(Attributes()), drawing.Examples())
     assert rows == {"attributes": [{"Bald": 1, "Male": 0}, {"Smiling": 1}]}
     settings.check_names(FACTS)
-    with pytest.raises(Refused, match="preview.attributes: attribute 'Old' is none of this model's"):
+    with pytest.raises(Refused, match="preview.attributes: attribute 'Old' is not one of this model's"):
         replace(settings, attributes=("Bald,Old",)).check_names(FACTS)
 
 

@@ -328,7 +328,7 @@ def test_each_attribute_is_guided_by_its_own_scale():
     "options,asked,says",
     [
         ({}, {"guidance": {"Smiling": 2.0}, "attributes": [{"Male": 1}]}, "'Smiling', which image 0 leaves unknown"),
-        ({}, {"guidance": {"Old": 2.0}, "attributes": [{"Male": 1}]}, "'Old' is none of this model's"),
+        ({}, {"guidance": {"Old": 2.0}, "attributes": [{"Male": 1}]}, "'Old' is not one of this model's"),
         ({}, {"guidance": {"Male": math.nan}, "attributes": [{"Male": 1}]}, "guidance of Male = nan"),
         ({}, {"guidance": {}, "attributes": [{"Male": 1}]}, "guidance by attribute is empty"),
         ({}, {"guidance": {"Male": 2.0}, "count": 1}, "guidance by name is for attributes"),
