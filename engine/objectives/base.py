@@ -1,9 +1,10 @@
-"""What every objective shares: four scalings, how sigma is drawn, a weight; one loss and one denoiser for all.
+"""The interface of every objective: four scalings, the distribution of sigma, a weight; one loss and one denoiser for all.
 
 Everything works on x = x0 + sigma * noise, with the network wrapped as in Karras et al. 2022, equation 7:
-D(x; sigma) = c_skip * x + c_out * F(c_in * x; c_noise). N images; sigmas are float64, since tables and tails need it.
+D(x; sigma) = c_skip * x + c_out * F(c_in * x; c_noise). N images; sigmas are float64, a precision that tables of noise
+levels and the tails of their distributions need.
 
-Where sigma is infinite, x stands for x / sigma, which is the noise itself: for training, denoisers and samplers alike.
+Where sigma is infinite, x stands for x / sigma, which is the noise itself, in training, denoisers and samplers alike.
 """
 
 from abc import ABC, abstractmethod
@@ -35,12 +36,12 @@ class Objective(ABC):
     loss: LossKind = "squared"
     """Penalty on F - F*: squared, absolute or huber (transition at 1)."""
     stratified: bool = False
-    """Spread the noise levels evenly over each global batch instead of drawing every one by itself."""
+    """Spread the noise levels evenly over each global batch instead of drawing each one independently."""
     uncertainty: bool = False
     """Learn the loss's scale at each noise level with the network and divide by it; Karras et al. 2024, equations 14 and 15."""
 
     spacings = ("karras", "log-linear")
-    """How sampling_sigmas can place its noise levels; the first is its default."""
+    """The ways in which sampling_sigmas can space its noise levels; the first is the default."""
     clips = False
     """Whether sampling keeps denoised images within [-1, 1] unless told otherwise (engine/sampling/samplers/clipping.py)."""
     time_unit = 0.004
@@ -48,10 +49,10 @@ class Objective(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Refuses settings that contradict each other, naming the field."""
+        """Raises Refused if settings contradict each other, naming the field."""
 
     def fitted(self, data) -> "Objective":
-        """This objective with what it leaves to be measured from the data set filled in."""
+        """This objective, with the settings that are to be measured from the data set filled in."""
         return self
 
     @abstractmethod
@@ -71,7 +72,7 @@ class Objective(ABC):
         """Falling noise levels for `steps` steps, the last one 0: float64, (steps + 1,)."""
 
     def falling_sigmas(self, steps: int, spacing: str | None = None) -> Tensor:
-        """sampling_sigmas by a spacing's name, or by the default; raises Refused where they cannot be sampled along."""
+        """sampling_sigmas by a spacing's name, or by the default; raises Refused if the noise levels do not fall at every step."""
         whole("steps", steps, 1)
         known, kind = ", ".join(self.spacings), type(self).__name__
         if spacing not in (None, *self.spacings):
@@ -87,8 +88,8 @@ class Objective(ABC):
     def coefficients(self, sigma_N: Tensor) -> Tensor:
         """(a, b, p, q) of each image, (N, 4): the network's input is a x0 + b noise, its target F* is p x0 + q noise.
 
-        The target is solved from D = x0: F* = ((1 - c_skip) x0 - c_skip sigma noise) / c_out, so nothing is subtracted
-        that cancels at small sigma.
+        The target solves D = x0: F* = ((1 - c_skip) x0 - c_skip sigma noise) / c_out. Written so, it avoids x0 - c_skip x,
+        which would cancel at small sigma.
         """
         c = self.scalings(sigma_N)
         far_N = sigma_N.isinf()
@@ -117,14 +118,14 @@ class Objective(ABC):
     ) -> Tensor:
         """The mean loss of a batch at these noise levels; with the network's uncertainty u, loss / exp(u) + u.
 
-        Training calls mean_loss, with weights that went ahead to the device: another loss is another weight or penalty.
+        Training calls mean_loss instead, with weights already on the device; to change the loss, override weight or penalty.
         """
         return self.mean_loss(output_NCHW, target_NCHW, self.loss_weight(sigma_N).float(), log_scale_N)
 
     def mean_loss(
         self, output_NCHW: Tensor, target_NCHW: Tensor, weight_N: Tensor, log_scale_N: Tensor | None = None
     ) -> Tensor:
-        """The same from each image's loss weight, which tables that may lie on another device have given."""
+        """The same from each image's loss weight, which the caller has computed, perhaps on another device."""
         loss_N = weight_N * self.penalty(output_NCHW, target_NCHW)
         return (loss_N if log_scale_N is None else loss_N / log_scale_N.exp() + log_scale_N).mean()
 

@@ -1,4 +1,4 @@
-"""DDPM: Ho et al. 2020, with the schedules and predictions that followed it."""
+"""DDPM: Ho et al. 2020, with later schedules and predictions."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -39,14 +39,14 @@ def alpha_bars(schedule: Schedule, steps: int) -> Tensor:
 
 
 def without_signal_at_the_end(bars: Tensor) -> Tensor:
-    """The same alpha-bars with the last one at zero and the first where it was: Lin et al. 2024, algorithm 1."""
+    """The alpha-bars rescaled so that the last is zero and the first unchanged: Lin et al. 2024, algorithm 1."""
     roots = bars.sqrt()
     return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square()
 
 
 @lru_cache
 def table(schedule: Schedule, steps: int, zero_snr: bool = False) -> Tensor:
-    """sigma_T of every step in the variance-exploding view, rising: sqrt((1 - alpha_bar) / alpha_bar)."""
+    """sigma of every step in the variance-exploding view, rising, (T,): sqrt((1 - alpha_bar) / alpha_bar)."""
     bars = alpha_bars(schedule, steps)
     if zero_snr:
         bars = without_signal_at_the_end(bars)
@@ -55,13 +55,13 @@ def table(schedule: Schedule, steps: int, zero_snr: bool = False) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class DDPM(Objective):
-    """T discrete noise levels, all of them trained; the network predicts the noise, the image or the velocity."""
+    """T discrete noise levels, all of which are trained; the network predicts the noise, the image or the velocity."""
 
     schedule: Schedule = "linear"
     """How alpha-bar falls."""
     steps: int = 1000
-    """T, the number of noise levels, not of sampling steps. linear and scaled_linear are made for 1000: with far fewer, the last
-    level still shows the image, which sampling begins without."""
+    """T, the number of noise levels, not of sampling steps. linear and scaled_linear are designed for 1000: with far fewer, some
+    of the image is still visible at the last level, but sampling starts from pure noise."""
     prediction: Literal["epsilon", "x0", "v"] = "epsilon"
     """What the network's output means."""
     weighting: Literal["simple", "snr", "min_snr", "soft_min_snr"] = "simple"
@@ -81,7 +81,7 @@ class DDPM(Objective):
         if self.rescale_zero_snr and self.prediction == "epsilon":
             raise Refused(
                 "objective.rescale_zero_snr with prediction epsilon: at infinite noise, predicting the noise says nothing "
-                "of the image; take objective.prediction v or x0"
+                "about the image; take objective.prediction v or x0"
             )
 
     @property

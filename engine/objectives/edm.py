@@ -13,10 +13,10 @@ from duotone.engine.objectives.sigma_data import measured_sigma_data
 
 @dataclass(frozen=True, kw_only=True)
 class EDM(Objective):
-    """log sigma is normal; the network predicts a mix of image and noise whose variance is one at every sigma."""
+    """log sigma is normally distributed; the network predicts a mix of image and noise with unit variance at every sigma."""
 
     sigma_data: float | None = 0.5
-    """Standard deviation of the pixels, in [-1, 1]; None = measured from the data when the run begins."""
+    """Standard deviation of pixel values scaled to [-1, 1]; None = measured from the data when the run begins."""
     log_mean: float = -1.2
     """Mean of log sigma in training (P_mean)."""
     log_std: float = 1.2
@@ -37,7 +37,8 @@ class EDM(Objective):
         finite("objective.log_mean", self.log_mean)
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
             raise Refused(
-                f"objective.sigma_min = {self.sigma_min}, objective.sigma_max = {self.sigma_max}: they must be above 0 and rise"
+                f"objective.sigma_min = {self.sigma_min}, objective.sigma_max = {self.sigma_max}: need 0 < sigma_min < "
+                "sigma_max, both finite"
             )
 
     def fitted(self, data) -> "EDM":

@@ -25,11 +25,11 @@ class Flow(Objective):
     times: Literal["uniform", "logit_normal"] = "logit_normal"
     """How t is drawn in training: uniform, or as the logistic function of a normal number (Esser et al. 2024, section 3.1)."""
     logit_mean: float = 0.0
-    """Mean of that normal number; below 0 trains more on little noise."""
+    """Mean of that normal number; below 0 puts more of the training at low noise."""
     logit_std: float = 1.0
-    """Its standard deviation."""
+    """Standard deviation of that normal number."""
     shift: float = 1.0
-    """Multiplies every noise level in sampling; above 1 for more pixels. Esser et al. 2024, equation 23."""
+    """Factor on every noise level in sampling; above 1 for larger images. Esser et al. 2024, equation 23."""
 
     spacings = ("trailing", "linspace", "karras", "log-linear")
 
@@ -41,7 +41,7 @@ class Flow(Objective):
     def draw_sigma(self, u_N: Tensor) -> Tensor:
         if self.times == "uniform":
             return u_N / (1 - u_N)
-        # The logistic function's t has t / (1 - t) = exp of the normal number: sigma is log-normal.
+        # t is the logistic function of a normal number, so sigma = t / (1 - t) is that number's exponential: log-normal.
         return (self.logit_mean + self.logit_std * torch.special.ndtri(u_N)).exp()
 
     def scalings(self, sigma_N: Tensor) -> Scalings:
@@ -53,7 +53,7 @@ class Flow(Objective):
         return 1 / time_of(sigma_N).square()
 
     def sampling_sigmas(self, steps: int, spacing: str = "trailing") -> Tensor:
-        """trailing: t = 1 down to 1 / steps; linspace: 1 down to 1 / 1000, which for a shift of 1 is diffusers'; karras, log-linear: finite."""
+        """trailing: t from 1 to 1 / steps; linspace: from 1 to 1 / 1000 (as diffusers at a shift of 1); karras, log-linear: finite sigmas."""
         low, high = 1 / 999, 999.0  # t = 0.001 and 0.999
         if spacing == "karras":
             return self.shift * karras_sigmas(low, high, steps)

@@ -1,8 +1,9 @@
 """Guidance-free training: Chen et al. 2025, "Visual generation without guidance" (arXiv 2501.15420), algorithm 1.
 
-The network learns the guided prediction F_s(x | c, beta) itself, by being trained where
-beta F_s(x | c, beta) + (1 - beta) F(x | null, 1) is the conditional prediction. Then F_s = F_u + (F_c - F_u) / beta: guidance of
-scale 1 / beta in one forward. It goes with every objective, since D is linear in F. N images, C channels, H x W pixels.
+The network learns the guided prediction F_s(x | c, beta) itself: the loss takes the mix
+beta F_s(x | c, beta) + (1 - beta) F(x | null, 1) as the conditional prediction. Hence F_s = F_u + (F_c - F_u) / beta, which is
+guidance of scale 1 / beta in one forward pass. It works with every objective, since D is linear in F. N images, C channels,
+H x W pixels.
 """
 
 from collections.abc import Callable
@@ -12,10 +13,10 @@ from torch import Tensor
 
 
 def guidance_free(predict: Callable, tensors: dict[str, dict[str, Tensor]], keep: dict[str, Tensor]) -> Tensor:
-    """The mixed prediction that any objective's loss is then given; predict(tensors, keep) is a forward of the network.
+    """The mixed prediction (N, C, H, W) to give to any objective's loss; predict(tensors, keep) is a forward pass of the network.
 
-    No gradient passes the unconditional prediction. Where all conditions of a row are dropped beta is 1, so that these rows
-    train that very prediction.
+    No gradient flows through the unconditional prediction. Where all conditions of a row are dropped, beta is 1, so that such
+    rows train the unconditional prediction itself.
     """
     conditions = {kind: keep_N for kind, keep_N in keep.items() if kind != "temperature"}
     conditional_N = torch.stack(list(conditions.values())).any(0)

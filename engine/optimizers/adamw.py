@@ -1,4 +1,4 @@
-"""AdamW whose state carries the EMA of the weights, so that whatever shards the optimizer shards the EMA too."""
+"""AdamW whose state includes the EMA of the weights, so that whatever shards the optimizer shards the EMA too."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,18 +23,18 @@ class AdamWEma(torch.optim.Optimizer):
     """AdamW on the flat shards that ZeRO hands out, with `ema` beside exp_avg and exp_avg_sq in the state."""
 
     STATE = ("exp_avg", "exp_avg_sq", "ema")
-    """What is kept beside the weights, in checkpoints too."""
+    """Names of the state kept for each shard, also in checkpoints."""
 
     def __init__(self, groups: list[dict], config: OptimizerConfig):
         super().__init__(groups, {"lr": config.lr, "betas": config.betas, "eps": config.eps, "ema_decay": 0.0})
 
     def set(self, *, lr: float, ema_decay: float) -> None:
-        """The learning rate and EMA decay of the coming step."""
+        """Sets the learning rate and EMA decay of the next step."""
         for group in self.param_groups:
             group["lr"], group["ema_decay"] = lr, ema_decay
 
     def state_of(self, shard: torch.Tensor) -> dict:
-        """The state of one shard: zeros, but for the EMA, which begins as the weights."""
+        """The state of one shard; at first all zeros, except the EMA, which starts as a copy of the weights."""
         state = self.state[shard]
         if not state:
             state["step"] = 0
@@ -44,7 +44,7 @@ class AdamWEma(torch.optim.Optimizer):
         return state
 
     def kept_of(self, shard: torch.Tensor) -> tuple[str, ...]:
-        """Which of STATE one shard has, beside the EMA."""
+        """Which of the names in STATE one shard has, besides the EMA."""
         return tuple(name for name in self.STATE if name != "ema")
 
     @torch.no_grad()
@@ -70,10 +70,11 @@ class AdamWEma(torch.optim.Optimizer):
         weights_out: torch.Tensor | None = None,
         matrices: Callable[[], Matrices] | None = None,
     ) -> None:
-        """One step of one shard with its EMA, in place: what another optimizer writes anew, and all that it has to.
+        """One step of one shard and its EMA, in place. Another optimizer needs to override only this.
 
-        `step` counts from 1. Under ZeRO 1 and 2 (engine/distributed/update.py) numbers are tensors on the device, a `grad_scale` of NaN skips
-        the step, `weights_out` is the network's own copy of the shard, and `matrices()` tells how matrices lie in it.
+        `step` counts from 1. Under ZeRO 1 and 2 (engine/distributed/update.py) the numbers are tensors on the device, a
+        `grad_scale` of NaN skips the step, `weights_out` is the network's own copy of the shard, and `matrices()` gives the
+        matrices of which the shard holds a part.
         """
         state = self.state_of(shard)
         adamw_ema_(

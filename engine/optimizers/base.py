@@ -1,4 +1,4 @@
-"""What every optimizer takes: its settings, a learning rate that is a function of the images seen, and parameters in groups."""
+"""What all optimizers share: settings, a learning rate that is a function of the images seen, and parameter groups."""
 
 import math
 from collections.abc import Iterable
@@ -12,16 +12,16 @@ from duotone.data.refusal import Refused, above, at_least
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """What optimizers share: AdamW's settings, which also those take that move some parameters otherwise, and the schedule."""
+    """Settings of every optimizer: AdamW's, since each updates at least some parameters with AdamW, and the schedule."""
 
     lr: float = 1e-4
     """Learning rate after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Share of the past in AdamW's two moments: of the gradient, and of its square."""
+    """Decay rates of AdamW's running averages of the gradient and of its square."""
     eps: float = 1e-8
     """Added to the root of the second moment, by which AdamW divides."""
     weight_decay: float = 1e-4
-    """Decay of matrices and convolutions; biases and norm weights have none."""
+    """Weight decay of matrices and convolutions; biases and norm weights have none."""
     clip: float = 1.0
     """Largest gradient norm; 0 = no clipping."""
     warmup: int = 10_000
@@ -30,7 +30,7 @@ class OptimizerConfig:
     """What follows the warm-up: constant, or half a cosine down to 0 at the end of the run."""
 
     largest_stage = 3
-    """Of ZeRO, at which it can step."""
+    """The highest ZeRO stage under which the optimizer works."""
 
     def check(self) -> None:
         for name in ("lr", "eps"):
@@ -50,12 +50,12 @@ class OptimizerConfig:
         return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     def state_elements(self, network: nn.Module) -> int:
-        """Numbers in fp32 that all ranks together keep: weights, both moments, EMA."""
+        """Number of fp32 elements that all ranks together keep: weights, both moments, EMA."""
         return 4 * sum(p.numel() for p in network.parameters())
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
-    """The trained ones in two groups: decayed (matrices, convolutions) and not (vectors)."""
+    """The trained parameters in two groups: with weight decay (matrices, convolutions) and without (vectors)."""
     trained = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},

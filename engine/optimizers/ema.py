@@ -1,4 +1,4 @@
-"""The average of the weights that is kept beside them: a function of the images seen, so it has no clock of its own."""
+"""The moving average of the weights. Its decay depends only on the images seen, so it needs no counter of its own."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ class Ema:
     """Exponential moving average of the weights, kept in fp32."""
 
     half_life: int = 500_000
-    """Images after which a weight counts half."""
+    """Images after which a past value of the weights counts half."""
     rampup: float = 0.05
     """The half-life is at most this share of the images seen, as in StyleGAN2-ADA's and EDM's training; 0 = no ramp."""
     power: float = 0.0

@@ -1,7 +1,7 @@
-"""Weights as whole matrices, of which ZeRO's shards hold parts: a group's flat parameters are cut where shards end.
+"""Whole weight matrices from ZeRO's shards, which may cut them: a group's flat parameters are split where shards end.
 
-A convolution is the matrix of its output channels by all that they read. What lies on several ranks is put together by one
-all-reduce. K matrices of one shape, M x N; P parameters of one rank's shard.
+A convolution counts as the matrix of its output channels by input channels x kernel. Matrices that several ranks share are
+assembled by one all-reduce. K matrices of one shape, M x N; P parameters of one rank's shard.
 """
 
 from collections import defaultdict
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight in the flat parameters of its group."""
+    """The place and shape of a weight in the flat parameters of its group."""
 
     rows: int
     columns: int
@@ -26,19 +26,19 @@ class Matrix:
         return self.offset + self.rows * self.columns
 
     def within(self, first: int, last: int) -> slice:
-        """Which of its elements lie between two places of the flat parameters."""
+        """The range of its elements that lies between two positions in the flat parameters."""
         return slice(max(first - self.offset, 0), max(min(self.end, last) - self.offset, 0))
 
 
 class Matrices:
-    """The matrices of a group of which this rank's shard holds anything."""
+    """The matrices of a group of which this rank's shard holds at least a part."""
 
     def __init__(self, shapes: list[torch.Size], offsets: list[int], shard: int, rank: int):
-        """`shard` is how many elements a rank holds."""
+        """`shard` is the number of elements that each rank holds."""
         laid = [Matrix(shape[0], shape[1:].numel(), offset) for shape, offset in zip(shapes, offsets)]
         self.first, self.last = rank * shard, (rank + 1) * shard
         self.mine = [m for m in laid if m.offset < self.last and m.end > self.first]
-        self.places: dict[Matrix, int] = {}  # of the cut ones, end to end; the same on every rank
+        self.places: dict[Matrix, int] = {}  # offset of each cut matrix in put_together(); the same on every rank
         self.cut = 0
         for matrix in laid:
             if matrix.offset // shard != (matrix.end - 1) // shard:
@@ -46,7 +46,7 @@ class Matrices:
                 self.cut += matrix.rows * matrix.columns
 
     def each(self, flat_P: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """The shard with `change` made to every matrix, those of one shape together (K, M, N); zeros where it is padded."""
+        """The shard after `change` of every matrix, called with all of one shape as (K, M, N); zeros in the padding."""
         out_P, alike = torch.zeros_like(flat_P), defaultdict(list)
         for matrix, value_MN in self.whole(flat_P):
             alike[value_MN.shape].append((matrix, value_MN))
@@ -57,7 +57,7 @@ class Matrices:
         return out_P
 
     def whole(self, flat_P: Tensor) -> Iterator[tuple[Matrix, Tensor]]:
-        """Each of its matrices, with what the other ranks hold of it."""
+        """Each matrix of this rank, whole: (M, N), with the parts that other ranks hold."""
         together = self.put_together(flat_P)
         for matrix in self.mine:
             if matrix in self.places:
@@ -68,7 +68,7 @@ class Matrices:
             yield matrix, value.view(matrix.rows, matrix.columns)
 
     def put_together(self, flat_P: Tensor) -> Tensor:
-        """The matrices that lie on several ranks, end to end: every rank adds its parts to zeros."""
+        """The matrices that are cut between ranks, end to end: each rank fills its parts into zeros, and all are summed."""
         together = flat_P.new_zeros(self.cut)
         for matrix in self.mine:
             if matrix in self.places:
@@ -79,6 +79,6 @@ class Matrices:
         return together
 
     def part(self, flat_P: Tensor, matrix: Matrix) -> Tensor:
-        """Where the shard holds it, whole or in part."""
+        """The view of the shard that holds the matrix, or its part on this rank."""
         held = matrix.within(self.first, self.last)
         return flat_P[matrix.offset + held.start - self.first : matrix.offset + held.stop - self.first]

@@ -1,4 +1,4 @@
-"""Muon: matrices move along their orthogonalised momentum, everything else by AdamW, both with one learning rate.
+"""Muon: matrices move along their orthogonalised momentum, everything else by AdamW, with one learning rate for both.
 
 Jordan et al. 2024 (the method and its polynomial), Liu et al. 2025, equation 4 (the scale that makes a step as long as AdamW's).
 K matrices of one shape, M x N; P parameters of one rank's shard.
@@ -18,17 +18,17 @@ from duotone.engine.optimizers.base import OptimizerConfig, parameter_groups
 from duotone.engine.optimizers.matrices import Matrices
 
 SCALE = 0.2
-"""Root mean square of AdamW's steps, about."""
+"""Approximate root mean square of AdamW's steps at a learning rate of 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Muon(OptimizerConfig):
-    """Jordan et al. 2024 for what acts on pixels and tokens; both ends, layers over time and condition, and vectors by AdamW."""
+    """Jordan et al. 2024 for layers over pixels and tokens; AdamW for first and last layer, time and condition layers, and vectors."""
 
     momentum: float = 0.95
-    """Of the matrices' gradients, looked ahead (Nesterov)."""
+    """Nesterov momentum of the matrices' gradients."""
     iterations: int = 5
-    """Of the polynomial that orthogonalises a matrix."""
+    """Iterations of the polynomial that orthogonalises a matrix."""
 
     largest_stage = 2
 
@@ -50,10 +50,10 @@ class Muon(OptimizerConfig):
 
 
 def matrices_of(network: nn.Module) -> Iterator[nn.Parameter]:
-    """Weights of trained convolutions and linear layers, but for the two ends and those over time and condition.
+    """Weights of trained convolutions and linear layers, except the first and last layer and those over time and condition.
 
-    What a batch tells of the latter lies in a few directions (a noise level, a class); steps of equal length in all others
-    would be noise.
+    A batch's gradient of the latter lies in a few directions (a noise level, a class); orthogonalised, it would take steps
+    of the same length in all other directions, which are noise.
     """
     for module in network.modules():
         inner = isinstance(module, nn.Linear | nn.Conv2d) and not isinstance(module, EndConv | EmbeddingLinear)
@@ -62,7 +62,7 @@ def matrices_of(network: nn.Module) -> Iterator[nn.Parameter]:
 
 
 class MuonEma(AdamWEma):
-    """Groups with a momentum are moved by it, which has no second moment; the others as by AdamW."""
+    """Updates groups that have a momentum by Muon, which keeps no second moment, and the others by AdamW."""
 
     def kept_of(self, shard: Tensor) -> tuple[str, ...]:
         groups = (group for group in self.param_groups if any(p is shard for p in group["params"]))
@@ -78,9 +78,9 @@ class MuonEma(AdamWEma):
 
 
 def orthogonalised(x_KMN: Tensor, iterations: int) -> Tensor:
-    """Singular values brought near 1, singular vectors kept: x <- a x + b (x x') x + c (x x')^2 x, so many times.
+    """The matrices with singular values near 1 and the same singular vectors: iterates x <- a x + b (x x') x + c (x x')^2 x.
 
-    In bf16 on a GPU, as by its authors; a matrix of zeros stays one.
+    In bf16 on a GPU, as in the authors' code; a matrix of zeros stays zero.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x_KMN.shape[1] > x_KMN.shape[2]
@@ -93,7 +93,7 @@ def orthogonalised(x_KMN: Tensor, iterations: int) -> Tensor:
 
 
 def step_of(x_KMN: Tensor, iterations: int) -> Tensor:
-    """The step along momentum x, as long as AdamW's at the same learning rate."""
+    """The step along momentum x, about as long as AdamW's at the same learning rate."""
     return orthogonalised(x_KMN, iterations) * (SCALE * max(x_KMN.shape[1:]) ** 0.5)
 
 
@@ -113,7 +113,7 @@ def muon_ema_(
     ema_decays: list[Tensor],
     weights_out: Tensor,
 ) -> None:
-    """One step of a shard, in place; a `grad_scale` of NaN skips it, without asking the device."""
+    """One step of a shard, in place; a `grad_scale` of NaN skips it, without a synchronisation with the device."""
     taken, exact = grad_scale.isfinite(), master_P.dtype
     grad_P = torch.where(taken, grad_P.to(exact) * grad_scale.to(exact), 0)
     average_P.lerp_(grad_P, ((1 - momentum) * taken).to(exact))
