@@ -1,4 +1,4 @@
-"""Denoisers for samplers: D(x; sigma) from a network, an objective and a condition, guided by both branches in one batch.
+"""Denoisers for samplers: D(x; sigma) from a network, an objective and a condition, with both branches of guidance in one batch.
 
 N images, C channels, H x W pixels; 2N rows: the first half conditional, the second unconditional.
 """
@@ -26,17 +26,18 @@ class Guidance:
     """Classifier-free guidance (Ho and Salimans 2022): D = D_uncond + scale (D_cond - D_uncond)."""
 
     scale_N: Tensor
-    """Of each image, on the CPU: 0 = unconditional, 1 = conditional, above 1 = guided."""
+    """The scale of each image, on the CPU: 0 = unconditional, 1 = conditional, above 1 = guided."""
     interval: tuple[float, float] = (0.0, float("inf"))
-    """Guided where sigma lies in it, conditional elsewhere; Kynkaanniemi et al. 2024."""
+    """The range of sigma in which guidance acts; elsewhere the prediction is conditional. Kynkaanniemi et al. 2024."""
     rescale: float = 0.0
-    """Share by which the deviation of each image's guided network output is pulled back to the conditional one's.
+    """How far, from 0 to 1, the standard deviation of each image's guided network output is pulled back to the conditional one's.
 
-    In the output's space, as Lin et al. 2024 (equations 14 to 16) and diffusers do: for epsilon and v it is their number."""
+    It acts on the network's output, as in Lin et al. 2024 (equations 14 to 16) and diffusers: for epsilon and v, the same number
+    has the same effect."""
     rule: Callable | None = None
     """Another way to combine D_cond and D_uncond: rule(D_cond, D_uncond, scale_N, sigma)."""
     clip: bool = False
-    """Both are kept within [-1, 1] before the rule combines them, and the one where it does not act."""
+    """Clip D_cond and D_uncond to [-1, 1] before the rule combines them, and D_cond where guidance does not act."""
 
     def acts_at(self, sigma: float) -> bool:
         wanted = self.rule is not None or bool((self.scale_N != 1).any())
@@ -44,7 +45,7 @@ class Guidance:
 
 
 class GuidedDenoiser:
-    """denoise(x, sigma) for samplers; counts its `calls`, and in `forwards` what they cost, in forward passes of one image.
+    """denoise(x, sigma) for samplers. `calls` counts its calls, `forwards` their cost in forward passes of one image.
 
     Where sigma is infinite, x is the noise itself (engine/objectives/base.py).
     """
@@ -57,9 +58,9 @@ class GuidedDenoiser:
         guidance: Guidance | None,
         guide: tuple[Network, Conditioning] | None = None,
     ):
-        """`both` holds 2N rows where there is guidance, the conditional ones first; N rows where there is none.
+        """`both` has 2N rows with guidance, the conditional ones first, and N rows without.
 
-        With a `guide`, a weaker network and its condition, `both` holds N rows: the guide is the other branch
+        With a `guide`, a weaker network and its condition, `both` has N rows: the guide is the second branch
         (autoguidance, Karras et al. 2024b).
         """
         self.network, self.objective, self.guidance, self.guide = network, objective, guidance, guide
@@ -87,14 +88,14 @@ class GuidedDenoiser:
     def guided(self, output_2NCHW: Tensor, x_NCHW: Tensor, skip_N: Tensor, out_N: Tensor, sigma: float) -> Tensor:
         """D from both branches' outputs."""
         guidance = self.guidance
-        if not output_2NCHW.is_contiguous():  # of a network that carries more channels than it shows
+        if not output_2NCHW.is_contiguous():  # a network with padded channels returns a slice
             output_2NCHW = output_2NCHW.contiguous(memory_format=torch.channels_last)
         if guidance.rule is not None:
             conditional_NCHW, other_NCHW = (self.image(f, x_NCHW, skip_N, out_N) for f in output_2NCHW.chunk(2))
             return guidance.rule(conditional_NCHW, other_NCHW, self.scale_N, sigma)
         if guidance.rescale == 0:
             return guided_step(output_2NCHW, x_NCHW, skip_N, out_N, self.scale_N)
-        # The kernel pulls back the deviation of c_skip x + c_out F: with 0 and 1 that is the output's own.
+        # The kernel rescales the deviation of c_skip x + c_out F; with c_skip = 0 and c_out = 1 that is the network's output F.
         zero_N, one_N = torch.zeros_like(skip_N), torch.ones_like(out_N)
         output_NCHW = guided_step(output_2NCHW, x_NCHW, zero_N, one_N, self.scale_N, rescale=guidance.rescale)
         return denoised(output_NCHW, x_NCHW, skip_N, out_N)
@@ -115,7 +116,7 @@ class GuidedDenoiser:
         return self.predict(self.network, torch.cat([scaled_NCHW] * 2), noise_N.repeat(2), self.both)
 
     def begins_alike(self) -> bool:
-        """Whether both branches are the same until the first cross-attention: only tokens tell them apart."""
+        """Whether both branches are identical up to the first cross-attention, because they differ only in their tokens."""
         both = self.both
         return both.tokens_NMD is not None and both.vector_NE is None and both.channels_NKHW is None
 
@@ -139,7 +140,7 @@ class GuidedDenoiser:
 
 
 def scalings(objective: Objective, sigma_N: Tensor, device: torch.device) -> tuple[Tensor, ...]:
-    """c_skip, c_out, c_in and c_noise on the device, fp32, in one copy that does not wait for it."""
+    """c_skip, c_out, c_in and c_noise on the device, in fp32, sent in one asynchronous copy."""
     return sent(torch.stack(tuple(objective.scalings(sigma_N))).float(), device).unbind()
 
 
@@ -154,7 +155,7 @@ def first_half(both: Conditioning) -> Conditioning:
 
 @torch.inference_mode()
 def keys_values(network: Network, condition: Conditioning) -> list[tuple[Tensor, Tensor]] | None:
-    """The tokens' keys and values for every cross-attention: the same at every step, so projected once."""
+    """The tokens' keys and values for every cross-attention; they are the same at every step, so they are projected once."""
     if condition.tokens_NMD is None:
         return None
     return [attention.keys_values(condition.tokens_NMD) for attention in network.unet.cross_attentions()]
@@ -166,7 +167,7 @@ def halves(stored: list[tuple[Tensor, Tensor]] | None) -> list[tuple[Tensor, Ten
 
 
 def cost_of_pair(unet: UNet, shape_CHW: tuple[int, int, int], tokens: int) -> float:
-    """Both branches' cost in forward passes, their common beginning counted once: multiplications, on a twin without data."""
+    """The FLOPs of both branches, their shared first layers counted once, as a multiple of one forward pass."""
     return pair_cost(unet.config, shape_CHW, tokens)
 
 

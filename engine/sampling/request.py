@@ -1,4 +1,4 @@
-"""What sample() is asked for: values of each condition, scales and seeds of each image; refused where they do not fit."""
+"""Checks of what sample() is asked for: the values of each condition, and the scale and seed of each image."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from duotone.engine.artifact import Model
 
 
 def listed(asked: Mapping[str, Sequence | None]) -> dict[str, list]:
-    """What was given, by name; a string is refused, since as a list it would be its letters."""
+    """The values that were given, as lists by name; raises Refused on a string, which would become a list of its letters."""
     for name, rows in asked.items():
         if isinstance(rows, str | bytes):
             raise Refused(f"{name} = {rows!r} is one string: give a list with an entry per image, as in [{rows!r}]")
@@ -23,13 +23,13 @@ def listed(asked: Mapping[str, Sequence | None]) -> dict[str, list]:
 
 
 def refuse_no_model(name: str, value) -> None:
-    """Raises Refused on what is no model, as the path of one."""
+    """Raises Refused on anything but a Model, such as the path of one."""
     if not isinstance(value, Model):
         raise Refused(f"{name} is of type {type(value).__name__}: give a Model, as load(path) returns one")
 
 
 def values_by_kind(model: Model, asked: dict[str, list]) -> dict[str, list]:
-    """What each conditioner is given; refuses what none of them takes."""
+    """The values for each conditioner, by its kind; raises Refused on a name that no conditioner takes."""
     kinds = model.network.conditioners
     for name in asked:
         if not any(conditioner.asked == name for conditioner in kinds.values()):
@@ -51,7 +51,7 @@ def number_of_images(asked: dict[str, list], count: int | None) -> int:
     if not lengths:
         raise Refused("nothing to sample: give prompts, labels or count")
     if len(set(lengths.values())) > 1:
-        raise Refused(f"these must be equally many: {', '.join(f'{n} {k}' for k, n in lengths.items())}")
+        raise Refused(f"these must be equal in number: {', '.join(f'{n} {k}' for k, n in lengths.items())}")
     images = next(iter(lengths.values()))
     if images < 1:
         raise Refused("nothing to sample: the list is empty")
@@ -71,19 +71,19 @@ def per_image(name: str, value, images: int) -> list[float]:
 
 
 def temperatures(model: Model, values: dict, scales: list[float]) -> list[float]:
-    """beta of each image for a model trained to be its own guide: guidance of that scale, in one forward."""
+    """beta = 1 / scale of each image, for a model trained guidance-free: guidance of that scale in one forward pass."""
     if not values and set(scales) != {1.0}:
         raise Refused("guidance needs a condition: give prompts or labels, or leave guidance at 1")
     if min(scales) < 1:
         raise Refused(f"guidance = {min(scales)}: this model was trained guidance-free and takes 1 or more")
     low = model.network.conditioners["temperature"].low
-    if low * max(scales) > 1 + 1e-5:  # what the refusal itself prints is taken
+    if low * max(scales) > 1 + 1e-5:  # the tolerance admits the rounded limit that the message prints
         raise Refused(f"guidance = {max(scales)}: this model was trained guidance-free up to {1 / low:g}")
     return [1 / scale for scale in scales]
 
 
 def refuse_steering(steered: bool) -> None:
-    """A model that is its own guide has one prediction a step, which nothing leads away from another."""
+    """Raises Refused if a guidance-free model is to be steered: each step has one prediction, and none to move away from."""
     if steered:
         raise Refused(
             "this model was trained guidance-free: it takes guidance as one number or one per image, and no negatives, "
@@ -92,7 +92,7 @@ def refuse_steering(steered: bool) -> None:
 
 
 def seeds_of(seed: int | Sequence[int | tuple[int, int]], images: int) -> list[tuple[int, int]]:
-    """(seed, number) of each image: number 0 for an image with a seed of its own, unless it is given as a pair."""
+    """(seed, number) of each image. The number is the image's index if all share one seed, else 0 unless given in a pair."""
     if isinstance(seed, Integral):
         return [(int(seed), i) for i in range(images)]
     if not isinstance(seed, Sequence | np.ndarray) or not all(map(is_seed, seed)):
@@ -108,7 +108,7 @@ def is_seed(value) -> bool:
 
 
 def negative_values(model: Model, negative: dict[str, Sequence] | None, images: int) -> dict[str, list]:
-    """{"prompts": [...]} as values by kind."""
+    """Negative conditions, given as {"prompts": [...]}, as values by kind."""
     if not isinstance(negative or {}, Mapping):
         raise Refused(f'negative = {negative!r}: give it by name, as in {{"prompts": [...]}}')
     negative = listed(negative or {})
@@ -121,19 +121,19 @@ def negative_values(model: Model, negative: dict[str, Sequence] | None, images: 
 
 
 def refuse_without_null(model: Model, values: dict, negatives: dict) -> None:
-    """Guidance needs an unconditional branch that was trained."""
+    """Raises Refused if guidance has no unconditional branch, or one that was never trained."""
     if not values:
         raise Refused("guidance needs a condition: give prompts or labels, or leave guidance at 1")
     for kind in values:
         if kind not in negatives and not model.null_is_trained(kind, alone=bool(negatives)):
             raise Refused(
-                "guidance needs a null state, and this network was trained with condition dropout 0 for its "
+                "guidance needs a null state, but this network was trained with condition dropout 0 for its "
                 f"{model.network.conditioners[kind].asked}: leave guidance at 1, or train with conditioning dropout above 0"
             )
 
 
 def refuse_untrained_null(model: Model, values: dict) -> None:
-    """A condition that nobody gives takes its null state, which must have been trained."""
+    """Raises Refused if a condition is not given and its null state, which then takes its place, was never trained."""
     for kind, conditioner in model.network.conditioners.items():
         if kind not in values and not model.null_is_trained(kind, alone=bool(values)):
             others = " alone" if model.null_is_trained(kind) else ""
@@ -147,6 +147,6 @@ def part(values: dict[str, list], rows: slice) -> dict[str, list]:
 
 
 def kept(kind: str, values: dict, negatives: dict, images: int, guided: bool) -> Tensor:
-    """Conditional rows are kept where given, unconditional ones only where a negative is given."""
+    """keep_N of one kind: conditional rows are kept if values are given, unconditional ones only if negatives are."""
     rows = [kind in values] * images + ([kind in negatives] * images if guided else [])
     return torch.tensor(rows, dtype=torch.bool)

@@ -1,6 +1,6 @@
-"""From what sample() is asked for to the denoiser of a chunk of images: their conditions, and what leads away from others.
+"""Makes the denoiser of a chunk of images from what sample() is asked for: conditions, negatives, guidance, rule and guide.
 
-N images; ports are what a network takes of its conditions.
+N images; for a network's ports see engine/conditioning/base.py.
 """
 
 import math
@@ -34,14 +34,14 @@ from duotone.engine.sampling.request import (
 
 @dataclass(frozen=True, kw_only=True)
 class Steering:
-    """How the conditional prediction is led away from another one."""
+    """How guidance moves the conditional prediction away from another one."""
 
     interval: tuple[float, float] = (0.0, math.inf)
     rescale: float = 0.0
     rule: Apg | CfgPlusPlus | None = None
     guide: Model | None = None
     clip: bool = False
-    """Whether the predictions that a rule combines are kept within [-1, 1], instead of what it makes of them."""
+    """Whether the predictions that a rule combines are clipped to [-1, 1], instead of the rule's result."""
 
     def check(self, model: Model, negatives: dict) -> None:
         share("rescale", self.rescale)
@@ -50,24 +50,26 @@ class Steering:
         if self.rescale and self.rule:
             raise Refused(f"rescale belongs to plain guidance: leave it at 0 with {type(self.rule).__name__}")
         if self.rule is not None and (isinstance(self.rule, type) or not hasattr(self.rule, "begin")):
-            raise Refused(f"rule = {self.rule!r}: give one of engine/sampling/guiding, as Apg() or CfgPlusPlus()")
+            raise Refused(f"rule = {self.rule!r}: give one of engine/sampling/guiding, such as Apg() or CfgPlusPlus()")
         if self.guide is None:
             return
         refuse_no_model("guide", self.guide)
         if negatives:
-            raise Refused("negative conditions and a guide are two answers to what guidance leads away from: give one")
+            raise Refused(
+                "negative conditions and a guide both say what guidance moves away from: give only one of them"
+            )
         if self.guide.objective != model.objective:
-            raise Refused("the guide was trained on another objective: autoguidance needs two models of the same one")
+            raise Refused("the guide was trained on another objective: autoguidance needs two models with the same one")
         for name in ("classes", "attributes"):
             theirs, ours = getattr(self.guide.facts, name), getattr(model.facts, name)
             if theirs and ours and theirs != ours:
                 raise Refused(
-                    f"the guide knows other {name}, or in another order: give one that was trained with this model's"
+                    f"the guide knows other {name}, or in another order: give a guide trained with this model's {name}"
                 )
         theirs, ours = (m.network.unet.config.out_channels for m in (self.guide, model))
         if theirs != ours:
             raise Refused(
-                f"the guide draws images of {theirs} channels, and this model of {ours}: give one that draws the same"
+                f"the guide draws images of {theirs} channels, and this model of {ours}: give a guide with {ours}"
             )
 
     def changes_anything(self) -> bool:
@@ -78,21 +80,21 @@ class Steering:
         return self.rule is not None or any(scale != 1 for scale in scales)
 
     def guidance(self, scales: list[float], sigmas: Tensor, solver: Callable) -> Guidance:
-        """For one chunk of images: a rule begins anew with each."""
+        """The guidance of one chunk of images; a rule's state is new for each chunk."""
         rule = None if self.rule is None else self.rule.begin(sigmas, solver, scales)
         scale_N = torch.tensor(scales, dtype=torch.float32)
         return Guidance(scale_N=scale_N, interval=self.interval, rescale=self.rescale, rule=rule, clip=self.clip)
 
 
 def rises(interval) -> bool:
-    """Whether it is two noise levels in order."""
+    """Whether `interval` is two noise levels of at least 0, the second not below the first."""
     pair = isinstance(interval, tuple | list) and len(interval) == 2 and all(isinstance(end, Real) for end in interval)
     return pair and 0 <= interval[0] <= interval[1]
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What every image of one call is drawn from, and what it is led away from: checked once, before any is drawn."""
+    """The conditions, negatives and guidance of every image in one call, checked once before any image is drawn."""
 
     values: dict[str, list]
     negatives: dict[str, list]
@@ -127,14 +129,14 @@ class Conditions:
         if by_attribute is not None:
             check_composed(model, values, by_attribute, alone=not steers)
         elif not any(scales) and not steering.changes_anything():
-            # Guidance 0 is the other prediction alone, which needs no first one.
+            # Guidance 0 is the unconditional (or negative) prediction alone; the conditional one is not needed.
             values, negatives, scales = negatives, {}, [1.0] * images
         return cls(values, negatives, scales, by_attribute, steering)
 
     def denoiser(
         self, model: Model, rows: slice, sigmas: Tensor, solver: Callable, size: tuple[int, int]
     ) -> GuidedDenoiser | composed.ComposedDenoiser:
-        """The denoiser of some of the images."""
+        """The denoiser of the images in `rows`."""
         values, scales = part(self.values, rows), self.scales[rows]
         if self.by_attribute is not None:
             return composed_denoiser(model, values, self.by_attribute, size)
@@ -156,7 +158,7 @@ def check_composed(model: Model, values: dict, scales: Mapping[str, float], *, a
 def guided_denoiser(
     model: Model, asked: tuple[dict, dict], steering: Steering, guidance: Guidance | None, images: int, size
 ) -> GuidedDenoiser:
-    """The denoiser of one chunk: both branches' conditions in one batch, or a guide of its own."""
+    """The denoiser of one chunk: with both branches' conditions in one batch, or with a guide as the second branch."""
     values, negatives = asked
     guide = steering.guide
     both = condition(model, values, negatives, images, size, doubled=guidance is not None and guide is None)
@@ -167,7 +169,7 @@ def guided_denoiser(
 
 
 def composed_denoiser(model: Model, values: dict, scales: Mapping[str, float], size) -> composed.ComposedDenoiser:
-    """The denoiser of one chunk whose attributes have scales of their own: the base and one branch for each."""
+    """The denoiser of one chunk where some attributes have their own scale: a base branch, and one for each of them."""
     names = model.network.conditioners["attributes"].names
     rows = composed.branches(values["attributes"], scales, names)
     repeated = {kind: rows if kind == "attributes" else v * (1 + len(scales)) for kind, v in values.items()}
@@ -176,7 +178,7 @@ def composed_denoiser(model: Model, values: dict, scales: Mapping[str, float], s
 
 
 def condition(model: Model, values: dict, negatives: dict, images: int, size, *, doubled: bool) -> Conditioning:
-    """The ports of N conditional rows and, where doubled, of the N rows they are led away from."""
+    """The ports of N conditional rows and, if doubled, of the N unconditional (or negative) rows after them."""
     tensors = {}
     for kind, conditioner in model.network.conditioners.items():
         rows = values.get(kind) or [conditioner.nobody] * images

@@ -327,7 +327,7 @@ def test_each_attribute_is_guided_by_its_own_scale():
 @pytest.mark.parametrize(
     "options,asked,says",
     [
-        ({}, {"guidance": {"Smiling": 2.0}, "attributes": [{"Male": 1}]}, "'Smiling', which image 0 leaves unknown"),
+        ({}, {"guidance": {"Smiling": 2.0}, "attributes": [{"Male": 1}]}, "'Smiling', which is unknown for image 0"),
         ({}, {"guidance": {"Old": 2.0}, "attributes": [{"Male": 1}]}, "'Old' is not one of this model's"),
         ({}, {"guidance": {"Male": math.nan}, "attributes": [{"Male": 1}]}, "guidance of Male = nan"),
         ({}, {"guidance": {}, "attributes": [{"Male": 1}]}, "guidance by attribute is empty"),

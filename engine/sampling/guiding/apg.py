@@ -14,14 +14,14 @@ from duotone.data.refusal import Refused, at_least, finite
 
 @dataclass(frozen=True, kw_only=True)
 class Apg:
-    """Guidance whose part along the conditional prediction, which only raises contrast, is weakened; acts on D."""
+    """Guidance that weakens its component parallel to the conditional prediction, which only raises contrast; acts on D."""
 
     parallel: float = 0.0
-    """What is kept of the part along the conditional prediction (eta); 1 keeps all."""
+    """Factor on the component parallel to the conditional prediction (eta); 1 keeps all of it."""
     radius: float = 0.0
-    """Most length of each image's difference (r); 0 = no bound. The paper takes 2.5 to 15, for latents."""
+    """Largest norm of each image's difference D_cond - D_uncond (r); 0 = no bound. The paper takes 2.5 to 15, for latents."""
     momentum: float = -0.5
-    """Share of the earlier differences (beta); below 0 it steers away from where they led."""
+    """Weight of the running sum of earlier differences (beta); below 0 it pushes away from their direction."""
 
     def begin(self, sigmas: Tensor, solver: Callable, scales: Sequence[float]) -> "ApgRun":
         if not -1 < self.momentum < 1:
@@ -32,7 +32,7 @@ class Apg:
 
 
 class ApgRun:
-    """One sampling: holds the running difference."""
+    """The state of one sampling run: the running difference."""
 
     def __init__(self, rule: Apg):
         self.rule = rule
@@ -47,7 +47,7 @@ class ApgRun:
 
 
 def bounded(difference_NCHW: Tensor, radius: float) -> Tensor:
-    """The difference, no longer than the radius."""
+    """The difference, scaled down where its norm exceeds the radius."""
     if radius == 0:
         return difference_NCHW
     length_N111 = difference_NCHW.flatten(1).norm(dim=1)[:, None, None, None]
@@ -55,7 +55,7 @@ def bounded(difference_NCHW: Tensor, radius: float) -> Tensor:
 
 
 def projected(difference_NCHW: Tensor, onto_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """The parts of each image's difference along and across another image; in float64, as the paper advises."""
+    """The components of each image's difference parallel and orthogonal to another image; in float64, as the paper advises."""
     difference_NV, onto_NV = difference_NCHW.double().flatten(1), onto_NCHW.double().flatten(1)
     direction_NV = torch.nn.functional.normalize(onto_NV, dim=1)
     along_NV = (difference_NV * direction_NV).sum(1, keepdim=True) * direction_NV

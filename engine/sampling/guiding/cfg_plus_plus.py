@@ -15,7 +15,7 @@ from duotone.engine.sampling.samplers.euler import euler
 
 @dataclass(frozen=True, kw_only=True)
 class CfgPlusPlus:
-    """Denoises with guidance, renoises with the unconditional noise; scales lie in [0, 1]. For Euler steps (DDIM)."""
+    """Denoises with guidance, renoises with the unconditional noise; scales lie in [0, 1]. For Euler steps (DDIM) only."""
 
     def begin(self, sigmas: Tensor, solver: Callable, scales: Sequence[float]) -> "CfgPlusPlusRun":
         if solver is not euler:
@@ -23,12 +23,12 @@ class CfgPlusPlus:
                 f"CFG++ is a rule for Euler steps, and the sampler is {getattr(solver, '__name__', solver)}: set sampler to euler"
             )
         if min(scales) < 0 or max(scales) > 1:
-            raise Refused("CFG++ takes guidance between 0 and 1 (0.6 is like 7.5 without it)")
+            raise Refused("CFG++ takes guidance between 0 and 1 (0.6 is comparable to 7.5 in plain guidance)")
         return CfgPlusPlusRun(sigmas)
 
 
 class CfgPlusPlusRun:
-    """Knows where each step goes: the same Euler step then needs only another scale.
+    """Knows the noise level after each step, so that a plain Euler step with another scale gives the paper's step.
 
     The paper's step is x' = D_g + s' (x - D_u) / s with D_g = D_u + scale (D_c - D_u), algorithm 2 in x0 + sigma noise; Euler's
     is x' = D + s' (x - D) / s. They agree for D = D_u + scale / (1 - s' / s) (D_c - D_u).

@@ -1,7 +1,7 @@
 """Several attributes, each guided with its own scale: Liu et al. 2022, "Compositional visual generation", equation 11.
 
-D = D_base + sum_k s_k (D_{base + k} - D_base): the base knows the attributes without a scale of their own, branch k also
-attribute k. All branches run in one batch. N images, K scaled attributes, C channels, H x W pixels.
+D = D_base + sum_k s_k (D_{base + k} - D_base). The base is given the attributes that have no scale of their own; branch k is
+also given attribute k. All branches run in one batch. N images, K scaled attributes, C channels, H x W pixels.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from duotone.engine.sampling.guidance import denoised, keys_values, scalings
 
 
 def branches(asked: list, scales: Mapping[str, float], names: tuple[str, ...]) -> list[list[int]]:
-    """Attribute rows of every branch, the base's N first, then each scaled attribute's N."""
+    """Attribute rows of every branch, (1 + K) N: first the base's N, then N for each scaled attribute."""
     full = [attribute_row(value, names) for value in asked]
     places = [place(name, names) for name in scales]
     base = [[UNKNOWN if i in places else state for i, state in enumerate(row)] for row in full]
@@ -28,30 +28,30 @@ def branches(asked: list, scales: Mapping[str, float], names: tuple[str, ...]) -
 
 
 def check(conditioner, scales: Mapping[str, float], asked: list) -> None:
-    """Refuses scales of attributes that were never left out in training, or that an image does not ask for."""
+    """Raises Refused on scales of attributes that were never left out in training, or that are unknown for an image."""
     if not scales:
         raise Refused("guidance by attribute is empty: give at least one attribute and its scale")
     for name, scale in scales.items():
         finite(f"guidance of {name}", scale)
     if conditioner.attribute_dropout == 0:
         raise Refused(
-            "guidance by attribute needs attributes that were left out one by one in training, and this network was "
-            "trained with attribute_dropout 0: give one guidance for all"
+            "guidance by attribute needs attributes that were left out one by one in training, but this network was "
+            "trained with attribute_dropout 0: give one guidance scale for all attributes"
         )
     for i, value in enumerate(asked):
         row = attribute_row(value, conditioner.names)
         for name in scales:
             if row[place(name, conditioner.names)] == UNKNOWN:
                 raise Refused(
-                    f"guidance has a scale for {name!r}, which image {i} leaves unknown: ask for it there too"
+                    f"guidance has a scale for {name!r}, which is unknown for image {i}: give it 0 or 1 there"
                 )
 
 
 class ComposedDenoiser:
-    """denoise(x, sigma) for samplers; counts its `calls`, and in `forwards` what they cost, in forward passes of one image."""
+    """denoise(x, sigma) for samplers. `calls` counts its calls, `forwards` their cost in forward passes of one image."""
 
     def __init__(self, network: Network, objective: Objective, condition: Conditioning, scales: list[float]):
-        """`condition` holds (1 + K) N rows, as `branches` orders them."""
+        """`condition` has (1 + K) N rows, in the order of `branches`."""
         self.network, self.objective, self.condition, self.scales = network, objective, condition, scales
         self.keys_values = keys_values(network, condition)
         self.recordings = Recordings(recording=network.records)

@@ -1,4 +1,4 @@
-"""The rules of guidance by name; "plain" is none of them."""
+"""The guidance rules by name; "plain" means no rule."""
 
 from duotone.data.refusal import Refused
 from duotone.engine.sampling.guiding.apg import Apg
@@ -8,7 +8,7 @@ RULES = {"plain": None, "apg": Apg(), "cfg++": CfgPlusPlus()}
 
 
 def rule_named(name: str) -> Apg | CfgPlusPlus | None:
-    """Raises Refused on a name that no rule has."""
+    """The rule with this name, None for "plain"; raises Refused on an unknown name."""
     if name not in RULES:
         raise Refused(f"rule {name!r} is unknown: there are {', '.join(RULES)}")
     return RULES[name]

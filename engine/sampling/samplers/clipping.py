@@ -1,4 +1,4 @@
-"""Clipping of the denoised image to where pixels lie: Ho et al. 2020's own sampler, and diffusers' `clip_sample`."""
+"""Clipping of the denoised image to the range of pixels, as in Ho et al. 2020's own sampler and diffusers' `clip_sample`."""
 
 from collections.abc import Callable
 
@@ -6,11 +6,11 @@ from torch import Tensor
 
 
 def clipped(solver: Callable) -> Callable:
-    """`solver` with D(x; sigma) kept within [-1, 1] at every evaluation, after guidance.
+    """`solver` with D(x; sigma) clipped to [-1, 1] at every evaluation, after guidance.
 
-    Where a network predicts the noise, D = x - sigma epsilon multiplies its error by sigma, 20,000 at the end of a cosine schedule:
-    without this the first steps leave the range of any image and the rest cannot mend it. What changes D further, as
-    epsilon_scaled does, puts it through `keep` once more.
+    If a network predicts the noise, D = x - sigma epsilon multiplies its error by sigma, which is 20,000 at the end of a cosine
+    schedule. Without clipping, the first steps leave the range of any image and later steps cannot recover. A solver that
+    changes D further, such as epsilon_scaled, passes the result through `keep`.
     """
 
     def within(denoise: Callable, x_NCHW: Tensor, sigmas: Tensor, **rest: object) -> Tensor:
@@ -21,5 +21,5 @@ def clipped(solver: Callable) -> Callable:
 
 
 def clip(denoised_NCHW: Tensor) -> Tensor:
-    """The image within [-1, 1]."""
+    """The image clipped to [-1, 1]."""
     return denoised_NCHW.clamp(-1, 1)

@@ -11,7 +11,7 @@ from duotone.engine.sampling.samplers.slope import slope
 def dpmpp_2m(
     denoise: Callable, x_NCHW: Tensor, sigmas: Tensor, *, on_step: Callable | None = None, **_: object
 ) -> Tensor:
-    """Second order, multistep; one denoiser call a step. The first and the last step are first order."""
+    """Second order, multistep; one denoiser call per step. The first and the last step are first order."""
     before, width_before = None, 0.0
     for i, (sigma, following) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist())):
         denoised = denoise(x_NCHW, sigma)

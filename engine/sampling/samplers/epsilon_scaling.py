@@ -11,11 +11,11 @@ from duotone.data.refusal import Refused
 def epsilon_scaled(solver: Callable, factor: float) -> Callable:
     """`solver` with the predicted noise divided by `factor` at every evaluation: the paper's section 5, uniform schedule.
 
-    Along a trajectory the network meets its own errors beside the noise and predicts more noise than in training: good
-    factors are a little above 1. As D = x - sigma epsilon, the image becomes D + (1 - 1 / factor) (x - D). At sigma = infinity x
-    is the noise itself, and is left as it is. `keep` is what the image goes through after that (clipping.py): scaled first,
-    then clipped, or the noise of a cosine schedule's first levels would come back into the image a hundredfold. Raises Refused
-    where the factor is not above 0.
+    Along a sampling trajectory x contains the network's own errors besides the noise, so the network predicts more noise than
+    in training: good factors are a little above 1. Since D = x - sigma epsilon, the image becomes
+    D + (1 - 1 / factor) (x - D). At sigma = infinity, where x is the noise itself, D is left as it is. `keep` (clipping.py) is
+    applied after the scaling: in the reverse order, the scaling would bring the noise of a cosine schedule's first levels back
+    into the clipped image a hundredfold. Raises Refused if the factor is not above 0.
     """
     if not factor > 0:
         raise Refused(f"factor = {factor}: epsilon scaling divides by it, so it must be above 0 (1 changes nothing)")

@@ -7,12 +7,12 @@ from torch import Tensor
 from duotone.engine.sampling.samplers.slope import slope
 
 FAR = 500.0
-"""Noise beside which no image counts. From there a step is Euler's, as from infinity: over a step from 20,000 to 10, as a cosine
-schedule has it, the mean of both slopes would multiply the error of the second by 1,000."""
+"""Noise level from which the image in x is negligible. Steps from here or above are Euler steps, as from infinity: in a step from
+20,000 to 10, which a cosine schedule has, averaging both slopes would multiply the error of the second by 1,000."""
 
 
 def heun(denoise: Callable, x_NCHW: Tensor, sigmas: Tensor, *, on_step: Callable | None = None, **_: object) -> Tensor:
-    """Second order; two denoiser calls a step but the last, and those from noise above FAR, which are Euler's."""
+    """Second order; two denoiser calls per step, except for the last and those from FAR or above, which are Euler steps."""
     for i, (sigma, following) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist())):
         x_NCHW, denoised = heun_step(denoise, x_NCHW, sigma, following)
         if on_step:

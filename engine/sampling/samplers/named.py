@@ -13,7 +13,7 @@ SAMPLERS = {f.__name__: f for f in (euler, heun, dpmpp_2m, ancestral, stochastic
 
 
 def solver_named(name: str) -> Callable:
-    """Raises Refused on a name that no sampler has."""
+    """The sampler with this name; raises Refused on an unknown name."""
     if name not in SAMPLERS:
         raise Refused(f"sampler {name!r} is unknown: there are {', '.join(SAMPLERS)}")
     return SAMPLERS[name]

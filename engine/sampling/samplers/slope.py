@@ -1,4 +1,4 @@
-"""The direction of the probability-flow ODE: what every deterministic step moves along."""
+"""The direction of the probability-flow ODE, along which every deterministic step moves."""
 
 import math
 
@@ -6,5 +6,5 @@ from torch import Tensor
 
 
 def slope(x_NCHW: Tensor, denoised_NCHW: Tensor, sigma: float) -> Tensor:
-    """dx / dsigma = (x - D) / sigma: Karras et al. 2022, algorithm 1, line 4. At sigma = infinity x is the noise, and so is this."""
+    """dx / dsigma = (x - D) / sigma: Karras et al. 2022, algorithm 1, line 4. At sigma = infinity it is x, the noise itself."""
     return x_NCHW if math.isinf(sigma) else (x_NCHW - denoised_NCHW) / sigma

@@ -22,10 +22,10 @@ def stochastic_heun(
     on_step: Callable | None = None,
     **_: object,
 ) -> Tensor:
-    """Raises the noise by gamma = min(churn / steps, sqrt(2) - 1) where churn_from <= sigma <= churn_to, then steps.
+    """Raises sigma by gamma = min(churn / steps, sqrt(2) - 1) where churn_from <= sigma <= churn_to, then takes Heun's step.
 
-    The default churn is the full one at every step. `noise(i)` gives the fresh normal noise of step i. Raises Refused on a
-    churn below 0, which would tell the denoiser of less noise than there is.
+    By default gamma has its maximum at every step. `noise(i)` gives the fresh normal noise of step i. Raises Refused on a
+    churn below 0, which would give the denoiser a sigma below the actual noise level.
     """
     at_least("churn", churn, 0)
     most = math.sqrt(2) - 1
