@@ -1,4 +1,4 @@
-"""Whether all ranks of a run are about the same run: on several machines each is started by a command and reads a disk of its own."""
+"""Checks that all ranks take part in the same run: on several machines, each has its own start command and its own disk."""
 
 import hashlib
 import socket
@@ -16,23 +16,23 @@ from duotone.engine.recipe_json import flat, to_json, unlike
 from duotone.engine.speed import Choice
 
 OF_A_MACHINE = ("data.shards", "data.threads", "out", "start", "speed.threads")
-"""Fields of a recipe that may differ: where things lie on a machine, and how many cores it has."""
+"""Fields of a recipe that may differ between ranks: paths on a machine, and its number of threads."""
 
 
 def check_recipe(recipe: Recipe, choice: Choice, ranks: zero.Ranks) -> None:
-    """Raises Refused, on every rank alike, where one was started with other flags than rank 0 or on another kind of machine."""
+    """Raises Refused, on every rank, if one was started with other flags than rank 0 or on another kind of machine."""
     mine = flat(to_json(recipe))
     theirs, machine = zero.from_rank_0((mine, choice))
     other = unlike(theirs, mine, OF_A_MACHINE)
     if choice != machine:
         other.append(f"the machine's own choice: {machine} there, {choice} here")
     refuse_others(
-        other, ranks, "is another run than rank 0's", "start all ranks by the same command, on machines alike"
+        other, ranks, "is another run than rank 0's", "start all ranks by the same command, on identical machines"
     )
 
 
 def check_data(data: Dataset, ranks: zero.Ranks) -> list[str]:
-    """Raises Refused, on every rank alike, where one reads other data than rank 0; a line for each that decodes otherwise."""
+    """Raises Refused, on every rank, if one reads other data than rank 0; returns a line for each with another decoder or torch."""
     fingerprint, decoder, version = zero.from_rank_0((data.fingerprint, data.decoder, torch.__version__))
     other = [f"{data.paths[0].parent} holds other images or captions"] if data.fingerprint != fingerprint else []
     refuse_others(other, ranks, "reads other data than rank 0", "copy rank 0's shards there")
@@ -42,10 +42,10 @@ def check_data(data: Dataset, ranks: zero.Ranks) -> list[str]:
 
 
 def check_untrained(network: Network, ranks: zero.Ranks) -> None:
-    """Raises Refused, on every rank alike, where one has other weights of what is not trained: of that each keeps its own."""
+    """Raises Refused, on every rank, if one has other frozen weights than rank 0: each rank uses those that it has loaded."""
     mine = weights_digest(network.untrained) if ranks.count > 1 else ""
     other = ["its text encoder has other weights"] if mine != zero.from_rank_0(mine) else []
-    refuse_others(other, ranks, "is told something else than rank 0", "copy rank 0's text encoder there")
+    refuse_others(other, ranks, "would encode text unlike rank 0", "copy rank 0's text encoder there")
 
 
 def weights_digest(modules: list[nn.Module]) -> str:
@@ -57,9 +57,9 @@ def weights_digest(modules: list[nn.Module]) -> str:
 
 
 def check_folder(folder: Path, ranks: zero.Ranks) -> list[str]:
-    """A line for each rank that does not see the folder of the run, which rank 0 has made: its checkpoints are for all."""
+    """A line for each rank that does not see the run's folder, which rank 0 has made: all ranks read its checkpoints to resume."""
     mine = [] if (folder / "recipe.json").exists() else [f"does not see {folder}"]
-    return [f"{where}: the run can only be gone on with where all machines share --out" for where in named(mine, ranks)]
+    return [f"{where}: the run can only be resumed where all machines share --out" for where in named(mine, ranks)]
 
 
 def refuse_others(faults: list[str], ranks: zero.Ranks, says: str, remedy: str) -> None:
@@ -70,6 +70,6 @@ def refuse_others(faults: list[str], ranks: zero.Ranks, says: str, remedy: str) 
 
 
 def named(mine: list[str], ranks: zero.Ranks, says: str = "") -> list[str]:
-    """What each rank says of itself, with its name and its machine's, on every rank."""
+    """The lines of all ranks, each with the names of the rank and its machine, on every rank."""
     name = f"rank {ranks.rank} ({socket.gethostname()})"
     return zero.gathered([f"{name} {says} ({line})" if says else f"{name} {line}" for line in mine])

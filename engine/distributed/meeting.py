@@ -1,4 +1,4 @@
-"""Where the processes of a run meet: at the address of the launcher that started them, or alone."""
+"""How the processes of a run join one group: at the address that their launcher gives, or alone without a launcher."""
 
 import os
 import socket
@@ -11,20 +11,20 @@ import torch.distributed as dist
 from duotone.data.refusal import Refused, first_line
 
 PATIENCE = timedelta(hours=3)
-"""How long ranks wait for one another: rank 0 alone reads shards that have no index yet, and draws previews. Ranks that
-end are noticed by the launcher, or by the connections that they close."""
+"""How long ranks wait for one another: long, since rank 0 alone indexes shards that have no index yet, and draws previews. A
+rank that ends is noticed earlier, by the launcher or by the connections that it closes."""
 MEETING = timedelta(minutes=15)
-"""How long ranks wait for the others at the start, where one may have been refused before it came."""
+"""How long ranks wait for the others at the start; another may have ended with Refused before it got here."""
 LATE = 30
-"""Seconds after which those who are there say whom they wait for."""
+"""Seconds after which the ranks that have arrived say that they are waiting."""
 STARTED_TOGETHER = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-"""How srun and mpirun tell a process that it is one of several; none of them gives it a rank that torch knows."""
+"""Variables in which srun and mpirun give the number of processes; neither sets a rank in a variable that torch reads."""
 
-SET_HERE: dict[str, str] = {}  # what a process without a launcher was given, to be taken back when its run ends
+SET_HERE: dict[str, str] = {}  # variables set for a process without a launcher, removed when its run ends
 
 
 def meet(backend: str) -> None:
-    """Joins the process group of this process's run; Refused where the others do not come."""
+    """Joins this run's process group; raises Refused if the other ranks do not come."""
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     late = threading.Timer(LATE, tell_whom_one_waits_for, (address,))
     late.daemon = True
@@ -39,26 +39,26 @@ def meet(backend: str) -> None:
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise Refused(f"the ranks cannot meet at {address} ({first_line(error)}): {remedy(error)}") from None
     except ValueError as error:
-        raise Refused(f"{error}: start a run by deepspeed, torchrun or plain python, which set what it needs") from None
+        raise Refused(f"{error}: start it with deepspeed, torchrun or plain python, which set what it needs") from None
     finally:
         late.cancel()
 
 
 def device_of(backend: str, count: int) -> torch.device | None:
-    """What NCCL is bound to where there is anybody to reach, as DeepSpeed does it, which is left to no guess."""
+    """The GPU to bind NCCL to if there are several ranks, as DeepSpeed does; unbound, NCCL would guess one."""
     bound = backend == "nccl" and count > 1
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if bound else None
 
 
 def refuse_unlike_devices(store: dist.Store, rank: int, count: int, backend: str) -> None:
-    """A rank without a GPU would wait for the others in another group than theirs."""
+    """Raises Refused if only some ranks have a GPU: those without would wait in another group than the others."""
     store.set(f"backend of {rank}", backend)
     theirs = [store.get(f"backend of {other}").decode() for other in range(count)]
     cpu = [number for number, name in enumerate(theirs) if name == "gloo"]
     if 0 < len(cpu) < count:
         raise Refused(
-            f"rank{'s' * (len(cpu) > 1)} {', '.join(map(str, cpu))} of {count} would compute on a CPU, the others on GPUs: see why torch "
-            "finds no CUDA device there, or give --speed.device cpu to all"
+            f"rank{'s' * (len(cpu) > 1)} {', '.join(map(str, cpu))} of {count} would compute on a CPU, the others on GPUs: "
+            "check why torch finds no CUDA device there, or give --speed.device cpu to all"
         )
 
 
@@ -70,12 +70,12 @@ def tell_whom_one_waits_for(address: str) -> None:
 
 def remedy(error: Exception) -> str:
     if "EADDRINUSE" in str(error):
-        return "if another run of this machine is there, give this one a port of its own, as in deepspeed --master_port 29501 ..."
-    return "see what the other machines say, and that each of them runs this command and reaches that address"
+        return "if another run on this machine uses that port, give this run another, as in deepspeed --master_port 29501 ..."
+    return "see what the other machines print, and check that each runs this command and can reach that address"
 
 
 def single_process_defaults() -> None:
-    """What a launcher sets, for a plain `python recipes/X.py`."""
+    """Sets the variables that a launcher would set, for a plain `python recipes/X.py`."""
     if "RANK" in os.environ:
         return
     refuse_many_without_launcher()
@@ -87,18 +87,18 @@ def single_process_defaults() -> None:
 
 
 def refuse_many_without_launcher() -> None:
-    """Each of them would train a run of its own."""
+    """Raises Refused if several processes were started without ranks: each would train its own run."""
     for name in STARTED_TOGETHER:
         count = os.environ.get(name, "")
         if count.isdigit() and int(count) > 1:
             raise Refused(
                 f"{name} is {count}, but these processes have no ranks: start the launcher once on each machine "
-                f"(docs/cluster.md), or unset {name} if each is to train a run of its own"
+                f"(docs/cluster.md), or unset {name} if each is to train its own run"
             )
 
 
 def forget() -> bool:
-    """Takes back what a process without a launcher was given; whether it was one."""
+    """Removes the variables set for a process without a launcher; returns whether this was such a process."""
     alone = bool(SET_HERE)
     for name in SET_HERE:
         os.environ.pop(name, None)

@@ -1,4 +1,4 @@
-"""A network under ZeRO: forward, backward, update, and its sharded state gathered and scattered by parameter name."""
+"""A network under ZeRO: forward, backward, update, and its sharded state, gathered and scattered by parameter name."""
 
 import inspect
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ class Sharded:
         if self.stage < 3:
             self.update = Update(self.engine.optimizer, optimizer, clip=config["gradient_clipping"])
             self.engine.optimizer.step = self.update
-        if exact:  # DeepSpeed's fp32 weights are copies of those that it had rounded
+        if exact:  # DeepSpeed makes its fp32 weights from the rounded ones
             self.scatter("weight", exact)
             self.scatter("ema", exact)
 
@@ -47,27 +47,28 @@ class Sharded:
         self.engine.backward(loss)
 
     def step(self) -> None:
-        """One micro-step; at the end of an accumulation the update, which gradients that are not finite skip."""
+        """Ends one micro-batch; after the last of an accumulation it updates the weights, unless a gradient is not finite."""
         self.engine.step()
 
     def close(self, kind: type | None = None, error: BaseException | None = None, trace=None) -> None:
-        """Takes DeepSpeed's hooks off the weights: through them the network, and all that trains it, would never be freed.
+        """Removes DeepSpeed's hooks from the weights; they would keep the network and its whole training state alive.
 
-        That waits for the device, but not with an error on a GPU: it may stand in a collective that a lost rank never joins.
+        This waits for the device, so it is left out after an error on a GPU, which may be in a collective that a lost rank
+        never joins.
         """
-        F.linear = self.linear_before  # which stage 3 replaces for the whole process by one that rounds otherwise
+        F.linear = self.linear_before  # stage 3 replaces it, for the whole process, by one that rounds differently
         if error is None or self.device.type == "cpu":
             self.engine.destroy()
 
     @property
     def skipped(self) -> int:
-        """Updates skipped so far; asking waits for the device."""
+        """Number of updates skipped so far; reading it waits for the device."""
         return int(self.update.skipped) if self.update else self.engine.skipped_steps
 
     def grad_norm(self) -> float:
         return float(self.engine.get_global_grad_norm() or 0.0)
 
-    # State by name. A flat shard holds pieces of parameters; Piece says which.
+    # State by name. A flat shard holds pieces of parameters; a Piece says where.
 
     def shards(self) -> Iterator[tuple[Tensor, list["Piece"]]]:
         """Every flat fp32 shard of this rank, with the parameters laid out in it."""
@@ -93,27 +94,27 @@ class Sharded:
         return {piece.name: piece.shape for _, pieces in self.shards() for piece in pieces}
 
     def gather(self, kind: str, *, to_rank_0: bool = True) -> dict[str, Tensor]:
-        """All of `weight`, `exp_avg`, `exp_avg_sq` or `ema`, by name, fp32 on the CPU; empty on other ranks."""
+        """All of `weight`, `exp_avg`, `exp_avg_sq` or `ema`, by parameter name, fp32 on the CPU; with to_rank_0, empty elsewhere."""
         named: dict[str, Tensor] = {}
         for shard, pieces in self.shards():
             values = shard.detach() if kind == "weight" else self.optimizer.state_of(shard).get(kind)
             if values is None:
                 continue
             parts = self.all_gather(values)
-            if dist.get_rank() == 0 or not to_rank_0:  # the others need no copy of it all in their CPU's memory
+            if dist.get_rank() == 0 or not to_rank_0:  # spares the other ranks a full copy in CPU memory
                 parts_RP = torch.stack([part.cpu() for part in parts])
                 named |= {piece.name: piece.cut(parts_RP) for piece in pieces}
         return named
 
     def all_gather(self, values: Tensor) -> list[Tensor]:
-        """The shards of every rank."""
+        """This tensor of every rank, in rank order."""
         parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, values.contiguous())
         return parts
 
     @torch.no_grad()
     def scatter(self, kind: str, named: dict[str, Tensor]) -> None:
-        """Puts named tensors into this rank's shards; every rank must hold them."""
+        """Copies named tensors into this rank's shards; every rank must be given all of them."""
         rank, ranks = dist.get_rank(), dist.get_world_size()
         for shard, pieces in self.shards():
             target = shard.data if kind == "weight" else self.optimizer.state_of(shard).get(kind)
@@ -127,7 +128,7 @@ class Sharded:
             self.refresh_weights()
 
     def refresh_weights(self) -> None:
-        """The network's own weights from the fp32 shards."""
+        """Copies the fp32 shards into the network's own weights."""
         partitioned = self.engine.optimizer
         if self.stage == 3:
             for i, shard in enumerate(partitioned.fp32_partitioned_groups_flat):
@@ -137,7 +138,7 @@ class Sharded:
             partitioned.update_lp_params()
 
     def counters(self) -> dict:
-        """The integers of the optimizer's state."""
+        """The counters of the optimizer's state: steps taken, steps skipped, and the loss scaler's."""
         scaler = self.fp16_scaler
         return {
             "adam_steps": int(self.update.steps) if self.update else self.steps_of_stage_3(),
@@ -147,7 +148,7 @@ class Sharded:
 
     @property
     def fp16_scaler(self):
-        """DeepSpeed's dynamic loss scaler, or None: the other precisions have a constant one, which no other run should take over."""
+        """DeepSpeed's dynamic loss scaler; None for the other precisions, whose constant scale must not be restored in another run."""
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)
         return scaler if all(hasattr(scaler, name) for name in SCALER) else None
 
@@ -173,19 +174,19 @@ def trained(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def refuse_other_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Every ZeRO stage steps through `move`: what an optimizer does elsewhere would never be called."""
-    own = inspect.unwrap(type(optimizer).step)  # which PyTorch wraps at every class's first use
+    """Raises Refused on an optimizer with its own `step`: every ZeRO stage updates through `move`, so it would never be called."""
+    own = inspect.unwrap(type(optimizer).step)  # PyTorch wraps a class's step when the class is first used
     if not isinstance(optimizer, AdamWEma) or own is not inspect.unwrap(AdamWEma.step):
         raise Refused(
-            f"optimizer: {type(optimizer).__name__} would not be stepped: make it an AdamWEma with a `move` of its own "
-            "(engine/optimizers/adamw.py)"
+            f"optimizer: the step of {type(optimizer).__name__} would never be called: make it an AdamWEma that overrides "
+            "`move` (engine/optimizers/adamw.py)"
         )
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Where a parameter lies in the shards: at `offset` of all of them end to end (stages 1 and 2), or, at stage 3,
-    `per_rank` elements at `offset` of each."""
+    """Where a parameter lies in the shards: at `offset` in all shards laid end to end (stages 1 and 2); at stage 3, `per_rank`
+    elements at `offset` in each shard."""
 
     name: str
     shape: tuple[int, ...]

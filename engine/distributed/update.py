@@ -1,7 +1,7 @@
 """The update of ZeRO stages 1 and 2: two passes over the shard instead of DeepSpeed's check, cast, clip, copy and cast back.
 
 The first pass sums the squares of the reduced gradients; the second reads each gradient once more and writes weights, moments,
-EMA and the network's own weights. Whether a step is skipped is known on the device alone, so nothing waits for it.
+EMA and the network's own weights. Whether a step is skipped is decided on the device, so the host waits for nothing.
 P parameters of one rank's shard of one group.
 """
 
@@ -19,7 +19,7 @@ from duotone.kernels.squared_norm import squared_norm
 
 
 class Update:
-    """Takes the place of `step` of DeepSpeed's partitioned optimizer."""
+    """Replaces `step` of DeepSpeed's partitioned optimizer."""
 
     def __init__(self, partitioned, optimizer: AdamWEma, *, clip: float):
         self.partitioned, self.optimizer, self.clip = partitioned, optimizer, clip
@@ -44,14 +44,14 @@ class Update:
         return range(len(self.partitioned.bit16_groups))
 
     def set_rates(self) -> None:
-        """Learning rate and EMA decay, which are the same for every group, to the device."""
+        """Copies the learning rate and EMA decay, which all groups share, to the device."""
         options = self.optimizer.param_groups[0]
         self.lr.fill_(options["lr"])
         self.decay.fill_(options["ema_decay"])
 
     @torch.no_grad()
     def apply(self, gradients: list[Tensor]) -> Tensor:
-        """The update itself, of all that it takes tensors on the device; the gradients' squared norm."""
+        """The update itself, whose inputs are all tensors on the device; returns the gradients' squared norm over all ranks."""
         squares = sum(squared_norm(grad_P) for grad_P in gradients)
         if dist.get_world_size() > 1:
             dist.all_reduce(squares, group=self.partitioned.dp_process_group)
@@ -61,7 +61,7 @@ class Update:
         return squares
 
     def gradient(self, group: int) -> Tensor:
-        """grad_P: flat already where DeepSpeed adds micro-batches up in fp32, else its pieces in a row."""
+        """grad_P of a group: already flat where DeepSpeed accumulates in fp32, else concatenated from its pieces."""
         flat_P = self.partitioned._get_preflattened_grad_partition(group)
         if flat_P is not None:
             return flat_P
@@ -71,13 +71,13 @@ class Update:
         torch.cat(pieces, out=self.flats[group][: sum(piece.numel() for piece in pieces)])
         return self.flats[group]
 
-    # One rank's shards hold every parameter, so that gradients can also come from autograd itself.
+    # With a single rank the shards hold every parameter, so gradients can also come from autograd directly.
 
     def parameters(self) -> list[Tensor]:
         return [p for parameters in self.partitioned.params_in_partition for p in parameters]
 
     def laid_flat(self, gradients: tuple[Tensor | None, ...]) -> list[Tensor]:
-        """What `gradient` gives for each group, of the gradients of `parameters`: zeros where there is none."""
+        """The gradients of `parameters` as `gradient` gives them, one grad_P per group; zeros where a gradient is None."""
         rows, following = [], iter(zip(self.parameters(), gradients))
         for group, parameters in enumerate(self.partitioned.params_in_partition):
             pieces = [
@@ -89,7 +89,7 @@ class Update:
         return rows
 
     def state(self) -> dict[str, Tensor]:
-        """All that an update changes, by name."""
+        """All tensors that an update changes, by name."""
         named = {"steps": self.steps, "skipped": self.skipped}
         for group in self.groups():
             shard = self.shard(group)
@@ -102,7 +102,7 @@ class Update:
         return self.partitioned.single_partition_of_fp32_groups[group]
 
     def counted_scale(self, squares: Tensor) -> Tensor:
-        """Counts the step, or skips it, and gives what gradients are multiplied with: unscaled, clipped to the largest norm, NaN where they are not finite."""
+        """Counts the step as taken or skipped; returns the factor for gradients, which unscales and clips them; NaN to skip."""
         finite = squares.isfinite()
         self.steps += finite
         self.skipped += ~finite
@@ -125,7 +125,7 @@ class Update:
         )
 
     def matrices(self, group: int) -> Matrices:
-        """How the matrices of a group lie in this rank's shard."""
+        """The layout of a group's matrices in this rank's shard."""
         if group not in self.laid:
             parameters = self.partitioned.round_robin_bit16_groups[group]
             offsets = self.partitioned.round_robin_bit16_offsets[group]
@@ -134,7 +134,7 @@ class Update:
         return self.laid[group]
 
     def release(self, group: int) -> None:
-        """Gradients are freed as DeepSpeed frees them."""
+        """Frees the gradients of a group as DeepSpeed's own step does."""
         partitioned = self.partitioned
         partitioned.free_grad_in_param_list(partitioned.params_in_partition[group])
         partitioned.free_grad_in_param_list(partitioned.params_not_in_partition[group])
@@ -143,7 +143,7 @@ class Update:
         partitioned.all_grad_tensors[group] = None
 
     def tell(self, squares: Tensor) -> None:
-        """What DeepSpeed reads afterwards; only a dynamic loss scale needs to know now whether the step was skipped."""
+        """Sets what DeepSpeed reads after a step; only fp16's dynamic loss scale has to wait to know whether it was skipped."""
         self.partitioned._global_grad_norm = squares.sqrt() / self.partitioned.loss_scale
         self.partitioned.overflow = self.partitioned.dtype == torch.float16 and not squares.isfinite().item()
         self.partitioned._update_scale(self.partitioned.overflow)

@@ -1,6 +1,6 @@
-"""DeepSpeed ZeRO: joins the process group, sets the engine up, and what ranks tell each other.
+"""DeepSpeed ZeRO: joining the process group, setting up the engine, and communication between ranks.
 
-The only file that imports deepspeed, and only inside functions: a configuration is refused before it is loaded.
+The only file that imports deepspeed, and only inside functions, so that a bad configuration is refused before the slow import.
 """
 
 import atexit
@@ -29,9 +29,9 @@ class Zero:
     """How the training state is sharded over the ranks."""
 
     stage: Literal[1, 2, 3] = 1
-    """1: optimizer and EMA; 2: gradients too; 3: weights too."""
+    """1: shard optimizer state and EMA; 2: gradients too; 3: weights too."""
     bucket: int = 50_000_000
-    """Elements reduced or gathered at once."""
+    """Elements reduced or gathered in one communication."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,15 @@ def join(device: str) -> Ranks:
 
 
 def without_its_own_operator() -> None:
-    """DeepSpeed builds an operator for inference on a CPU at every start, which training never calls: it would need a compiler,
-    and leave 66 MiB a rank in /dev/shm behind for good."""
+    """Stops DeepSpeed from building its CPU inference operator at every start. Training never calls it, but building it needs a
+    compiler, and it leaves 66 MiB per rank in /dev/shm for good."""
     from deepspeed.ops import __compatible_ops__
 
     __compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def refuse_precision(precision: str) -> None:
-    """Raises Refused for arithmetic that DeepSpeed does not train in on this machine: fp16, on most CPUs."""
+    """Raises Refused for a precision in which DeepSpeed cannot train on this machine, such as fp16 on most CPUs."""
     from deepspeed.accelerator import get_accelerator
 
     here = {"fp16": get_accelerator().is_fp16_supported, "bf16": get_accelerator().is_bf16_supported}
@@ -89,19 +89,19 @@ def refuse_precision(precision: str) -> None:
 
 
 def quiet() -> None:
-    """DeepSpeed logs every setting of every rank; ours is the plan line."""
+    """Silences DeepSpeed, which logs every setting of every rank; the run's plan line says what matters."""
     for name in [name for name in logging.root.manager.loggerDict if name.lower().startswith("deepspeed")]:
         logging.getLogger(name).setLevel(logging.ERROR)
-    # What it calls is to be renamed in torch, which is no user's affair.
+    # DeepSpeed calls functions that torch has deprecated; users can do nothing about that.
     warnings.filterwarnings("ignore", ".*is deprecated. Please use", FutureWarning, r"torch\.distributed\.c10d_logger")
 
 
 def stage_taken(zero: Zero, precision: str, accumulation: int, recorded: bool = False) -> tuple[int, str | None]:
-    """The stage that runs, and why it is not the one asked for; `recorded` blocks are replayed as CUDA graphs.
+    """The stage that runs, and why, if it is not the one asked for; `recorded`: blocks are replayed as CUDA graphs.
 
-    DeepSpeed's stage 1 hands bf16 with fp32 accumulation to another optimizer, which lets non-finite gradients into the
-    weights; stage 2 accumulates in fp32 and skips such a step. In fp32 stage 1 keeps a micro-batch's gradients where the
-    backward pass left them: in a graph's memory, which the next micro-batch overwrites.
+    DeepSpeed's stage 1 passes bf16 with fp32 accumulation to another optimizer, which lets non-finite gradients into the
+    weights; stage 2 accumulates in fp32 and skips such a step. In fp32, stage 1 leaves a micro-batch's gradients where the
+    backward pass wrote them: in the memory of a CUDA graph, which the next micro-batch overwrites.
     """
     if zero.stage == 1 and accumulation > 1 and precision == "bf16":
         why = "adds up gradients in fp32 and skips non-finite ones"
@@ -117,7 +117,7 @@ def settings(
 ) -> dict:
     """DeepSpeed's own configuration."""
     stage, _ = stage_taken(zero, precision, accumulation, recorded)
-    # One micro-batch adds nothing up, so the type it would be added up in is the gradients' own.
+    # A single micro-batch needs no accumulation, so the gradients keep their own type.
     accumulated_in = "bf16" if precision == "bf16" and accumulation == 1 and stage == 1 else "fp32"
     return {
         "train_batch_size": batch,
@@ -129,7 +129,7 @@ def settings(
         "data_types": {"grad_accum_dtype": accumulated_in},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
-        # Its clock waits for the device twice a micro-batch; ours is asked when a line is due.
+        # DeepSpeed's timer waits for the device twice per micro-batch; ours does so only when a log line is due.
         "timers": {"throughput": {"enabled": False}},
         "zero_optimization": {
             "stage": stage,
@@ -149,9 +149,9 @@ def start(network: nn.Module, optimizer: Optimizer, config: dict):
 
 
 def without_compiling_its_muon() -> None:
-    """DeepSpeed loads its own Muon in every run, for a look at an optimizer's type, and torch.compile around its functions loads
-    the whole compiler: a second of every start, for what is never called."""
-    importlib.import_module("torch._dynamo")  # which would read the variable for good
+    """Keeps DeepSpeed's Muon from loading the compiler. DeepSpeed imports its Muon in every run, only to compare types, and the
+    torch.compile around its functions, which are never called, would add a second to every start."""
+    importlib.import_module("torch._dynamo")  # imported first, since it reads the variable for good
     before = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     try:
@@ -161,7 +161,7 @@ def without_compiling_its_muon() -> None:
 
 
 def count_step(engine) -> None:
-    """What DeepSpeed's engine keeps of a step of one micro-batch that its optimizer has taken."""
+    """Updates the counters of DeepSpeed's engine after a step of one micro-batch that bypassed the engine."""
     engine._global_grad_norm = engine.optimizer._global_grad_norm
     engine.micro_steps += 1
     engine.global_steps += 1
@@ -169,7 +169,7 @@ def count_step(engine) -> None:
 
 
 def gather_weights(partitioned) -> None:
-    """Stages 1 and 2: every rank's part of the network's weights to all the others."""
+    """Stages 1 and 2: sends every rank's part of the network's weights to all other ranks."""
     from deepspeed.runtime.utils import all_gather_dp_groups
 
     all_gather_dp_groups(
@@ -183,7 +183,7 @@ def gather_weights(partitioned) -> None:
 
 @contextmanager
 def rank_0_first(ranks: Ranks):
-    """Work that rank 0 does before the others look at its result; what it refuses, all refuse."""
+    """Runs its block on rank 0 before the other ranks; if rank 0 raises Refused, all ranks raise it."""
     if ranks.rank:
         refusal = from_rank_0()
         if refusal is not None:
@@ -199,14 +199,14 @@ def rank_0_first(ranks: Ranks):
 
 
 def from_rank_0(value=None):
-    """What rank 0 gives, on every rank."""
+    """Rank 0's value, on every rank."""
     found = [value]
     dist.broadcast_object_list(found, src=0)
     return found[0]
 
 
 def share(tensors: Iterable[Tensor]) -> None:
-    """Rank 0's values, on every rank: those of another machine may have been drawn, or read, otherwise."""
+    """Overwrites the tensors of every rank with rank 0's: another machine may have initialised or read them differently."""
     if dist.get_world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor.data, src=0)
@@ -220,7 +220,7 @@ def mean(value: Tensor) -> Tensor:
 
 
 def means(values: list[float], device: torch.device) -> Callable[[], list[float]]:
-    """The means of some numbers over the ranks, for when they are asked for: until then nobody waits for them."""
+    """The means of some numbers over the ranks, as a function that waits for them only when it is called."""
     if dist.get_world_size() == 1:
         return lambda: values
     total = mean(sent(torch.tensor(values, dtype=torch.float64), device)).to("cpu", non_blocking=True)
@@ -235,30 +235,30 @@ def means(values: list[float], device: torch.device) -> Callable[[], list[float]
 
 
 def wait() -> None:
-    # Without a device NCCL guesses one, and says so in four lines.
+    # Without a device NCCL guesses one and prints a warning of four lines.
     dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 def gathered(mine: list) -> list:
-    """The rows of every rank, on every rank."""
+    """The rows of all ranks in rank order, on every rank."""
     rows: list = [None] * dist.get_world_size()
     dist.all_gather_object(rows, mine)
     return [row for part in rows for row in part]
 
 
 def world_size() -> int:
-    """Ranks of the run, before it is joined."""
+    """Number of ranks in the run; works before the process group is joined."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def lost_a_rank(error: Exception) -> bool:
-    """Whether this is only that another rank has ended: its own words tell why."""
+    """Whether an error only means that another rank has ended, which itself says why."""
     ended = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
     return isinstance(error, dist.DistError) or any(words in str(error) for words in ended)
 
 
 def leave(kind: type | None = None, error: BaseException | None = None, trace=None) -> None:
-    """Ends the run's process group, but not with an error: the other ranks would fail at once, and louder than its cause.
+    """Ends the run's process group, unless there was an error: the other ranks would then fail at once and hide its cause.
 
     A group of one stays, since a later run in the same process joins it again.
     """
@@ -267,10 +267,10 @@ def leave(kind: type | None = None, error: BaseException | None = None, trace=No
 
 
 def end_group() -> None:
-    """Ends the process group and its threads: one of Gloo's that lets go of a tensor while Python is being taken down
-    aborts the process, whose exit code is then not its own (github.com/pytorch/pytorch/issues/190489)."""
+    """Ends the process group and its threads. A Gloo thread that frees a tensor during Python's shutdown aborts the process and
+    so changes its exit code (github.com/pytorch/pytorch/issues/190489)."""
     import deepspeed
 
     if dist.is_initialized():
         deepspeed.comm.destroy_process_group()
-    gc.collect()  # the engine of a run that is over holds the group in a cycle, and the threads end with the group
+    gc.collect()  # a finished run's engine keeps the group alive in a reference cycle, and the threads end with the group

@@ -123,7 +123,7 @@ def test_two_machines_train_what_one_process_does(by, machines, shards, tmp_path
     (code, said), (code_1, said_1) = ended(*(machine.start(*given, by=by) for machine, given in zip(machines, flags)))
     assert code == code_1 == 0, said + said_1
     assert "x 2 ranks" in said and "duotone" not in said_1
-    assert f"rank 1 (host-1) does not see {tmp_path / 'elsewhere'}: the run can only be gone on with where" in said
+    assert f"rank 1 (host-1) does not see {tmp_path / 'elsewhere'}: the run can only be resumed where" in said
     one = ["--data.shards", str(shards), "--out", str(tmp_path / "one"), "--images", "40", "--speed.threads", "1"]
     train(parse(Recipe, one, default=runpy.run_path(str(RECIPE))["recipe"], name="tiny"))
     there, here = rows(tmp_path / "two"), rows(tmp_path / "one")
@@ -289,5 +289,5 @@ def test_ranks_without_an_address_are_refused(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(Refused, match="WORLD_SIZE expected.*start a run by deepspeed"):
+    with pytest.raises(Refused, match="WORLD_SIZE expected.*start it with deepspeed"):
         meeting.meet("gloo")

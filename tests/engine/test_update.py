@@ -141,7 +141,9 @@ def test_a_step_that_nothing_would_call_is_refused():
             raise AssertionError
 
     for build in (lambda n: torch.optim.SGD(n.parameters()), lambda n: Own([{"params": n.parameters()}], CONFIG)):
-        with pytest.raises(Refused, match="(SGD|Own) would not be stepped: make it an AdamWEma with a `move`"):
+        with pytest.raises(
+            Refused, match="the step of (SGD|Own) would never be called: make it an AdamWEma that overrides `move`"
+        ):
             sharded(small_network(), stage=1, precision="fp32", build=build)
 
 
