@@ -1,4 +1,4 @@
-"""What diffusers' configuration files say of a recipe: its UNet with what the conditions add to it, and its objective's scheduler."""
+"""diffusers' configuration of a recipe: its UNet with what the conditions add to it, and a scheduler for its objective."""
 
 from duotone.engine.exchange.diffusers_unet import Inexpressible, to_config
 from duotone.engine.objectives.ddpm import DDPM
@@ -8,7 +8,7 @@ from duotone.engine.recipe import Recipe
 
 
 def config_of(recipe: Recipe, classes: int) -> dict:
-    """Their config.json for a recipe's network and what its conditions add to it; raises Inexpressible with the reason."""
+    """diffusers' config.json for a recipe's network and what its conditions add to it; raises Inexpressible with the reason."""
     kinds = {condition.kind: condition for condition in recipe.conditioning}
     others = sorted(kinds.keys() - {"label", "text"})
     if others:
@@ -16,7 +16,7 @@ def config_of(recipe: Recipe, classes: int) -> dict:
     config = to_config(recipe.model, recipe.data.size, classes + 1 if "label" in kinds else None)
     if getattr(kinds.get("label"), "port", "vector") == "tokens":
         raise Inexpressible("a label as a token")
-    # For diffusers a caption that also reaches the time embedding is a projected class embedding.
+    # To diffusers, a pooled caption added to the time embedding is a projected class embedding.
     if not getattr(kinds.get("text"), "pooled", False):
         return config
     if "label" in kinds:
@@ -28,7 +28,7 @@ def config_of(recipe: Recipe, classes: int) -> dict:
 
 
 def scheduler_config(objective) -> dict:
-    """Their scheduler for an objective."""
+    """diffusers' scheduler configuration for an objective; raises Inexpressible if there is none."""
     if isinstance(objective, EDM):
         return {
             "_class_name": "EDMEulerScheduler",
@@ -48,15 +48,15 @@ def scheduler_config(objective) -> dict:
             "prediction_type": {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}[objective.prediction],
             "clip_sample": objective.clips,
             "rescale_betas_zero_snr": objective.rescale_zero_snr,
-            "timestep_spacing": "trailing",  # as sample() does; theirs begins below the last timestep otherwise
+            "timestep_spacing": "trailing",  # as in sample(); diffusers' default starts below the last timestep
         }
     if isinstance(objective, Flow):
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": objective.shift}
-    raise Inexpressible(f"no scheduler of theirs samples the objective {type(objective).__name__}")
+    raise Inexpressible(f"it has no scheduler for the objective {type(objective).__name__}")
 
 
 def why_not(recipe: Recipe) -> str | None:
-    """Why diffusers cannot hold what a recipe trains, or None where it can."""
+    """Why diffusers cannot hold the network that a recipe trains, or None if it can."""
     try:
         config_of(recipe, classes=1)
         scheduler_config(recipe.objective)

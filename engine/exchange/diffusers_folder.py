@@ -1,4 +1,4 @@
-"""A folder that diffusers loads: the network's weights under their names, its configuration, the scheduler of its objective."""
+"""A folder that diffusers loads: the network's weights under diffusers' names, its configuration, its objective's scheduler."""
 
 import json
 import os
@@ -21,7 +21,7 @@ TABLE = f"{LABEL}weight"
 
 
 def unet_weights(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under their names from a network's: the UNet's own, and the label embedding as class_embedding."""
+    """A network's weights under diffusers' names, fp32 on the CPU; the label's or the pooled caption's are class_embedding."""
     weights = {name.removeprefix("unet."): v for name, v in named.items() if name.startswith("unet.")}
     if TABLE in named:
         weights["class_embedding.weight"] = named[TABLE]
@@ -32,7 +32,7 @@ def unet_weights(named: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def export(model: Model, out: Path) -> list[str]:
-    """Writes the folder whole or not at all; returns a line for each thing that diffusers will not know of the model."""
+    """Writes the folder completely or not at all; returns a line for each part of the model that diffusers cannot use as it is."""
     if os.path.lexists(out):
         raise Refused(f"{out} exists: give another --out, nothing was written")
     conditioners = model.network.conditioners
@@ -65,9 +65,12 @@ def write_folder(folder: Path, config: dict, weights: dict[str, Tensor], schedul
 
 
 def write_index(folder: Path, config: dict, scheduler: dict, conditions: list[str]) -> list[str]:
-    """What makes the folder a pipeline, where they have one that samples it; DDPMPipeline scales no input, as EDM's needs."""
+    """Writes the index that makes the folder a pipeline, if diffusers has one: DDPMPipeline, for DDPM without conditions.
+
+    DDPMPipeline does not scale the network's input, which EDM needs.
+    """
     if conditions or scheduler["_class_name"] != "DDPMScheduler":
-        return ["no pipeline of theirs samples this: load the unet and the scheduler, and step through them"]
+        return ["diffusers has no pipeline for this model: load the unet and the scheduler, and step through them"]
     index = {
         "_class_name": "DDPMPipeline",
         "unet": ["diffusers", config["_class_name"]],
@@ -78,7 +81,7 @@ def write_index(folder: Path, config: dict, scheduler: dict, conditions: list[st
 
 
 def save_text_encoder(folder: Path, model: Model) -> list[str]:
-    """A text encoder that was trained with the network goes along, in transformers' own format."""
+    """Saves a text encoder that was trained with the network, in transformers' format; returns notes for the user."""
     if "text" not in model.network.conditioners:
         return []
     text = model.network.conditioners["text"]
@@ -87,5 +90,5 @@ def save_text_encoder(folder: Path, model: Model) -> list[str]:
     text.encoder.save_pretrained(folder / "text_encoder")
     pooled = ["text: pass the mean of a caption's tokens as class_labels"] if text.pool is not None else []
     return pooled + [
-        "text: the encoder reads bytes (mark 1, byte + 3 each, mark 2, padded with 0): no tokenizer of theirs does that"
+        "text: the encoder reads bytes (mark 1, byte + 3 each, mark 2, padded with 0): diffusers has no tokenizer for that"
     ]

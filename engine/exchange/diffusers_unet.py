@@ -1,6 +1,6 @@
-"""diffusers' UNet2DConditionModel and UNet2DModel: their configuration of our UNet, and ours of theirs.
+"""Converts between our UNet's configuration and that of diffusers' UNet2DConditionModel and UNet2DModel ("theirs").
 
-What their classes cannot hold is refused with the reason; a feature of theirs that we do not have is named.
+What their classes cannot hold raises Inexpressible with the reason; a feature of theirs that we lack raises Refused by name.
 """
 
 from duotone.data.refusal import Refused
@@ -23,7 +23,7 @@ class Inexpressible(Refused):
 
 
 def to_config(config: UNetConfig, size: int, classes: int | None = None) -> dict:
-    """Their config.json for our UNet, with `classes` class embeddings (the null class included)."""
+    """Their config.json for our UNet, with `classes` class embeddings (including the null class)."""
     if config.film_shared:
         raise Inexpressible("model.film_shared, one FiLM projection for all blocks")
     shared = {
@@ -69,9 +69,10 @@ def conditioned_part(config: UNetConfig) -> dict:
 
 
 def their_head_numbers(config: UNetConfig) -> list[int]:
-    """attention_head_dim, one a level: it counts heads where there is cross-attention and is a head's width elsewhere.
+    """Their attention_head_dim, one number per level: the count of heads for cross-attention, a head's width for self-attention.
 
-    A level without attention has a number too, free to be what self-attention at the opposite end of the list asks for.
+    A level without attention needs a number too. It is free, so it takes what self-attention at the opposite level of the list
+    needs (see `mirrored`).
     """
     kinds = config.attention
     numbers = [w // heads if kind == "self" else heads for w, heads, kind in zip(config.channels, config.heads, kinds)]
@@ -97,7 +98,7 @@ def plain_part(config: UNetConfig) -> dict:
         "layers_per_block": config.blocks[0],
         "attention_head_dim": head_widths.pop() if head_widths else 8,
         "add_attention": config.middle == "self",
-        # Without this, their scale_shift models have no norm before the middle's attention.
+        # If this is None, their scale_shift models have no norm before the middle's attention.
         "attn_norm_num_groups": config.groups if config.film and config.middle_norm else None,
     }
 
@@ -117,7 +118,7 @@ NEUTRAL = {
     "num_attention_heads": (None,),
     "dual_cross_attention": (False,),
     "reverse_transformer_layers_per_block": (None,),
-    "class_embed_type": (None, "projection"),  # of a pooled caption: the text condition's, not the UNet's
+    "class_embed_type": (None, "projection"),  # a pooled caption's projection belongs to the text condition
     "addition_embed_type": (None,),
     "resnet_skip_time_act": (False,),
     "resnet_out_scale_factor": (1, 1.0),
@@ -133,7 +134,7 @@ NEUTRAL = {
     "cross_attention_norm": (None,),
     "resnet_time_scale_shift": ("default", "scale_shift"),
 }
-PLAIN_ONLY = {"class_embed_type": (*NEUTRAL["class_embed_type"], "timestep")}  # the label's, as its number's sinusoid
+PLAIN_ONLY = {"class_embed_type": (*NEUTRAL["class_embed_type"], "timestep")}  # the sinusoid of the label's number
 REQUIRED = ("block_out_channels", "down_block_types", "up_block_types")
 READ = (
     *REQUIRED,
@@ -144,13 +145,13 @@ READ = (
 )
 WITHOUT_EFFECT = (
     *("sample_size", "upcast_attention"),
-    # These speak only where another feature, refused above, is on.
+    # These have an effect only together with another feature, which is refused above.
     *("num_train_timesteps", "addition_time_embed_dim", "addition_embed_type_num_heads"),
 )
 
 
 def refuse_unsupported(theirs: dict, kind: str) -> None:
-    """A feature that we do not have is named, and so is a field that this file has never heard of."""
+    """Raises Refused on a feature that we do not have, and on a field that this file does not know, naming it."""
     for name, supported in (NEUTRAL | (PLAIN_ONLY if kind == PLAIN else {})).items():
         if name in theirs and not is_one_of(theirs[name], supported):
             raise Refused(
@@ -158,11 +159,13 @@ def refuse_unsupported(theirs: dict, kind: str) -> None:
             )
     for name in REQUIRED:
         if name not in theirs:
-            raise Refused(f"{kind} without {name} in its config.json: save it again with diffusers, which writes all")
+            raise Refused(
+                f"{kind} without {name} in its config.json: save it again with diffusers, which writes them all"
+            )
     known = {*NEUTRAL, *READ, *WITHOUT_EFFECT}
     for name in sorted(theirs.keys() - known):
         if not name.startswith("_") and theirs[name]:
-            raise Refused(f"{kind} with {name} = {theirs[name]!r} is not supported: nothing here knows that field")
+            raise Refused(f"{kind} with {name} = {theirs[name]!r} is not supported: the field is unknown here")
     groups = theirs.get("norm_num_groups", 32)
     if groups is None:
         raise Refused(f"{kind} with norm_num_groups = None is not supported: every norm here is a group norm")
@@ -176,7 +179,7 @@ def refuse_unsupported(theirs: dict, kind: str) -> None:
 
 
 def is_one_of(value, supported: tuple) -> bool:
-    """Whether a field, or every level of one that is given by level, is as here."""
+    """Whether a field's value, or its value at every level, is among the supported ones."""
     return all(level in supported for level in value) if isinstance(value, list | tuple) else value in supported
 
 
@@ -249,7 +252,7 @@ def head_counts(theirs: dict, channels: tuple, attention: tuple) -> tuple[int, .
     numbers = per_level(given, len(channels))
     if not mirrored(attention, list(numbers)):
         raise Refused(
-            f"{CONDITIONED} whose self-attention has other heads on the way up than on the way down is not supported"
+            f"{CONDITIONED} whose self-attention has other heads in its up blocks than in its down blocks is not supported"
         )
     if middle_has_other_heads(attention, middle_kind(theirs), numbers, channels):
         raise Refused(
@@ -266,12 +269,12 @@ def per_level(value, levels: int) -> tuple:
 
 
 def mirrored(attention: tuple, head_numbers: list) -> bool:
-    """Whether every self-attention level finds its own number at the opposite end of their list too."""
+    """Whether every self-attention level has the same number as the opposite level, whose number their up blocks use."""
     pairs = zip(attention, head_numbers, reversed(head_numbers))
     return all(number == opposite for kind, number, opposite in pairs if kind == "self")
 
 
 def middle_has_other_heads(attention: tuple, middle: str, head_numbers: list, channels: tuple) -> bool:
-    """Whether the last level's number means something else in the middle: a head's width there, their count here."""
+    """Whether the last level's number, a head's width for its self-attention, is another count of heads in the middle."""
     reads = attention[-1] == "self" and middle == "cross"
     return reads and channels[-1] // head_numbers[-1] != head_numbers[-1]

@@ -1,7 +1,7 @@
-"""The original layout of latent diffusion's UNets, in which Stable Diffusion's single files come, under our names.
+"""Translates latent diffusion's original UNet layout, which Stable Diffusion's single files use, into our names.
 
-There every block, downsample included, has one running number on the way down and one on the way up; the modules within a
-number are told apart by their place.
+That layout numbers the blocks on the way down, downsamples included, and those on the way up; the modules of a block have their
+position in it as a second number.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch import Tensor
 from duotone.engine.model.unet import UNetConfig
 
 PREFIX = "model.diffusion_model."
-"""Of the UNet's names in such a file, beside an image codec's and a text encoder's."""
+"""Prefix of the UNet's names in such a file, which also holds an image codec and a text encoder."""
 
 ENDS = {
     "input_blocks.0.0": "conv_in",
@@ -36,14 +36,14 @@ def in_original_layout(named: dict[str, Tensor]) -> bool:
 
 
 def by_diffusers_names(named: dict[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
-    """The UNet's weights of such a file, where the layout knows them under diffusers' names, else under their own."""
+    """The UNet's weights in such a file, under diffusers' names; weights that the layout does not have keep their own name."""
     places = {**ENDS, **dict(blocks(config))}
     inside = {name.removeprefix(PREFIX): value for name, value in named.items() if name.startswith(PREFIX)}
     return {renamed(name, places): value for name, value in inside.items()}
 
 
 def renamed(name: str, places: dict[str, str]) -> str:
-    """The name with its longest known beginning exchanged."""
+    """The name with its longest known prefix replaced."""
     parts = name.split(".")
     for end in range(len(parts) - 1, 0, -1):
         beginning = ".".join(parts[:end])
@@ -53,7 +53,7 @@ def renamed(name: str, places: dict[str, str]) -> str:
 
 
 def blocks(config: UNetConfig) -> Iterator[tuple[str, str]]:
-    """(theirs, ours) of every module between the ends."""
+    """(their name, our name) of every module between the first and the last layers."""
     yield from way_down(config)
     if config.middle != "absent":
         yield from residual_block("middle_block.0", "mid_block.resnets.0")
@@ -82,7 +82,7 @@ def way_up(config: UNetConfig) -> Iterator[tuple[str, str]]:
             if kind != "none":
                 yield f"output_blocks.{number}.1", f"up_blocks.{level}.attentions.{i}"
             number += 1
-        # The upsample stands in the level's last number, behind what attention there is.
+        # The upsample belongs to the level's last block, after its attention if there is one.
         place = 1 if kind == "none" else 2
         yield f"output_blocks.{number - 1}.{place}.conv", f"up_blocks.{level}.upsamplers.0.conv"
 

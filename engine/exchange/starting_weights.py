@@ -1,6 +1,6 @@
-"""Weights to begin a run from: another run's, a diffusers UNet's or an original single file's, for fine-tuning.
+"""Weights to start a run from, for fine-tuning: those of another run, a diffusers UNet or a single file in the original layout.
 
-Every weight of the UNet must be there and fit; a condition that the source does not know begins at random, and is named.
+Every weight of the UNet must be there and fit. A condition that the source lacks starts at random, and a line says so.
 """
 
 import json
@@ -30,7 +30,7 @@ def begin_from(
     conditioning: tuple = (),
     facts: Facts | None = None,
 ) -> list[str]:
-    """Fills the network; returns what a reader should know. Raises Refused where the source does not fit."""
+    """Copies the weights at `path` into the network; returns lines for the user. Raises Refused if the source does not fit."""
     file = weights_file(path)
     given, metadata = artifact.read(file)
     recipe = artifact.recipe_in(metadata, file) if "duotone.recipe" in metadata else None
@@ -55,13 +55,13 @@ def begin_from(
         lines += taught_otherwise(taught, objective)
     if original_layout.in_original_layout(given):
         lines.append(
-            "of a single file only the UNet is read, and it does not say how many heads there are: model.heads is believed"
+            "of a single file only the UNet is read; it does not say how many heads there are, so model.heads is believed"
         )
     return lines
 
 
 def weights_file(path: Path) -> Path:
-    """The safetensors file that a path stands for."""
+    """The safetensors file that a path means: itself, or the one in a run's or diffusers' folder."""
     if path.is_file():
         return path
     for inside in ("ema.safetensors", diffusers_folder.WEIGHTS, f"unet/{diffusers_folder.WEIGHTS}"):
@@ -75,13 +75,13 @@ def weights_file(path: Path) -> Path:
         else ""
     )
     raise Refused(
-        f"start = {path}: there are no weights by a name that is looked for{seen}; give a run's folder, a safetensors file, or "
-        f"a diffusers folder with {diffusers_folder.WEIGHTS}, one file, as diffusers saves it without a variant"
+        f"start = {path}: there are no weights under a known name{seen}; give a run's folder, a safetensors file, or a "
+        f"diffusers folder with {diffusers_folder.WEIGHTS}, which diffusers saves as one file without a variant"
     )
 
 
 def told_config(file: Path) -> dict | None:
-    """What a diffusers folder says its network is."""
+    """The network's configuration in a diffusers folder, or None."""
     beside = file.with_name("config.json")
     if file.name != diffusers_folder.WEIGHTS or not beside.exists():
         return None
@@ -89,7 +89,7 @@ def told_config(file: Path) -> dict | None:
 
 
 def refuse_other_shape(file: Path, theirs: UNetConfig | None, config: UNetConfig) -> None:
-    """Shapes do not tell all: every field of model that differs is named as a flag."""
+    """Raises Refused with a flag for each field of model that differs, since equal shapes do not mean an equal network."""
     if theirs is None:
         return
     differ = [name for name in vars(theirs) if name not in ("zero_init", "dropout") and not same(theirs, config, name)]
@@ -100,7 +100,7 @@ def refuse_other_shape(file: Path, theirs: UNetConfig | None, config: UNetConfig
 
 
 def flag(name: str, value) -> str:
-    """A field of the model as the command line takes it; a switch has a name for either state."""
+    """A field of the model as a command-line flag; a boolean has one flag for True and another for False."""
     name = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--model.{name}" if value else f"--model.no-{name}"
@@ -115,13 +115,13 @@ def json_of(file: Path) -> dict:
 
 
 SCHEDULED = ("prediction_type", "beta_schedule", "num_train_timesteps", "sigma_data")
-"""Of a pipeline's scheduler, what decides the meaning of a network's output."""
+"""Fields of a pipeline's scheduler that decide the meaning of a network's output."""
 MEANT = ("prediction", "schedule", "steps", "rescale_zero_snr", "sigma_data")
-"""The same of an objective."""
+"""Fields of an objective that do the same."""
 
 
 def told_objective(file: Path) -> dict:
-    """What a pipeline's scheduler says that its network predicts."""
+    """The fields SCHEDULED in a pipeline's scheduler, which say what its network predicts; empty if there is none."""
     beside = file.parent.parent / "scheduler" / "scheduler_config.json"
     if file.name != diffusers_folder.WEIGHTS or not beside.exists():
         return {}
@@ -130,12 +130,12 @@ def told_objective(file: Path) -> dict:
 
 
 def meaning(objective: Objective) -> dict:
-    """What an objective has a network predict."""
+    """The objective's name and its fields MEANT, which say what its network predicts."""
     return {"objective": type(objective).__name__} | {k: v for k, v in vars(objective).items() if k in MEANT}
 
 
 def taught_otherwise(theirs: dict, objective: Objective) -> list[str]:
-    """Where the source was taught another objective than this run's, the weights unlearn it."""
+    """A line if the source was trained on another objective than this run's, which the weights then have to unlearn."""
     if not theirs:
         return []
     ours = meaning(objective) if "objective" in theirs else scheduled(objective)
@@ -145,7 +145,7 @@ def taught_otherwise(theirs: dict, objective: Objective) -> list[str]:
 
 
 def scheduled(objective: Objective) -> dict:
-    """What diffusers' scheduler would say of an objective; nothing of one that it does not have."""
+    """diffusers' scheduler configuration of an objective; empty if it has none."""
     try:
         return diffusers_config.scheduler_config(objective)
     except diffusers_unet.Inexpressible:
@@ -153,7 +153,7 @@ def scheduled(objective: Objective) -> dict:
 
 
 def same(theirs: UNetConfig, ours: UNetConfig, name: str) -> bool:
-    """Channels may have been added for an image condition; heads where there is no attention mean nothing."""
+    """Whether a field means the same in both: extra input channels count as input channels, heads only where there is attention."""
     if name in ("in_channels", "extra_channels"):
         return theirs.in_channels + theirs.extra_channels == ours.in_channels + ours.extra_channels
     if name in ("heads", "depth"):
@@ -171,7 +171,7 @@ def same(theirs: UNetConfig, ours: UNetConfig, name: str) -> bool:
 def of_other_meaning(
     theirs: tuple, their_facts: Facts | None, conditioning: tuple, facts: Facts | None
 ) -> dict[str, str]:
-    """By kind, conditions whose weights fit but mean something else, and why: rows of other names, or heads cut otherwise."""
+    """By kind, why conditions whose weights may fit mean something else: rows for other names, or another number of heads."""
     known, found = {condition.kind: condition for condition in theirs}, {}
     for kind, ours in ((condition.kind, condition) for condition in conditioning if condition.kind in known):
         pairs = {}
@@ -186,12 +186,12 @@ def of_other_meaning(
 
 
 def facts_in(metadata: dict[str, str]) -> Facts | None:
-    """What the source's data said of itself."""
+    """The facts of the source's data, if the file has them."""
     return from_json(json.loads(metadata["duotone.facts"])) if "duotone.facts" in metadata else None
 
 
 def label_in(named: dict[str, Tensor]) -> tuple[Label, ...]:
-    """The condition that a class embedding of diffusers' is, where there is one."""
+    """The label condition that corresponds to diffusers' class embedding, if there is one."""
     if SINUSOID in named:
         return (Label(encoding="sinusoid"),)
     return (Label(),) if diffusers_folder.TABLE in named else ()
@@ -206,9 +206,9 @@ def written(value) -> str:
 
 
 def by_our_names(named: dict[str, Tensor], config: UNetConfig, home: str) -> dict[str, Tensor]:
-    """Ours hold unet. and conditioners.; diffusers' and original files the UNet's own names and at most a class embedding.
+    """The weights under our names, which begin with unet. or conditioners.; other files have only the UNet's own names.
 
-    That is a condition's and not the UNet's: `home` is how its names begin here.
+    A class embedding in such a file is not part of our UNet but of a condition, whose prefix is `home`.
     """
     if any(name.startswith("unet.") for name in named):
         return named
@@ -222,9 +222,10 @@ def by_our_name(name: str, home: str) -> str:
 
 
 def home_of_classes(given: dict[str, Tensor], told: dict | None, own: dict[str, Tensor]) -> str:
-    """A class embedding is the label's, as rows or by its number's sinusoid, or projects a pooled caption.
+    """Our prefix for their class embedding: the label's (rows, or layers over its number's sinusoid), or a pooled caption's.
 
-    Sinusoid and projection have the same names: a folder says which it is, a file is taken for what the network has.
+    Layers over the sinusoid and over a caption have the same names. A folder says which it has; in a file they are taken to be
+    what the network has.
     """
     if f"{CLASSES}weight" in given:
         return diffusers_folder.LABEL
@@ -245,15 +246,16 @@ def refuse_misfits(named: dict[str, Tensor], own: dict[str, Tensor], file: Path)
 
 
 def without_a_null(classes: int) -> str:
-    """A sinusoid takes any number: diffusers' names neither its classes nor a null among them."""
+    """A note for labels by sinusoid, which takes any number, so that diffusers names neither the classes nor a null class."""
     return (
-        "conditioners.label is of a class number's sinusoid: which class has which number is believed to be as here, and its "
-        f"null class is number {classes}, one past the last, which nobody trained as one: guide only after dropout has, here"
+        "conditioners.label reads the sinusoid of a class number: classes are assumed to have the same numbers there as here, and "
+        f"the null class is number {classes}, one past the last, which was not trained as one there: use guidance only after "
+        "training with dropout here"
     )
 
 
 def notes(copied: set[str], named: dict[str, Tensor], own: dict[str, Tensor], file: Path) -> list[str]:
-    """A condition of another shape, of other classes say, is left there and begins at random here."""
+    """Lines for the user; a condition of another shape, say for other classes, is not copied and begins at random."""
     lines = [f"beginning from {file}: {len(copied)} tensors"]
     for names, says in ((own.keys() - copied, "begins at random"), (named.keys() - copied, "is left behind")):
         lines += [f"{part} {says}" for part in sorted({".".join(name.split(".")[:2]) for name in names})]

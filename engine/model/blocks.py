@@ -24,7 +24,7 @@ def image_of(tokens_NLC: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def repeated(x: Tensor, copies: int) -> Tensor:
-    """All rows, `copies` times after each other; the tensor itself where that is once."""
+    """All rows, `copies` times one after the other; the tensor itself for one copy."""
     return x if copies == 1 else torch.cat([x] * copies)
 
 
@@ -38,11 +38,11 @@ def sinusoid(time_N: Tensor, width: int, *, flip: bool = True, shift: float = 0.
 
 
 class EmbeddingLinear(nn.Linear):
-    """A linear layer over time and condition, where others are over pixels or tokens."""
+    """A linear layer over the time or a condition; a class of its own so that Muon can leave it to AdamW."""
 
 
 class Embedding(nn.Module):
-    """Linear, SiLU, linear: of the time, or of a vector condition."""
+    """Linear, SiLU, linear, over the time or a vector condition."""
 
     def __init__(self, width: int, embedding_width: int):
         super().__init__()
@@ -59,14 +59,14 @@ class GroupNormSiLU(nn.GroupNorm):
     in_turns = False
     """Whether large maps take one launch instead of two (duotone.kernels.turns)."""
     joins_skips = False
-    """Whether the norm itself joins an image and its skip, reading them where they lie."""
+    """Whether the norm's kernel concatenates an image and its skip itself, reading both in place."""
 
     def forward(self, x_NCHW: Tensor, *, silu: bool = True, **modulation: Tensor) -> Tensor:
         affine = (self.weight, self.bias, self.num_groups, self.eps)
         return group_norm_silu(x_NCHW, *affine, silu=silu, in_turns=self.in_turns, **modulation)
 
     def joining(self, x_NCHW: Tensor, skip_NCHW: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The norm of x and its skip as one image, and that image; x alone where there is no skip."""
+        """The norm of x and its skip concatenated along C, and the concatenation; without a skip, of x alone."""
         if skip_NCHW is not None and self.joins_skips:
             affine = (self.weight, self.bias, self.num_groups, self.eps)
             return joined_group_norm_silu(x_NCHW, skip_NCHW, *affine, in_turns=self.in_turns)
@@ -76,7 +76,7 @@ class GroupNormSiLU(nn.GroupNorm):
 
 
 class Joined(torch.autograd.Function):
-    """x and skip as one image, each with a dense gradient: slices of one gradient would be copied before they are used."""
+    """x and skip concatenated along C, each with a dense gradient: slices of one gradient would be copied before their use."""
 
     @staticmethod
     def forward(ctx, x_NCHW: Tensor, skip_NCHW: Tensor) -> Tensor:
@@ -90,13 +90,13 @@ class Joined(torch.autograd.Function):
 
 
 class ConvBeforeNorm(nn.Conv2d):
-    """A convolution that hands its bias on: the group norm after it adds a vector in the pass that it makes anyway.
+    """A convolution that leaves its bias to the group norm after it, which can add a vector in its own pass.
 
-    Added by itself, the bias would be read, written and, in the gradient, summed over the whole map once more.
+    Added separately, the bias would cost another read and write of the whole map, and another sum over it in the backward pass.
     """
 
     def forward(self, x_NCHW: Tensor, add_NC: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The convolution without its bias, and what is left to add to it."""
+        """The convolution without its bias, and the vector (N, C) that remains to be added to it."""
         left_NC = self.bias.expand(len(x_NCHW), -1) if add_NC is None else add_NC + self.bias
         return self._conv_forward(x_NCHW, self.weight, None), left_NC
 
@@ -104,7 +104,7 @@ class ConvBeforeNorm(nn.Conv2d):
 class ResBlock(nn.Module):
     """Two norm-SiLU-convolutions around a skip; the embedding is added between them, or scales and shifts (FiLM).
 
-    Where the projection is shared, the block is given scales and shifts, and takes the first of each.
+    If the projection is shared, the block is given the scales and shifts themselves and takes as many of each as it is wide.
     """
 
     def __init__(self, width: int, out_width: int, embedding_width: int, *, groups, eps, film, shared, dropout):
@@ -127,7 +127,7 @@ class ResBlock(nn.Module):
         return {"scale_NC": scale_NC[:, : self.out_width], "shift_NC": shift_NC[:, : self.out_width]}
 
     def forward(self, x_NCHW: Tensor, silu_embedding_NE: Tensor, skip_NCHW: Tensor | None = None) -> Tensor:
-        """On the way up the block also takes the skip: joined in here, both are part of its compiled graph."""
+        """On the way up the block also takes the skip; concatenated here, it is part of the block's compiled graph."""
         modulation = self.modulation(silu_embedding_NE)
         h, x_NCHW = self.norm1.joining(x_NCHW, skip_NCHW)
         h, add_NC = self.conv1(h, modulation.pop("add_NC", None))
@@ -162,7 +162,7 @@ class Attention(nn.Module):
 
 
 def packed(heads: int, x_NLC: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
-    """Several projections of the same tokens as one matrix product, split into heads: each (N, L, heads, width)."""
+    """Several projections of the same tokens in one matrix product, split into heads: each (N, L, heads, head width)."""
     if len(layers) == 1:
         return (layers[0](x_NLC).unflatten(-1, (heads, -1)),)
     weight = torch.cat([layer.weight for layer in layers])
@@ -205,7 +205,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention, cross-attention, feed-forward, each behind a layer norm and around a residual."""
+    """Self-attention, cross-attention and feed-forward, each after a layer norm and with a residual."""
 
     def __init__(self, width: int, heads: int, context_width: int):
         super().__init__()
@@ -217,14 +217,14 @@ class TransformerLayer(nn.Module):
         self.ff = FeedForward(width)
 
     def forward(self, x_NLC: Tensor, context, mask_NM: Tensor | None, copies: int = 1) -> Tensor:
-        """With `copies`, context and mask hold that many times N rows: the copies go apart where they read it."""
+        """With `copies`, context and mask have that many times N rows; up to the cross-attention all copies are computed as one."""
         x_NLC = repeated(x_NLC + self.attn1(self.norm1(x_NLC)), copies)
         x_NLC = x_NLC + self.attn2(self.norm2(x_NLC), context, mask_NM)
         return x_NLC + self.ff(self.norm3(x_NLC))
 
 
 class Transformer(nn.Module):
-    """Transformer layers over the pixels of an image; the projections around them are linear, or 1 x 1 convolutions."""
+    """Transformer layers over the pixels of an image; the projections before and after are linear, or 1 x 1 convolutions."""
 
     def __init__(self, width: int, heads: int, *, context_width: int, depth: int, groups: int, linear: bool):
         super().__init__()
@@ -239,9 +239,9 @@ class Transformer(nn.Module):
         return F.linear(x_NLC, layer.weight.flatten(1), layer.bias)
 
     def forward(self, x_NCHW: Tensor, context=None, mask_NM: Tensor | None = None, copies: int = 1) -> Tensor:
-        """`context` is tokens_NMD for every layer, or a tuple of keys and values, one pair a layer.
+        """`context` is tokens_NMD for every layer, or a tuple of keys and values, one pair per layer.
 
-        With `copies`, context and mask hold that many times N rows, and so does the result.
+        With `copies`, context and mask have that many times N rows, and so has the result.
         """
         h = self.project(self.proj_in, tokens_of(self.norm(x_NCHW, silu=False)))
         x_NCHW = repeated(x_NCHW, copies)
@@ -252,10 +252,10 @@ class Transformer(nn.Module):
 
 
 class EndConv(nn.Conv2d):
-    """The first or last convolution of a network: an image has fewer channels than tensor cores want."""
+    """The first or last convolution of a network, which can be padded: an image has fewer channels than tensor cores want."""
 
     padded_to = 1
-    """Channels are carried in multiples of this, with zeros: the result stays what it is."""
+    """Channels are padded with zeros to a multiple of this; the result is the same."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         more_in, more_out = -self.in_channels % self.padded_to, -self.out_channels % self.padded_to
@@ -268,7 +268,7 @@ class EndConv(nn.Conv2d):
 
 
 class Downsample(nn.Module):
-    """A convolution of stride 2 with a border of zeros on all sides, or at the ends alone (Ho et al. 2020's networks)."""
+    """A convolution of stride 2, with zero padding on all sides or only at the right and bottom (Ho et al. 2020's networks)."""
 
     def __init__(self, width: int, *, pads_ends: bool = False):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The trained whole: a UNet and the conditioners that fill its ports.
+"""The whole trained network: a UNet and the conditioners that fill its ports.
 
 N images, C channels of H x W pixels.
 """
@@ -24,7 +24,7 @@ class Network(nn.Module):
         self.conditioners = nn.ModuleDict({conditioner.kind: conditioner for conditioner in conditioners})
         self.uncertainty = uncertainty
         self.records = False
-        """Sampling replays its forward passes as CUDA graphs."""
+        """Whether sampling replays its forward passes as CUDA graphs."""
         self.refuse_other_channels()
 
     def refuse_other_channels(self) -> None:
@@ -46,15 +46,15 @@ class Network(nn.Module):
 
     @property
     def untrained(self) -> list[nn.Module]:
-        """What conditioners hold beside what is trained: text encoders."""
+        """The frozen modules of the conditioners: text encoders."""
         return [module for conditioner in self.conditioners.values() for module in conditioner.untrained]
 
     def condition(self, tensors: dict[str, dict[str, Tensor]], keep: dict[str, Tensor]) -> Conditioning:
-        """The ports from each conditioner's tensors and its rows to keep."""
+        """The ports, from each conditioner's tensors and its keep_N."""
         return combine([c(tensors[kind], keep[kind]) for kind, c in self.conditioners.items()])
 
     def forward(self, input_NCHW: Tensor, time_N: Tensor, tensors: dict, keep: dict) -> tuple[Tensor, Tensor | None]:
-        """For training: F and, where it is learned, the loss's log scale u_N."""
+        """For training: F and, if it is learned, the loss's log scale u_N."""
 
         def predict(tensors: dict, keep: dict) -> Tensor:
             return self.predict(input_NCHW, time_N, self.condition(tensors, keep))
@@ -71,9 +71,9 @@ class Network(nn.Module):
         keys_values: Sequence[tuple[Tensor, Tensor]] | None = None,
         copies: int = 1,
     ) -> Tensor:
-        """F for a condition that is already computed; `keys_values` replace the projections of its tokens.
+        """F for a condition that is already computed; `keys_values`, if given, replace the projections of its tokens.
 
-        With `copies`, the tokens hold that many times the rows of the input, and what comes before them runs once.
+        With `copies`, the tokens have that many times the rows of the input; the layers before the first that reads them run once.
         """
         if condition.channels_NKHW is not None:
             channels_NKHW = condition.channels_NKHW.to(input_NCHW.dtype).expand(-1, -1, *input_NCHW.shape[2:])

@@ -38,15 +38,15 @@ class UNetConfig:
     channels: tuple[int, ...] = (128, 128, 256, 384, 384)
     """Width of each level."""
     attention: tuple[AttentionKind, ...] = ("none", "cross", "cross", "cross", "cross")
-    """Per level: none, self (attention over pixels) or cross (a transformer layer that also reads the tokens)."""
+    """Per level: none, self (attention over pixels) or cross (transformer layers that also read the tokens)."""
     middle: Literal["none", "self", "cross", "single", "absent"] = "cross"
     """The middle block's attention; single: one residual block and no attention; absent: no middle block at all."""
     heads: tuple[int, ...] = (4, 4, 4, 4, 4)
-    """Attention heads of each level; the middle takes the last."""
+    """Attention heads of each level; the middle block has the last level's number."""
     blocks: tuple[int, ...] = (2, 2, 2, 2, 2)
-    """Residual blocks of each level; on the way up one more."""
+    """Residual blocks of each level on the way down; there is one more on the way up."""
     depth: tuple[int, ...] = (1, 1, 1, 1, 1)
-    """Transformer layers of each cross level; the middle takes the last."""
+    """Transformer layers of each cross level; the middle block has the last level's number."""
     in_channels: int = 3
     """Channels of the image."""
     extra_channels: int = 0
@@ -58,15 +58,15 @@ class UNetConfig:
     groups: int = 32
     """Groups of every group norm."""
     eps: float = 1e-5
-    """Epsilon of the residual blocks' group norms."""
+    """Epsilon of all group norms except the transformers', which have 1e-6."""
     film: bool = False
     """The embedding scales and shifts (FiLM) instead of being added."""
     film_shared: bool = False
-    """One projection of the embedding for all blocks, each taking as many scales and shifts as it has channels."""
+    """One projection of the embedding for all blocks, each of which takes as many scales and shifts as it has channels."""
     dropout: float = 0.0
-    """Dropout inside residual blocks, whose draws, unlike all others, depend on how a batch is divided among ranks."""
+    """Dropout inside residual blocks; unlike all other random draws, it depends on how a batch is divided among ranks."""
     down_pads_ends: bool = False
-    """Downsampling borders the image with zeros at its right and lower ends alone, as Ho et al. 2020's networks do."""
+    """Downsampling pads the image with zeros only at the right and bottom, as in Ho et al. 2020's networks."""
     linear_projection: bool = False
     """Transformers project by linear layers instead of 1 x 1 convolutions."""
     middle_norm: bool = True
@@ -74,11 +74,11 @@ class UNetConfig:
     time_width: int | None = None
     """Width of the embedding; by default four times the first level."""
     time_flip: bool = True
-    """Cosines before sines in the time's sinusoid."""
+    """Cosines before sines in the sinusoid of the time."""
     time_shift: float = 0.0
     """Shift of the sinusoid's frequencies."""
     zero_init: bool = True
-    """Residual branches and the last convolution begin at zero, so training begins at the identity."""
+    """The last layers of residual branches and of the network start at zero, so that residual blocks start as their skip alone."""
 
     def build(self) -> "UNet":
         self.check()
@@ -94,7 +94,7 @@ class UNetConfig:
         return "cross" in (*self.attention, self.middle)
 
     def check(self) -> None:
-        """Refuses a shape that cannot be built, naming the field."""
+        """Raises Refused, naming the field, if the network cannot be built."""
         levels = len(self.channels)
         for name in ("attention", "heads", "blocks", "depth"):
             if len(getattr(self, name)) != levels:
@@ -116,12 +116,12 @@ class UNetConfig:
         if self.middle in ("self", "cross") and self.channels[-1] % self.heads[-1]:
             raise Refused(f"model.heads = {self.heads[-1]} does not divide the width {self.channels[-1]} of the middle")
         if self.film_shared and not self.film:
-            raise Refused("model.film_shared shares the projection of FiLM: set model.film too, or leave it off")
+            raise Refused("model.film_shared shares FiLM's projection: set model.film too, or leave film_shared off")
         share("model.dropout", self.dropout, below_one=True)
 
     @property
     def shrink(self) -> int:
-        """How often a side is halved, as a factor."""
+        """The factor by which the last level's sides are smaller than the image's."""
         return 2 ** (len(self.channels) - 1)
 
 
@@ -206,9 +206,9 @@ def attention_block(config: UNetConfig, kind: str, index: int) -> nn.Module:
 
 
 def attended(block: nn.Module, x_NCHW: Tensor, context, mask_NM: Tensor | None, *copies: int) -> Tensor:
-    """An attention block's result; of an iterator over keys and values it is given those of its own layers.
+    """An attention block's result. If `context` is an iterator over keys and values, the block is given those of its own layers.
 
-    A compiled block cannot draw from the iterator itself.
+    They are taken here because a compiled block cannot draw from an iterator.
     """
     if isinstance(context, Iterator):
         own = len(block.transformer_blocks) if isinstance(block, Transformer) else 0
@@ -217,7 +217,7 @@ def attended(block: nn.Module, x_NCHW: Tensor, context, mask_NM: Tensor | None, 
 
 
 def for_copies(skips: list[Tensor], condition: tuple, copies: int) -> tuple[list[Tensor], tuple]:
-    """What the way up and later blocks read, for every copy; tokens and mask already hold them all."""
+    """Skips and condition for the blocks after the copies part; tokens and mask already have the rows of all copies."""
     embedding_NE, *tokens_mask = condition
     return [repeated(skip, copies) for skip in skips], (repeated(embedding_NE, copies), *tokens_mask)
 
@@ -257,13 +257,13 @@ class UNet(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def pad_ends(self, padded: bool) -> None:
-        """Carry the image's channels in multiples of eight at both ends."""
+        """Sets whether the first and last convolution pad the image's channels to a multiple of eight."""
         self.conv_in.padded_to = self.conv_out.padded_to = 8 if padded else 1
 
     def embed(self, time_N: Tensor, vector_NE: Tensor | None) -> Tensor:
-        """SiLU of the time's embedding plus the vector condition: every residual block projects this one tensor.
+        """SiLU of the time embedding plus the vector condition, (N, E), which every residual block projects.
 
-        Where the projection is shared, it is done here, once: scales and shifts of the widest block, (N, 2C).
+        If the projection is shared, it is done here, once: the result is scales and shifts for the widest block, (N, 2C).
         """
         config = self.config
         waves = sinusoid(time_N, config.channels[0], flip=config.time_flip, shift=config.time_shift)
@@ -272,7 +272,7 @@ class UNet(nn.Module):
         return embedding_NE if self.film_projection is None else self.film_projection(embedding_NE)
 
     def run(self, block, *inputs):
-        """A block, recomputed in the backward pass where gradient checkpointing is on."""
+        """Runs a block, to be recomputed in the backward pass if gradient checkpointing is on."""
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
@@ -289,8 +289,8 @@ class UNet(nn.Module):
     ) -> Tensor:
         """`tokens_NMD` are condition tokens, or an iterator over the cross-attentions' keys and values in order.
 
-        With `copies`, tokens and mask hold that many times N rows, and so does the result: what comes before the first
-        level that reads tokens is computed once for all copies.
+        With `copies`, tokens and mask have that many times N rows, and so has the result; the layers before the first
+        cross-attention are computed once for all copies.
         """
         condition = (self.embed(time_N, vector_NE), tokens_NMD, mask_NM)
         x_NCHW = x_NCHW.to(self.conv_in.weight.dtype, memory_format=torch.channels_last)
@@ -316,7 +316,7 @@ class UNet(nn.Module):
         return repeated(x_NCHW, copies), *for_copies(skips, condition, copies)
 
     def parted(self, level: Level, x_NCHW: Tensor, skips: list[Tensor], condition: tuple, copies: int) -> tuple:
-        """The first block that reads tokens: within its attention the copies go apart."""
+        """Runs the first block that reads tokens, in whose cross-attention the copies part."""
         embedding_NE, *tokens_mask = condition
         x_NCHW = attended(level.attentions[0], level.resnets[0](x_NCHW, embedding_NE), *tokens_mask, copies)
         return x_NCHW, *for_copies(skips, condition, copies)
@@ -330,7 +330,7 @@ class UNet(nn.Module):
         return x_NCHW
 
     def cross_attentions(self) -> Iterator[nn.Module]:
-        """Every cross-attention in the order in which forward meets them."""
+        """Every cross-attention, in the order in which forward runs them."""
         middle = [] if self.mid_block is None else [self.mid_block]
         for block in [*self.down_blocks, *middle, *self.up_blocks]:
             for transformer in getattr(block, "attentions", []):

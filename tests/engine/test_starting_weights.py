@@ -113,7 +113,7 @@ def test_a_class_by_its_number_is_the_label_as_a_sinusoid(numbered, form, tmp_pa
         expected = unet(x_NCHW, time_N, labels_N).sample
         assert (expected - unet(x_NCHW, time_N, 1 - labels_N).sample).abs().max() > 1e-3
     torch.testing.assert_close(predicted(network, x_NCHW, time_N, labels_N), expected, rtol=1e-5, atol=1e-5)
-    assert len(said) == 2 and "its null class is number 2, one past the last, which nobody trained as one" in said[1]
+    assert len(said) == 2 and "the null class is number 2, one past the last, which was not trained as one" in said[1]
 
     diffusers_folder.export(artifact.Model(network, recipe.objective, FACTS, recipe), tmp_path / "out")
     again = diffusers.UNet2DModel.from_pretrained(tmp_path / "out", subfolder="unet").eval()
@@ -307,7 +307,7 @@ def test_weights_by_another_name_are_told(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(
-        Refused, match="no weights by a name .*, but diffusion_pytorch_model.bin and 1 more; .*without a variant"
+        Refused, match="no weights under a known name, but diffusion_pytorch_model.bin and 1 more; .*without a variant"
     ):
         weights_file(tmp_path)
 
