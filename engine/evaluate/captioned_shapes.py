@@ -1,4 +1,4 @@
-"""How well a model trained on the captioned shapes does what captions say: read from its pixels, over every caption."""
+"""How well a model trained on the captioned shapes follows captions, judged from the pixels of samples of every caption."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ PARTS = ("shape", "colour", "background")
 
 @dataclass(frozen=True, kw_only=True)
 class Obedience:
-    """Shares of samples in which a part of the caption came out right."""
+    """Shares of samples that show a part of their caption correctly."""
 
     samples: int
     shape: float
@@ -29,7 +29,7 @@ class Obedience:
 def obedience(
     model: Model, *, per_caption: int = 1, guidance: float = 2.0, steps: int = 18, sampler: str = "heun", seed: int = 1
 ) -> Obedience:
-    """Samples every caption `per_caption` times with guidance and reads each picture back."""
+    """Samples every caption `per_caption` times with guidance, and reads from each picture what it shows."""
     asked = [caption for caption in captions() for _ in range(per_caption)]
     images_NHWC = sample(model, prompts=asked, guidance=guidance, steps=steps, sampler=sampler, seed=seed)
     right_NP = np.array([rightness(image, caption) for image, caption in zip(images_NHWC, asked)])

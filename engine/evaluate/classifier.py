@@ -27,12 +27,12 @@ from duotone.engine.log import say
 
 CHUNK = 512
 WEIGHTS = "classifier.safetensors"
-VERSION = 2  # of network and training: part of the key of what is stored
+VERSION = 2  # of network and training; part of the cache key
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig:
-    """How the classifier is trained: the same settings and data give the same judge."""
+    """How the classifier is trained; the same settings and data give the same classifier."""
 
     width: int = 128
     """Features of its penultimate layer."""
@@ -41,15 +41,15 @@ class ClassifierConfig:
     batch_size: int = 128
     """Images per step."""
     lr: float = 3e-3
-    """Highest learning rate; it rises over the first fifth and falls to 0."""
+    """Highest learning rate; the rate rises over the first fifth of the steps, then falls to 0."""
     weight_decay: float = 0.01
-    """AdamW's."""
+    """AdamW's weight decay."""
     flip: bool = True
-    """Mirror images at random; not for digits and letters."""
+    """Mirror images at random; turn it off for digits and letters."""
     shift: int = 2
-    """Move images by up to so many pixels."""
+    """Shift images by up to this many pixels."""
     seed: int = 0
-    """Of its weights, order and augmentation."""
+    """Seed of the weights, the order of images and the augmentation."""
 
     def check(self) -> None:
         for name in ("width", "epochs", "batch_size"):
@@ -79,24 +79,24 @@ class Classifier(nn.Module):
 
 
 def stage(width: int, out_width: int) -> nn.Sequential:
-    """Half the side; the norm comes after pooling, where it is a quarter of the work."""
+    """Halves the sides; the norm comes after the pooling, where it costs a quarter as much."""
     convolution = nn.Conv2d(width, out_width, 3, padding=1, bias=False)
     return nn.Sequential(convolution, nn.MaxPool2d(2), nn.BatchNorm2d(out_width), nn.ReLU())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """A trained classifier and how well it does on real images it has not seen."""
+    """A trained classifier, and its accuracy on real images that it has not seen."""
 
     network: Classifier
     names: tuple[str, ...]
-    """Of classes, or of attributes."""
+    """Names of the classes, or of the attributes."""
     attributes: bool
-    """Whether an image has several names at once."""
+    """Whether the names are attributes, of which an image may have several."""
     accuracy: Share
     by_name: dict[str, Share]
     key: str
-    """Of its weights."""
+    """Digest of its weights."""
     folder: Path
     """Where it is stored."""
 
@@ -107,13 +107,13 @@ class Judge:
         return run(self.network.embed, images_NHWC)
 
     def shares(self, images_NHWC: np.ndarray, wanted: np.ndarray) -> tuple[Share, dict[str, Share]]:
-        """How often it sees what was wanted, labels_N or attributes_NK: over all, and by name."""
+        """How often it sees what was wanted, labels_N or attributes_NK: overall, and by name."""
         return shares(self.logits(images_NHWC), wanted, self.names)
 
 
 @torch.inference_mode()
 def run(function: Callable, images_NHWC: np.ndarray) -> np.ndarray:
-    """What a classifier, or its `embed`, makes of the images, a chunk at a time."""
+    """The output of a classifier, or of its `embed`, for the images, computed a chunk at a time."""
     network = getattr(function, "__self__", function)
     device = network.head.weight.device
     return torch.cat([function(unit(torch.from_numpy(part).to(device))).cpu() for part in chunks(images_NHWC)]).numpy()
@@ -131,7 +131,7 @@ def shares(logits_NK: np.ndarray, wanted: np.ndarray, names: tuple[str, ...]) ->
         return Share.of(right_N), by_name
     right_NK, known_NK = (logits_NK > 0) == (wanted == 1), wanted >= 0
     by_name = {name: Share.of(right_NK[known_NK[:, k], k]) for k, name in enumerate(names)}
-    # The answers of one image hang together: between images lies what is uncertain.
+    # Answers about one image are correlated, so the images are counted as the independent trials.
     return Share.of(right_NK[known_NK], independent=int(known_NK.any(1).sum())), by_name
 
 
@@ -139,17 +139,17 @@ def shares(logits_NK: np.ndarray, wanted: np.ndarray, names: tuple[str, ...]) ->
 
 
 def judge_of(splits: Splits, config: ClassifierConfig, cache: Path, device: torch.device) -> Judge:
-    """The classifier of these images from the cache, or trained and stored there; raises Refused without labels."""
+    """The classifier of these images, from the cache or trained and stored there; raises Refused without labels or attributes."""
     config.check()
     names, several = names_of(splits.train)
     folder = cache / f"classifier-{key_of(splits, config)}"
     network = network_of(splits.train, config, names).to(device)
     stored = read(folder, network)
     if stored is None:
-        say(f"training a classifier on {len(splits.train):,} images, {config.epochs} epochs: once for this data")
+        say(f"training a classifier on {len(splits.train):,} images, {config.epochs} epochs: only once for this data")
         train(network, splits.train, config, device)
         write(folder, network, splits, config, names)
-        stored = read(folder, network)  # where another process wrote at the same time, what is there now counts
+        stored = read(folder, network)  # if another process wrote at the same time, what is stored now counts
     else:
         say(f"the classifier of this data is in {folder}: test accuracy {stored['accuracy']['value']:.1%}")
     network.eval().requires_grad_(False)
@@ -165,7 +165,7 @@ def judge_of(splits: Splits, config: ClassifierConfig, cache: Path, device: torc
 
 
 def names_of(images: Images) -> tuple[tuple[str, ...], bool]:
-    """What the classifier is to tell apart, and whether an image has several; classes before attributes."""
+    """The names that the classifier predicts, and whether they are attributes; classes are preferred to attributes."""
     if images.labels_N is not None:
         highest = int(images.labels_N.max()) + 1
         return images.classes or tuple(str(k) for k in range(highest)), False
@@ -178,7 +178,7 @@ def names_of(images: Images) -> tuple[tuple[str, ...], bool]:
 
 
 def wanted(images: Images) -> np.ndarray:
-    """What is to be seen on each image: labels_N, or attributes_NK."""
+    """What the classifier should see in each image: labels_N, or attributes_NK."""
     return images.labels_N if images.labels_N is not None else images.attributes_NK
 
 
@@ -196,7 +196,7 @@ def network_of(images: Images, config: ClassifierConfig, names: tuple[str, ...])
 
 
 def train(network: Classifier, images: Images, config: ClassifierConfig, device: torch.device) -> None:
-    """AdamW over a triangle of learning rates."""
+    """Trains with AdamW; the learning rate rises and falls linearly."""
     network.train()
     random = torch.Generator().manual_seed(config.seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
@@ -222,13 +222,13 @@ def step(network, optimizer, images: Images, config: ClassifierConfig, random: t
 
 
 def triangle(step: int, steps: int) -> float:
-    """The learning rate's share at a step: up over the first fifth, then down to 0."""
+    """The factor on the learning rate at a step: rising over the first fifth, then falling to 0."""
     progress = (step + 1) / (steps + 1)
     return progress / 0.2 if progress < 0.2 else (1 - progress) / 0.8
 
 
 def loss_of(logits_NK: Tensor, wanted: Tensor) -> Tensor:
-    """Cross entropy of labels_N, or the binary one of the known entries of attributes_NK."""
+    """Cross entropy for labels_N, or binary cross entropy over the known entries of attributes_NK."""
     if wanted.ndim == 1:
         return F.cross_entropy(logits_NK, wanted)
     known_NK = wanted >= 0
@@ -237,7 +237,7 @@ def loss_of(logits_NK: Tensor, wanted: Tensor) -> Tensor:
 
 
 def augmented(x_NCHW: Tensor, config: ClassifierConfig, random: torch.Generator) -> Tensor:
-    """A batch moved by one shift, filled up with black, and half of it mirrored."""
+    """The batch moved by one random shift, with black at the borders; each image is mirrored with probability 1/2."""
     s = config.shift
     if config.flip:
         flip_N = torch.rand(len(x_NCHW), generator=random).to(x_NCHW.device) < 0.5
@@ -253,7 +253,7 @@ def augmented(x_NCHW: Tensor, config: ClassifierConfig, random: torch.Generator)
 
 
 def read(folder: Path, network: Classifier) -> dict | None:
-    """What is stored of a classifier, its weights put into the network; None where there is none that can be read."""
+    """Loads a stored classifier's weights into the network and returns its facts; None if there is none that can be read."""
     weights, facts = folder / WEIGHTS, folder / "classifier.json"
     if not (weights.exists() and facts.exists()):
         return None
@@ -269,7 +269,7 @@ def read(folder: Path, network: Classifier) -> dict | None:
 
 
 def write(folder: Path, network: Classifier, splits: Splits, config: ClassifierConfig, names: tuple[str, ...]) -> None:
-    """Stores weights and test accuracy; the JSON last, since it makes the pair count."""
+    """Stores weights and test accuracy; the JSON comes last, since the pair is valid only once it is there."""
     network.eval()
     accuracy, by_name = shares(run(network, splits.held_out.images_NHWC), wanted(splits.held_out), names)
     facts = {

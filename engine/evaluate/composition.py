@@ -1,4 +1,4 @@
-"""What a Frechet distance consists of: means or covariances, and how far vectors spread within and between their classes.
+"""The parts of a Frechet distance: its means and covariances, and how far vectors spread within and between classes.
 
 N vectors of D features, K classes.
 """
@@ -12,13 +12,13 @@ from duotone.engine.evaluate.distances import Statistics, frechet_terms
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Of all vectors or of one class."""
+    """The distance of all vectors, or of one class."""
 
     frechet: float
     means: float
-    """The part of it that lies between the means; the rest lies between the covariances."""
+    """The part of the distance that is due to the means; the rest is due to the covariances."""
     spread: float
-    """The trace of the covariance, as a share of the reference's: below 1 is too little variety."""
+    """The trace of the covariance, as a multiple of the reference's: below 1 means too little variety."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,16 +27,16 @@ class Composition:
 
     whole: Part
     within: float
-    """The classes' mean spread, as a share of the reference's."""
+    """The mean spread within a class, as a multiple of the reference's."""
     between: float
-    """The spread of the classes' means, as a share of the reference's: above 1, classes are further apart than real ones."""
+    """The spread of the class means, as a multiple of the reference's: above 1, classes are further apart than real ones."""
     by_class: dict[str, Part]
 
 
 def composition(
     x_ND: np.ndarray, labels_N: np.ndarray, reference_MD: np.ndarray, labels_M: np.ndarray, names: tuple[str, ...]
 ) -> Composition:
-    """Every class needs two vectors or more of both sets. A class's own distance is biased by its few vectors."""
+    """Every class needs at least two vectors in both sets. A single class has few vectors, which bias its distance upwards."""
     x, reference = classes(x_ND, labels_N, len(names)), classes(reference_MD, labels_M, len(names))
     return Composition(
         whole=part(Statistics.of(x_ND), Statistics.of(reference_MD)),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from duotone.data.refusal import Refused
 
-ROWS = 1024  # of a distance matrix that are held at once
+ROWS = 1024  # rows of a distance matrix held in memory at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +37,10 @@ def frechet(a: Statistics, b: Statistics) -> float:
 
 
 def frechet_terms(a: Statistics, b: Statistics) -> tuple[float, float]:
-    """What the means add to the Frechet distance, and what the covariances add.
+    """The terms that the means and the covariances contribute to the Frechet distance.
 
-    The root's trace is that of (S_a^(1/2) S_b S_a^(1/2))^(1/2), which is symmetric: its eigenvalues are real and never
-    negative but for rounding, also where a covariance is singular.
+    The root has the same trace as (S_a^(1/2) S_b S_a^(1/2))^(1/2), which is symmetric: its eigenvalues are real and, except
+    for rounding, not negative, even if a covariance is singular.
     """
     values_D, vectors_DD = np.linalg.eigh(a.covariance_DD)
     root_DD = (vectors_DD * np.sqrt(values_D.clip(0))) @ vectors_DD.T
@@ -72,14 +72,14 @@ def kernel_sum(x_ND: np.ndarray, y_MD: np.ndarray) -> float:
 
 
 NEIGHBOURS = 3
-"""Whose distance makes a ball."""
+"""k: the distance to the k-th nearest neighbour is the radius of a vector's ball."""
 
 
 def precision_recall(real_ND: np.ndarray, made_MD: np.ndarray, k: int = NEIGHBOURS) -> tuple[float, float]:
-    """Precision: share of made vectors inside a ball of real ones; recall the other way round.
+    """Precision: the share of generated vectors inside a ball of some real one. Recall: the same with the sets exchanged.
 
     A ball reaches from a vector to its k-th nearest neighbour in its own set; Kynkaanniemi et al. 2019, equations 1 to 3.
-    Both depend on the counts: compare sets of equal size.
+    Both depend on the sizes of the sets, so compare sets of equal size.
     """
     refuse_without_neighbours(min(len(real_ND), len(made_MD)), k)
     real, made = torch.from_numpy(real_ND).double(), torch.from_numpy(made_MD).double()
@@ -87,14 +87,14 @@ def precision_recall(real_ND: np.ndarray, made_MD: np.ndarray, k: int = NEIGHBOU
 
 
 def inside(x_ND: Tensor, y_MD: Tensor, k: int) -> float:
-    """Share of the x that lie in a ball of some y."""
+    """The share of the x that lie in the ball of some y."""
     radii_M = torch.cat([own_M.kthvalue(k + 1, dim=1).values for own_M in distances(y_MD, y_MD)])
     within = [(to_RM <= radii_M).any(1) for to_RM in distances(x_ND, y_MD)]
     return float(torch.cat(within).double().mean())
 
 
 def distances(x_ND: Tensor, y_MD: Tensor):
-    """Rows of the distance matrix, ROWS at a time; differences are squared one by one, so equal vectors are at 0."""
+    """Rows of the distance matrix, ROWS at a time; taken from the differences themselves, so that equal vectors are at 0."""
     for rows_RD in x_ND.split(ROWS):
         yield torch.cdist(rows_RD, y_MD, compute_mode="donot_use_mm_for_euclid_dist")
 
@@ -110,8 +110,10 @@ class Distance:
 
 
 def distance(x_ND: np.ndarray, reference_MD: np.ndarray, like_ND: np.ndarray, count: int) -> Distance:
-    """Of N vectors from a reference: Frechet from all of it, the others from some of it (`like_ND`), precision and recall
-    with the first `count` of both, which they depend on."""
+    """N vectors against a reference: the Frechet distance to all of it, the other measures against part of it (`like_ND`).
+
+    Precision and recall take the first `count` vectors of both sets, since they depend on the sizes.
+    """
     precision, recall = precision_recall(like_ND[:count], x_ND[:count])
     return Distance(
         frechet=frechet(Statistics.of(x_ND), Statistics.of(reference_MD)),
@@ -124,14 +126,14 @@ def distance(x_ND: np.ndarray, reference_MD: np.ndarray, like_ND: np.ndarray, co
 def refuse_without_neighbours(images: int, k: int = NEIGHBOURS) -> None:
     if images <= k:
         raise Refused(
-            f"precision and recall with k = {k} need more than {k} images of each kind, and these are {images}"
+            f"precision and recall with k = {k} need more than {k} images of each kind, but there are {images}"
         )
 
 
 def refuse_too_few(samples: int, width: int) -> None:
-    """A covariance of no more vectors than features is singular, and the distance mostly its bias."""
+    """Raises Refused unless there are more vectors than features; otherwise the covariance is singular, the distance mostly bias."""
     if samples <= width:
         raise Refused(
-            f"{samples} samples, or that many for the floor: a Frechet distance over {width} features needs more images than "
+            f"{samples} samples, or as many images for the floor: a Frechet distance over {width} features needs more images than "
             f"features; give --samples {width + 1} or more, and no smaller --floor"
         )

@@ -1,4 +1,4 @@
-"""A trained model against real images: samples drawn as the data asks, and everything that is measured of them.
+"""Measures a trained model against real images: draws samples with the data's conditions and takes all measurements.
 
 N samples, M real images, D features.
 """
@@ -42,17 +42,17 @@ class Settings:
     features: FeaturesConfig = FeaturesConfig()
     classifier: ClassifierConfig = ClassifierConfig()
     cache: Path = Path(".")
-    """Folder of trained classifiers and of features."""
+    """Folder for trained classifiers and features."""
 
     @property
     def real(self) -> int:
-        """Real images of the floor."""
+        """Number of real images in the floor."""
         return self.samples if self.floor is None else self.floor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Against:
-    """Distances from one reference: of the samples and, as the floor, of as many real images."""
+    """Distances from one reference: of the samples, and of real images as the floor."""
 
     samples: Distance
     real: Distance
@@ -60,41 +60,41 @@ class Against:
 
 @dataclass(frozen=True, kw_only=True)
 class Copies:
-    """How many samples lie closer to a training image than one training image in a hundred does to another."""
+    """How many samples lie as close to a training image as the closest 1 % of training images do to another."""
 
     samples: Nearest
     real: float | None
-    """The share of images that were not trained on; None where there are none."""
+    """The same share among images that were not trained on; None if there are none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """All that was measured."""
+    """Everything that was measured."""
 
     settings: Settings
     forwards: float
-    """Forward passes of each sample."""
+    """Forward passes per sample."""
     samples_NHWC: np.ndarray
     asked_for: Images
-    """The training images whose conditions were asked for, in the order of the samples."""
+    """The training images whose conditions the samples were given, in the order of the samples."""
     judge: Judge | None
     features: str
     width: int
     distances: dict[str, Against]
-    """From "train", from "held_out" and, where the run has one beside it, from "validation"."""
+    """Keys: "train", "held_out" and, if the run has a validation set beside a test set, "validation"."""
     judged_by: str | None
-    """What the classifier tells apart: "labels" or "attributes"."""
+    """What the classifier predicts: "labels" or "attributes"."""
     asked_by: str
-    """What the samples were asked by, as "labels" or "prompts"."""
+    """The conditions that the samples were given, such as "labels" or "prompts"."""
     accuracy: Share | None
     by_name: dict[str, Share]
     losses: list[Loss]
     copies: dict[str, Copies]
-    """By "pixels" and by "features"."""
+    """Keys: "pixels" and "features"."""
 
 
 def evaluate(model: Model, splits: Splits, settings: Settings) -> Evaluation:
-    """Measures a model; what can be refused is, before the samples are drawn: one is drawn as a trial."""
+    """Measures a model; raises Refused before the samples are drawn, for which it draws one sample as a trial."""
     refuse_unfit(model, splits, settings)
     network, judge = judges(model, splits, settings)
     real = real_features(network, splits, settings.cache)
@@ -124,7 +124,7 @@ def evaluate(model: Model, splits: Splits, settings: Settings) -> Evaluation:
 
 
 def judges(model: Model, splits: Splits, settings: Settings) -> tuple[FeatureNetwork, Judge | None]:
-    """The feature network and, where the data has names for it, the classifier: a network from elsewhere is looked for first."""
+    """The feature network and, if the data has names for it, the classifier. A pretrained network is looked for before training."""
     elsewhere = settings.features.network in ("inception", "dinov2")
     network = chosen(settings, None, model) if elsewhere else None
     judge = judge_of(splits, settings.classifier, settings.cache, model.device) if has_names(splits) else None
@@ -132,14 +132,14 @@ def judges(model: Model, splits: Splits, settings: Settings) -> tuple[FeatureNet
 
 
 def chosen(settings: Settings, judge: Judge | None, model: Model) -> FeatureNetwork:
-    """The feature network, refused where there are too few images for it."""
+    """The feature network; raises Refused if there are too few images for it."""
     network = choose(settings.features, judge, model.device)
     refuse_too_few(min(settings.samples, settings.real), network.width)
     return network
 
 
 def has_names(splits: Splits) -> bool:
-    """Whether there is something for a classifier to tell apart."""
+    """Whether the training images have labels or attributes for a classifier."""
     return splits.train.labels_N is not None or splits.train.attributes_NK is not None
 
 
@@ -147,7 +147,7 @@ def has_names(splits: Splits) -> bool:
 
 
 def refuse_unfit(model: Model, splits: Splits, settings: Settings) -> None:
-    """Settings, model and data that do not go together."""
+    """Raises Refused if settings, model and data do not fit together."""
     if settings.loss_images < 0:
         raise Refused(f"loss_images = {settings.loss_images}: it must not be negative (0 = no table of losses)")
     if settings.real < 2:
@@ -161,21 +161,21 @@ def refuse_unfit(model: Model, splits: Splits, settings: Settings) -> None:
         name = {"train": "training set", "held_out": "held-out set"}.get(part, f"{part} set")
         if len(images) < settings.real:
             raise Refused(
-                f"the {name} has {len(images)} images, and the floor is to have {settings.real}, as many as samples where "
-                f"--floor says nothing; give --samples {len(images)} or less, more images with --test, or --floor"
+                f"the {name} has {len(images)} images, but the floor needs {settings.real}, which is --floor, or --samples "
+                f"without it; give --samples {len(images)} or less, more images with --test, or --floor"
             )
     if settings.loss_images and len(splits.held_out):
-        conditions(model, splits.held_out.take(np.arange(1)))  # the losses are measured on these
-    asked(model, splits.train.take(np.arange(1)), settings)  # what sample() refuses, it refuses for one image
+        conditions(model, splits.held_out.take(np.arange(1)))  # the losses are measured on held-out images
+    asked(model, splits.train.take(np.arange(1)), settings)  # whatever sample() refuses, it also refuses for one image
 
 
 def refuse_other_names(model: Model, images: Images) -> None:
-    """A model asked for class 3 must mean what the data means by it."""
+    """Raises Refused unless a class or attribute has the same name at the same place in the model and the data."""
     for asked, name in (("labels", "classes"), ("attributes", "attributes")):
         ours, theirs = getattr(model.facts, name), getattr(images, name)
         if asked in takes(model) and ours != theirs:
             raise Refused(
-                f"the model was trained on the {name} {listed(ours)}, and the data has {listed(theirs)}: "
+                f"the model was trained on the {name} {listed(ours)}, but the data has {listed(theirs)}: "
                 "give --data.shards the data it was trained on"
             )
 
@@ -188,12 +188,12 @@ def listed(names: tuple[str, ...] | None) -> str:
 
 
 def takes(model: Model) -> set[str]:
-    """What it can be asked for."""
+    """The keyword arguments of sample() by which the model takes conditions, except temperatures."""
     return {conditioner.asked for conditioner in model.network.conditioners.values()} - {"temperatures"}
 
 
 def asked_by(model: Model, judge: Judge | None) -> str:
-    """What the model is asked by: what the classifier sees, where that is among it."""
+    """The conditions that the samples are given; only what the classifier sees, if that is among them."""
     sees = "attributes" if judge is not None and judge.attributes else "labels"
     return sees if sees in takes(model) else " and ".join(sorted(takes(model)))
 
@@ -203,7 +203,7 @@ def takes_conditions(model: Model) -> bool:
 
 
 def conditions(model: Model, images: Images) -> dict:
-    """Keyword arguments of sample() that ask for what these images show; raises Refused where the data does not say."""
+    """Keyword arguments of sample() with these images' conditions; raises Refused if the data lacks a condition."""
     refuse_other_names(model, images)
     said = {
         "labels": None if images.labels_N is None else images.labels_N.tolist(),
@@ -214,20 +214,20 @@ def conditions(model: Model, images: Images) -> dict:
     said |= {conditioner.asked: conditioner.values_of(images.images_NHWC) for conditioner in spatial}
     for name in sorted(takes(model)):
         if said.get(name) is None:
-            raise Refused(f"this model takes {name}, and the data has none: give --data.shards data with {name}")
+            raise Refused(f"this model takes {name}, but the data has none: give --data.shards data with {name}")
     return {name: said[name] for name in takes(model)} or {"count": len(images)}
 
 
 def as_asked(train: Images, count: int) -> Images:
-    """`count` training images, every class with its share; where there are fewer, from the first again."""
+    """`count` training images in which every class keeps its share; if there are fewer, they repeat from the first."""
     order_N = train.spread()
     return train.take(order_N[np.arange(count) % len(order_N)])
 
 
 def drawn(model: Model, asked_for: Images, settings: Settings) -> np.ndarray:
-    """One sample for each image, asked for as that one is."""
+    """One sample for each image, with the conditions of that image."""
     say(f"drawing {len(asked_for):,} samples, guidance {settings.guidance}, {settings.steps} {settings.sampler} steps")
-    # A chunk that memory does not hold is drawn again in halves: the count of steps may pass the total.
+    # A chunk that does not fit in memory is drawn again in halves, so the count of steps may exceed the total.
     steps, progress = itertools.count(1), Progress("sampling", math.ceil(len(asked_for) / CHUNK) * settings.steps)
     return asked(model, asked_for, settings, on_step=lambda *_: progress.at(next(steps)))
 
@@ -249,7 +249,7 @@ def asked(model: Model, asked_for: Images, settings: Settings, on_step: Callable
 
 
 def distances_of(made_ND: np.ndarray, real: RealFeatures, splits: Splits, floor: int) -> dict[str, Against]:
-    """From every set of real images, with that of `floor` images of another set as the floor."""
+    """Distances from every set of real images, each with that of `floor` images of another set as the floor."""
     count = min(len(made_ND), floor)
     some_ND = {name: some(real.parts[name], floor, images) for name, images in splits.parts.items()}
     return {
@@ -283,7 +283,7 @@ def copies_of(samples_NHWC: np.ndarray, made_ND: np.ndarray, splits: Splits, rea
 
 
 def to_json(result: Evaluation, splits: Splits, model: Model) -> dict:
-    """Everything measured, and what a reader must know to repeat it; no path is among it."""
+    """Everything measured, and all settings that are needed to repeat it, without any path."""
     settings = asdict(result.settings)
     settings.pop("cache")
     settings["features"] = {"network": settings["features"]["network"]}

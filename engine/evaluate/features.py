@@ -1,4 +1,4 @@
-"""Feature networks: uint8 images to vectors in which distances mean something. One is chosen by name, and named in the result.
+"""Feature networks: uint8 images to vectors whose distances mean something. One is chosen by name and named in the result.
 
 N images of H x W pixels and C channels, D features.
 """
@@ -27,7 +27,7 @@ from duotone.engine.log import say
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CHUNK = 64
 VERSION = 2
-"""Of how features are made: those in the cache of another one are made again."""
+"""Version of how features are computed; cached features of another version are computed again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +35,15 @@ class FeaturesConfig:
     """Which network turns images into features."""
 
     network: Literal["auto", "classifier", "inception", "dinov2"] = "auto"
-    """auto: the classifier where the data has labels or attributes, otherwise Inception."""
+    """auto: the classifier if the data has labels or attributes, otherwise Inception."""
     weights: Path | None = None
-    """inception: its weights (.pth) as torch-fidelity has them, which are those of published distances, or torchvision's; by
-    default where torch.hub keeps them. dinov2: a folder that transformers loads."""
+    """inception: weights (.pth) from torch-fidelity, which published distances use, or from torchvision; by default, those in
+    torch.hub's folder. dinov2: a folder that transformers loads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureNetwork:
-    """The contract: a name, what identifies its weights, and a function."""
+    """What every feature network provides: a name, a key that identifies its weights, its width and a function."""
 
     name: str
     key: str
@@ -61,7 +61,7 @@ class FeatureNetwork:
 
 
 def choose(config: FeaturesConfig, judge: Judge | None, device: torch.device) -> FeatureNetwork:
-    """The network asked for, with one line that says which and why; raises Refused where it cannot be had."""
+    """The network asked for; logs one line that says which and why, and raises Refused if it cannot be loaded."""
     if config.network == "auto":
         name = "classifier" if judge else "inception"
         why = "the data has labels or attributes" if judge else "the data has neither labels nor attributes"
@@ -80,7 +80,7 @@ def choose(config: FeaturesConfig, judge: Judge | None, device: torch.device) ->
 def from_classifier(config: FeaturesConfig, judge: Judge | None, device: torch.device) -> FeatureNetwork:
     if judge is None:
         raise Refused(
-            "--features.network classifier needs labels or attributes, and the data has none: give inception or dinov2"
+            "--features.network classifier needs labels or attributes, but the data has none: give inception or dinov2"
         )
     width = judge.network.head.in_features
     return FeatureNetwork(
@@ -92,18 +92,18 @@ def from_classifier(config: FeaturesConfig, judge: Judge | None, device: torch.d
 
 
 def inception(config: FeaturesConfig, judge: Judge | None, device: torch.device) -> FeatureNetwork:
-    """Inception v3's 2048 averages before its last layer, by whichever of two networks the weights are of: TensorFlow's of 2015,
-    which published Frechet distances are measured in, or torchvision's."""
+    """Inception v3's 2048 pooled features before its last layer. The weights decide between two networks: TensorFlow's of 2015,
+    which published Frechet distances use, and torchvision's."""
     path = config.weights or newest_inception()
     if path is None or not path.is_file():
         raise Refused(
-            f"Inception's weights are not at {path or hub_folder()}: fetch torch-fidelity's {FID_WEIGHTS} (as in published "
+            f"Inception's weights are not at {path or hub_folder()}: fetch torch-fidelity's {FID_WEIGHTS} (used in published "
             "distances) or torchvision's inception_v3_google-*.pth, and give --features.weights FILE"
         )
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
         classes = len(weights["fc.weight"])
-    except Exception as error:  # a damaged pickle raises whatever its bytes happen to say
+    except Exception as error:  # a damaged pickle may raise anything
         raise Refused(f"{path} holds no Inception v3 ({first_line(error)[:200]}): fetch it again") from None
     name, build = OF_CLASSES.get(classes, OF_CLASSES[1000])
     try:
@@ -120,12 +120,12 @@ def inception(config: FeaturesConfig, judge: Judge | None, device: torch.device)
 
 
 def of_published_distances(path: Path, weights: dict[str, Tensor], device: torch.device) -> Callable:
-    """TensorFlow's network with its own way of resizing, as torch-fidelity has them."""
+    """TensorFlow's network with its own resizing, as implemented by torch-fidelity."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    # It unpickles the file without restrictions, which holds nothing but tensors: it was read with them before.
+    # This unpickles the file without restrictions. That is safe: it was loaded with weights_only before, so it has only tensors.
     network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
-    network = network.to(device).eval().requires_grad_(False)  # which not every version of it does by itself
+    network = network.to(device).eval().requires_grad_(False)  # not every version does this itself
 
     def colours(images_NHWC: np.ndarray) -> Tensor:
         return torch.from_numpy(images_NHWC).to(device).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
@@ -151,7 +151,7 @@ def hub_folder() -> Path:
 
 
 def newest_inception() -> Path | None:
-    """Where torch.hub keeps the weights: those of published distances, which go by two names, before torchvision's."""
+    """The weights in torch.hub's folder: those of published distances, which have two names, are preferred to torchvision's."""
     for name in ("*inception-2015-12-05-*.pth", "inception_v3_google-*.pth"):
         found = sorted(hub_folder().glob(name))
         if found:
@@ -163,16 +163,16 @@ def dinov2(config: FeaturesConfig, judge: Judge | None, device: torch.device) ->
     """DINOv2 (Oquab et al. 2023) from a folder: the class token after the last norm."""
     if config.weights is None or not config.weights.is_dir():
         raise Refused(
-            f"DINOv2's folder is not there ({config.weights}): give --features.weights a folder that transformers loads"
+            f"DINOv2's folder does not exist ({config.weights}): give --features.weights a folder that transformers loads"
         )
     from transformers import AutoModel
 
     try:
         network = AutoModel.from_pretrained(config.weights, local_files_only=True)
-    except Exception as error:  # what damaged weights, or another size of them, raise
+    except Exception as error:  # damaged weights, or weights of another size, may raise anything
         raise Refused(f"{config.weights} holds no model that transformers loads ({first_line(error)})") from None
     if network.config.model_type != "dinov2":
-        raise Refused(f"{config.weights} holds a {network.config.model_type} and no dinov2: give another folder")
+        raise Refused(f"{config.weights} holds a {network.config.model_type}, not a dinov2: give another folder")
     network = network.to(device).eval().requires_grad_(False)
     weights = sorted(config.weights.glob("*.safetensors")) or sorted(config.weights.glob("*.bin"))
     read = "".join(digest(path) for path in (*weights, config.weights / "config.json"))
@@ -188,7 +188,7 @@ BUILD = {"classifier": from_classifier, "inception": inception, "dinov2": dinov2
 
 
 def resized(network: Callable, side: int, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
-    """A network of colour photographs: three channels, `side` pixels (bicubic, antialiased), ImageNet's mean and deviation."""
+    """`network` on images as it expects them: three channels, `side` pixels (bicubic, antialiased), ImageNet's mean and deviation."""
     mean_C11 = torch.tensor(IMAGENET_MEAN, device=device)[:, None, None]
     std_C11 = torch.tensor(IMAGENET_STD, device=device)[:, None, None]
 
@@ -202,7 +202,7 @@ def resized(network: Callable, side: int, device: torch.device) -> Callable[[np.
 
 
 def in_parts(network: Callable[[np.ndarray], Tensor]) -> Callable[[np.ndarray], np.ndarray]:
-    """CHUNK images at a time."""
+    """`network` applied to CHUNK images at a time; features (N, D) in fp32."""
 
     @torch.inference_mode()
     def embed(images_NHWC: np.ndarray) -> np.ndarray:
@@ -217,7 +217,7 @@ class RealFeatures:
     """Features of the real images, float64."""
 
     parts: dict[str, np.ndarray]
-    """(N, D) of every set that samples are measured against, as Splits.parts names them."""
+    """(N, D) for each set that samples are measured against, by its name in Splits.parts."""
     seen_ND: np.ndarray
 
     @property
@@ -230,7 +230,7 @@ class RealFeatures:
 
 
 def real_features(network: FeatureNetwork, splits: Splits, cache: Path) -> RealFeatures:
-    """From the cache, keyed by data and network, or made and stored there in fp32, which they were made in."""
+    """From the cache, keyed by data and network, or computed and stored there in fp32, the precision of the network."""
     said = f"{VERSION} {splits.fingerprint} {network.key}"
     path = cache / f"features-{hashlib.sha256(said.encode()).hexdigest()[:16]}.safetensors"
     found = stored(path, splits) or made(network, splits, path)
@@ -240,19 +240,19 @@ def real_features(network: FeatureNetwork, splits: Splits, cache: Path) -> RealF
 
 
 def stored(path: Path, splits: Splits) -> dict[str, Tensor] | None:
-    """Features from the cache; None where they are not there, or cannot be read."""
+    """Features from the cache; None if they are absent or cannot be read."""
     if not path.exists():
         return None
     try:
         found = load_file(path)
         return {name: found[name] for name in splits.parts}
     except (OSError, SafetensorError, KeyError) as error:
-        say(f"{path} cannot be read ({first_line(error)}): making the features again")
+        say(f"{path} cannot be read ({first_line(error)}): computing the features again")
         return None
 
 
 def made(network: FeatureNetwork, splits: Splits, path: Path) -> dict[str, Tensor]:
-    say(f"features of {sum(map(len, splits.parts.values())):,} real images: once for this data and network")
+    say(f"features of {sum(map(len, splits.parts.values())):,} real images: only once for this data and network")
     found = {
         name: torch.from_numpy(network(images.images_NHWC, f"features, {name.replace('_', ' ')}")).float()
         for name, images in splits.parts.items()

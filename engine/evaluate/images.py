@@ -1,4 +1,4 @@
-"""Real images and what is said of them, read whole into memory: what a model is measured against.
+"""Real images and their conditions, read whole into memory, against which a model is measured.
 
 N images of H x W pixels and C channels, K attributes.
 """
@@ -20,23 +20,23 @@ from duotone.engine.evaluate.progress import Progress
 
 CHUNK = 512
 STAND_IN = "a tenth of the training set, seen in training by the model"
-SHARE_OF_STAND_IN = 10  # one in so many
+SHARE_OF_STAND_IN = 10  # one image in ten
 
 
 @dataclass(frozen=True, kw_only=True)
 class Images:
-    """N images with their labels, attributes and captions, where the data has them."""
+    """N images with their labels, attributes and captions, if the data has them."""
 
     images_NHWC: np.ndarray  # uint8
     fingerprint: str
-    """Changes when the data or its framing does."""
+    """Changes when the data or its framing changes."""
     labels_N: np.ndarray | None = None
     attributes_NK: np.ndarray | None = None  # 1 present, 0 absent, -1 unknown
     captions: list[str] | None = None
     classes: tuple[str, ...] | None = None
     attributes: tuple[str, ...] | None = None
     there_are: int | None = None
-    """Images of the data that these were read from, where that is known."""
+    """Number of images in the data that these were read from, if known."""
 
     def __len__(self) -> int:
         return len(self.images_NHWC)
@@ -52,15 +52,15 @@ class Images:
         )
 
     def spread(self) -> np.ndarray:
-        """An order whose beginnings all hold the classes in their shares; the given order where there are none."""
+        """An order in which any first part has every class in its share; the given order if there are no labels."""
         return np.arange(len(self)) if self.labels_N is None else spread(self.labels_N)
 
     def drawn(self, count: int) -> "Images":
-        """`count` of them, every class with its share."""
+        """`count` of the images, in which every class keeps its share."""
         return self.take(self.spread()[:count])
 
     def batch(self, rows: slice, device: torch.device) -> Batch:
-        """Some of them as a training batch; positions are places in this set."""
+        """Some of the images as a training batch, whose positions are places in this set."""
         places_M = np.arange(len(self))[rows]
         return Batch(
             positions_N=places_M,
@@ -74,17 +74,17 @@ class Images:
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """What the model was trained on, and real images to compare with."""
+    """The images that the model was trained on, and other real images to compare with."""
 
     train: Images
-    """The reference: training images, without those that stand in for a test set."""
+    """The reference: training images, without those that serve as a test set."""
     held_out: Images
     held_out_is: str
-    """"test", "validation", or that these are training images too."""
+    """"test", "validation", or a remark that these are training images too."""
     seen: Images
     """Every image that the model may have seen."""
     validation: Images | None = None
-    """What the run held out, beside a test set."""
+    """The images that the run held out, if there is a test set besides."""
 
     @property
     def is_apart(self) -> bool:
@@ -93,7 +93,7 @@ class Splits:
 
     @property
     def held_out_said(self) -> str:
-        """What the held-out images are, within a sentence."""
+        """What the held-out images are, to be put into a sentence."""
         return f"the {self.held_out_is} set" if self.is_apart else self.held_out_is
 
     @property
@@ -108,7 +108,7 @@ class Splits:
 
 
 def spread(labels_N: np.ndarray) -> np.ndarray:
-    """Places by how far through its own class each image stands: any beginning holds the classes in their shares."""
+    """Places, (N,), ordered by each image's relative position in its own class, so that any first part has every class in its share."""
     rank_N = np.empty(len(labels_N))
     for label in np.unique(labels_N):
         places_M = np.flatnonzero(labels_N == label)
@@ -117,9 +117,9 @@ def spread(labels_N: np.ndarray) -> np.ndarray:
 
 
 def read_splits(shards: Shards, test: Path | None, most: int) -> Splits:
-    """Every set, at most `most` images of each.
+    """All sets, with at most `most` images each.
 
-    Without a test set what the run held out takes its place, and where it held out nothing, a tenth of the training set.
+    Without a test set, the images that the run held out take its place; if it held out none, a tenth of the training set does.
     """
     inside = shards.shards / "test" if shards.shards and (shards.shards / "test").is_dir() else None
     seen = read_images(shards, most, "training set")
@@ -154,24 +154,27 @@ def refuse_unlike_sets(folder: Path, train: Images, test_folder: Path, test: Ima
 
 
 def fingerprint(shards: Shards) -> str:
-    """Of all the data in a folder, whichever part of it is held out."""
+    """The fingerprint of all the data in a folder, whichever part of it is held out."""
     data = shards.open(torch.device("cpu"), part="all")
     data.close()
     return data.fingerprint
 
 
 def refuse_other_split(shards: Shards, held_out: list[str], said_in: Path) -> None:
-    """What a run held out must be there under its keys: of other data, or of renamed samples, nobody knows what was trained on."""
+    """Raises Refused unless all samples that a run held out are held out here, by key.
+
+    With other data or renamed samples it would not be known which samples were trained on.
+    """
     gone = set(held_out) - set(shards.held_out_keys())
     if gone:
         raise Refused(
             f"{said_in} names {len(held_out):,} samples that were not trained on, and {len(gone):,} of them are not held out of "
-            f"{shards.shards} (as {min(gone)!r}): give --data.shards the data it was trained on"
+            f"{shards.shards} (such as {min(gone)!r}): give --data.shards the data it was trained on"
         )
 
 
 def read_images(shards: Shards, most: int, what: str, part: Part = "training") -> Images:
-    """At most `most` images in the order of a shuffle of their own; raises Refused on data that cannot be used."""
+    """At most `most` images in a fixed shuffled order; raises Refused on data that cannot be used."""
     data = shards.open(torch.device("cpu"), part=part)
     try:
         count = min(data.count, most)
@@ -187,18 +190,18 @@ def read_images(shards: Shards, most: int, what: str, part: Part = "training") -
 
 
 def centred(samples_N: np.ndarray) -> Plan:
-    """These samples, cut from the middle, with the first caption."""
+    """A plan that reads these samples with a centre crop and the first caption."""
     n = len(samples_N)
     return Plan(positions_N=np.arange(n), samples_N=samples_N, crops_N2=np.full((n, 2), 0.5), captions_N=np.zeros(n))
 
 
 def framing(shards: Shards) -> str:
-    """What makes other pixels of the same data."""
+    """The settings that change the pixels of the same data."""
     return f"{shards.size}-{shards.pad}-{shards.channels}-{shards.resize}-{shards.crop}"
 
 
 def turned(data: Dataset) -> str:
-    """How its pictures are turned, where any is: that depends on how their headers are read."""
+    """A digest of the pictures' orientations if any picture is turned: they depend on how headers are read."""
     orientation_N = data.columns["orientation"]
     return f"-{zlib.crc32(orientation_N.tobytes()):08x}" if (orientation_N != 1).any() else ""
 

@@ -1,4 +1,4 @@
-"""The loss at each noise level, for each class, on images with known draws: two models can be compared image by image.
+"""The loss at each noise level and for each class, with fixed random draws, so that two models can be compared image by image.
 
 N images of H x W pixels and C channels, L noise levels.
 """
@@ -20,19 +20,19 @@ from duotone.kernels.diffuse import diffuse
 
 CHUNK = 64
 WHOLE = "all"
-"""All images together; a class of that name is called otherwise."""
+"""Name of the row for all images together; a class of that name gets another."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """The mean of one cell and its 95 % interval over images."""
+    """The mean loss in one cell of the table, and its 95 % interval over images."""
 
     sigma: float
     name: str
     """A class, or WHOLE."""
     loss: float
     low: float | None
-    """None where there are too few images for an interval."""
+    """None if there are too few images for an interval."""
     high: float | None
     images: int
 
@@ -40,7 +40,7 @@ class Loss:
 def loss_table(model: Model, images: Images, *, levels: int = 8, seed: int = 1) -> list[Loss]:
     """The training loss, weighted as in training and with every condition given, at equally likely noise levels.
 
-    Level l stands at the quantile (l + 1/2) / L of the training distribution. Image i draws the noise of position l N + i.
+    Level l is the quantile (l + 1/2) / L of the training distribution. There, image i draws the noise of position l N + i.
     """
     u_L = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
     sigma_L = model.objective.draw_sigma(u_L)
@@ -84,7 +84,7 @@ def losses_of(model: Model, images: Images, rows: slice, sigma: Tensor, first: i
 
 
 def told(model: Model, batch, n: int, seed: int):
-    """Every condition that the data gives, none dropped; a temperature stays at plain conditional prediction."""
+    """Every condition that the data gives, none dropped; a temperature is set to plain conditional prediction."""
     device, tensors, keep = model.device, {}, {}
     for kind, conditioner in model.network.conditioners.items():
         tensors[kind] = {name: t.to(device) for name, t in conditioner.of_batch_whole(batch, seed).items()}
@@ -93,7 +93,7 @@ def told(model: Model, batch, n: int, seed: int):
 
 
 def cells(sigma: float, loss_N: np.ndarray, images: Images) -> list[Loss]:
-    """One row of the table: all images, then each class."""
+    """One row of the table: the cell of all images, then one for each class."""
     found = [cell(sigma, WHOLE, loss_N)]
     if images.labels_N is not None:
         names = images.classes or tuple(str(k) for k in range(int(images.labels_N.max()) + 1))
@@ -113,7 +113,7 @@ def cell(sigma: float, name: str, loss_N: np.ndarray) -> Loss:
 
 
 def summary(cells: list[Loss]) -> dict:
-    """The mean loss, its levels with their 95 % intervals over images, and the mean of each class: a row of validation.jsonl."""
+    """A row of validation.jsonl: the mean loss, each level's with its 95 % interval over images, and the mean of each class."""
     levels = [cell for cell in cells if cell.name == WHOLE]
     names = dict.fromkeys(cell.name for cell in cells if cell.name != WHOLE)
     return {

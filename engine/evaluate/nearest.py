@@ -1,4 +1,4 @@
-"""Is a sample a copy? The nearest training image of each, against how near training images are to each other.
+"""Are samples copies? The distance from each to its nearest training image, compared with those between training images.
 
 N samples, M training images, D pixels or features.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from duotone.data.refusal import Refused
 
 ROWS = 256
-BYTES = 2**28  # of the training images that are held as fp32 at once
+BYTES = 2**28  # of training images held in memory as fp32 at once
 PAIRS = 2000  # training images whose nearest neighbour sets the scale
 QUANTILE = 0.01
 
@@ -25,11 +25,12 @@ class Nearest:
     places_N: np.ndarray
     distances_N: np.ndarray
     threshold: float
-    """The distance within which one training image in a hundred has another; twins bit for bit, at 0, do not count; twins that were encoded anew do."""
+    """The distance within which one training image in a hundred has another. Exact duplicates, at 0, do not count; re-encoded
+    ones do."""
 
     @property
     def closer(self) -> float:
-        """Share of samples no farther from a training image than the threshold: about 1 % for images that are no copies."""
+        """Share of samples within the threshold of a training image: about 1 % for images that are not copies."""
         return float((self.distances_N <= self.threshold).mean())
 
     def closest(self, count: int) -> np.ndarray:
@@ -38,7 +39,7 @@ class Nearest:
 
 
 def nearest(samples: np.ndarray, train: np.ndarray) -> Nearest:
-    """Euclidean neighbours among images (uint8, in pixels of [0, 1]) or features; raises Refused where there is no pair of
+    """Euclidean neighbours among images (uint8, compared as pixels in [0, 1]) or features; raises Refused for fewer than two
     training images."""
     if len(train) < 2:
         raise Refused(f"{len(train)} training images have no pairs to compare with: give at least 2")
@@ -51,9 +52,9 @@ def nearest(samples: np.ndarray, train: np.ndarray) -> Nearest:
 
 
 def neighbours(x: np.ndarray, y: np.ndarray, never_N: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Of each x the nearest y and its distance; `never_N` are places that do not count, such as its own.
+    """For each x, the place of the nearest y and its distance; `never_N` is a place in y that does not count, such as its own.
 
-    The search is by |y|^2 - 2 x.y in fp32, which cancels for near copies: the distance is then taken from the difference.
+    The search minimises |y|^2 - 2 x.y in fp32. That cancels for near copies, so the distance itself is computed from x - y.
     """
     lowest_N, places_N = torch.full((len(x),), float("inf")), torch.zeros(len(x), dtype=torch.int64)
     for of_y in blocks(y):
@@ -73,25 +74,25 @@ def neighbours(x: np.ndarray, y: np.ndarray, never_N: np.ndarray | None = None) 
 
 
 def hide(score_RM: Tensor, place_R: np.ndarray) -> None:
-    """One place of each row, where it is among these."""
+    """Excludes one place in each row from the search, if it is among these columns."""
     rows = np.flatnonzero((place_R >= 0) & (place_R < score_RM.shape[1]))
     score_RM[rows, place_R[rows]] = float("inf")
 
 
 def blocks(x: np.ndarray, most: int | None = None) -> Iterator[slice]:
-    """Parts of a set, by default as many at once as fit in BYTES as fp32."""
+    """Slices of a set, by default of as many rows as fit in BYTES as fp32."""
     most = most or max(1, BYTES // (4 * max(1, x[0].size)))
     return (slice(first, min(first + most, len(x))) for first in range(0, len(x), most))
 
 
 def vectors(x: np.ndarray) -> Tensor:
-    """Pixels in [0, 1], or features as they are: fp32, a row each."""
+    """Pixels in [0, 1], or features unchanged: fp32, one row per image."""
     rows = torch.from_numpy(np.ascontiguousarray(x.reshape(len(x), -1))).float()
     return rows / 255 if x.dtype == np.uint8 else rows
 
 
 def pairs(images_NHWC: np.ndarray, train_MHWC: np.ndarray, found: Nearest, columns: int = 12, rows: int = 3):
-    """The closest samples, each with its neighbour below, as images for a grid of `columns`."""
+    """The closest samples, each with its neighbour below it, as images for a grid, and the grid's number of columns."""
     order_K = found.closest(columns * rows)
     width = min(columns, len(order_K))
     order_K = order_K[: len(order_K) // width * width].reshape(-1, width)

@@ -1,4 +1,4 @@
-"""Lines that say how far a long job is: one every few seconds, and none for a short one."""
+"""Progress lines for long jobs: one every few seconds, none for a short job."""
 
 import datetime
 import time
@@ -9,7 +9,7 @@ SECONDS_BETWEEN = 10.0
 
 
 class Progress:
-    """Says "what: done of total" now and then."""
+    """Says "what: done of total" every few seconds."""
 
     def __init__(self, what: str, total: int):
         self.what, self.total = what, total

@@ -16,7 +16,7 @@ MEASURES = {"frechet": "Frechet distance", "kernel": "kernel distance", "precisi
 
 
 def table(result: Evaluation, splits: Splits) -> str:
-    """Lines of text: every figure beside its floor."""
+    """Lines of text, with every figure beside its floor."""
     blocks = [
         distance_lines(result, splits),
         accuracy_lines(result, splits),
@@ -48,7 +48,10 @@ def accuracy_lines(result: Evaluation, splits: Splits) -> list[str]:
     said = "seen by the classifier as asked" if result.judged_by == result.asked_by else "seen by the classifier"
     head = f"  {said:34} {'samples':24} real ({splits.held_out_is})"
     if result.judged_by != result.asked_by:
-        head += f"   (asked by {result.asked_by}; right are the {result.judged_by} of the images these come from)"
+        head += (
+            f"   (asked by {result.asked_by}; right if it sees the {result.judged_by} of the images whose {result.asked_by} "
+            "were asked for)"
+        )
     rows = [("all", result.accuracy, result.judge.accuracy)]
     rows += [(name, share, result.judge.by_name[name]) for name, share in result.by_name.items()]
     return [head, *(accuracy_line(*row) for row in rows)]
@@ -75,7 +78,7 @@ def copy_line(name: str, copies: Copies) -> str:
 
 
 def loss_lines(result: Evaluation, splits: Splits) -> list[str]:
-    """A row for each noise level: the mean with its interval, then the classes'."""
+    """A row for each noise level: the mean with its interval, then the mean of each class."""
     if not result.losses:
         return []
     sigmas = list(dict.fromkeys(loss.sigma for loss in result.losses))
@@ -95,7 +98,7 @@ def loss_lines(result: Evaluation, splits: Splits) -> list[str]:
 
 
 def draw(result: Evaluation, splits: Splits, folder: Path) -> list[Path]:
-    """samples.png: a row for each class; nearest-*.png: the samples nearest to a training image, which stands below each."""
+    """Writes samples.png, a row per class, and nearest-*.png, the samples nearest to a training image, each above that image."""
     folder.mkdir(parents=True, exist_ok=True)
     zoom = max(1, 64 // result.samples_NHWC.shape[1])
     written = [folder / "samples.png"]
@@ -108,7 +111,7 @@ def draw(result: Evaluation, splits: Splits, folder: Path) -> list[Path]:
 
 
 def by_class(images_NHWC: np.ndarray, asked_for: Images) -> np.ndarray:
-    """Ten of each class, at most twelve classes; without labels the first hundred."""
+    """Ten images of each class, of at most twelve classes; without labels, the first hundred."""
     labels_N = asked_for.labels_N
     if labels_N is None:
         return images_NHWC[: COLUMNS**2]

@@ -1,4 +1,4 @@
-"""What a picture of the captioned shapes shows, read from its pixels alone: of what draws them it uses the names."""
+"""Reads what a picture of the captioned shapes shows from its pixels alone; it shares only names with the code that draws them."""
 
 import colorsys
 import io
@@ -11,13 +11,13 @@ from duotone.data.captioned_shapes import COLOURS, SHAPES, Drawing, drawing_of, 
 from duotone.data.write_shards import encode_image
 
 MIN_CONTRAST = 40.0  # of 441, the distance from black to white
-# Of each ideal outline: threefold symmetry, fourfold symmetry, four times its share of the hull.
+# For each ideal outline: threefold symmetry, fourfold symmetry, four times its share of its convex hull.
 OUTLINES = {"circle": (0, 0, 3.75), "square": (0, 0.4, 3.6), "triangle": (0.62, 0, 3.4), "cross": (0, 0.54, 2.85)}
 HUES = {"red": (320, 25), "yellow": (25, 75), "green": (75, 165), "blue": (165, 280)}  # degrees
 
 
 def read_back(image_HWC: np.ndarray) -> Drawing:
-    """What a picture shows, by rules on its pixels: the border's colour, the colour that stands out, its outline."""
+    """What a picture shows, by rules on its pixels: the border's colour, the colour that stands out from it, its outline."""
     image_HW3 = image_HWC.astype(np.float64)
     background_3 = np.median(_border(image_HW3), axis=0)
     contrast_HW = np.linalg.norm(image_HW3 - background_3, axis=2)
@@ -74,7 +74,7 @@ def _border(image_HW3: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Confusion:
-    """How the checker reads real drawings: counts by (shown, read), the last column for "none"."""
+    """How the checker reads real drawings: counts by (shown, read), with a last column for "none"."""
 
     shape: np.ndarray  # (4, 5)
     colour: np.ndarray  # (6, 7)
@@ -87,7 +87,7 @@ class Confusion:
 
 
 def confusion(count: int = 1200, size: int = 32, seed: int = 2**40) -> Confusion:
-    """The checker on `count` held-out drawings (a seed nobody trains on), stored as JPEG and read again."""
+    """The checker's results on `count` held-out drawings (of a seed that is not used for training), stored as JPEG and read again."""
     tables = {"shape": SHAPES, "colour": COLOURS, "background": COLOURS}
     counts = {part: np.zeros((len(names), len(names) + 1), dtype=np.int64) for part, names in tables.items()}
     for sample in generate(count, size, seed):

@@ -1,4 +1,4 @@
-"""A share of trials with its interval."""
+"""A share of trials and its confidence interval."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class Share:
     right: int
     trials: int
     independent: int | None = None
-    """Trials that do not hang together, where that is not all of them."""
+    """Number of independent trials, if fewer than all."""
 
     @classmethod
     def of(cls, right_N: np.ndarray, independent: int | None = None) -> "Share":
@@ -27,7 +27,7 @@ class Share:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson 1927: the 95 % interval of a binomial share, which stays inside [0, 1] and holds for few trials."""
+        """Wilson 1927: the 95 % interval of a binomial share, which stays inside [0, 1] and is valid for few trials."""
         n, p = self.trials if self.independent is None else self.independent, self.value
         if not self.trials:
             return 0.0, 1.0
@@ -51,9 +51,9 @@ class Share:
 
 
 def student(trials: int) -> float | None:
-    """The two-sided 95 % quantile of Student's t for a mean of so many trials; None below 10, where a few say little.
+    """The two-sided 95 % quantile of Student's t for a mean of this many trials; None below 10, which are too few.
 
-    Abramowitz and Stegun 1964, 26.7.5, within 0.001 from there on.
+    Abramowitz and Stegun 1964, 26.7.5, which is within 0.001 from 10 trials on.
     """
     if trials < 10:
         return None

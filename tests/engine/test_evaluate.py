@@ -354,7 +354,7 @@ def test_a_damaged_cache_is_made_again(clothes, tmp_path, capsys):
     (features,) = tmp_path.glob("features-*")
     features.write_bytes(b"cut off")
     assert np.array_equal(real_features(network, splits, tmp_path).train_ND, made.train_ND)
-    assert "making the features again" in capsys.readouterr().out
+    assert "computing the features again" in capsys.readouterr().out
     (folder / "classifier.safetensors").write_bytes(b"cut off")
     judge_of(splits, config, tmp_path, CPU)
     assert "training the classifier again" in capsys.readouterr().out
@@ -458,7 +458,7 @@ def test_a_run_that_held_images_out_is_measured_against_three_sets(clothes, cach
     elsewhere = split | {"held_out": ["renamed", *split["held_out"]]}
     (folder / "splits.json").write_text(json.dumps(elsewhere))
     said = refused(capsys, str(folder), "--cache", str(cache), "--out", str(tmp_path / "out"), *QUICK)
-    assert "1 of them are not held out of" in said and "(as 'renamed')" in said and said.count("\n") == 1
+    assert "1 of them are not held out of" in said and "(such as 'renamed')" in said and said.count("\n") == 1
     (folder / "splits.json").write_text("[]")
     assert "cannot be read (TypeError)" in refused(capsys, str(folder), "--cache", str(cache), *QUICK)
 
@@ -610,7 +610,7 @@ def test_attributes_are_judged_one_by_one(tmp_path, cache):
     assert found.accuracy.trials == 40 * len(names) and found.judge.accuracy.value > 0.75
     assert "seen by the classifier as asked" in report.table(found, splits)
     by_class = evaluation.evaluate(artifact.load(path), data, settings)
-    said = "(asked by attributes; right are the labels of the images these come from)"
+    said = "(asked by attributes; right if it sees the labels of the images whose attributes were asked for)"
     assert said in report.table(by_class, data) and "as asked" not in report.table(by_class, data)
     assert f"4 images of {data.held_out_is}" in report.table(by_class, data)
 
