@@ -29,7 +29,7 @@ class Attributes:
     port: Literal["tokens", "vector"] = "tokens"
     """tokens: one token per attribute, for cross-attention; vector: the sum of their rows, added to the time embedding."""
     dropout: float = 0.1
-    """Share of images for which all attributes are made unknown in training."""
+    """Share of images whose attributes are all made unknown in training."""
     attribute_dropout: float = 0.1
     """Probability with which each single attribute is made unknown in training, independently of the others."""
 

@@ -1,4 +1,4 @@
-"""How a condition enters the network: through one of three ports, with a null state for each kind.
+"""How conditions enter the network: through three ports, with a null state for each kind of condition.
 
 N images, E embedding width, M tokens of width D, K channels of H x W pixels.
 """
@@ -56,7 +56,7 @@ class Conditioner(nn.Module, ABC):
         """The tensors of a training batch; random draws depend only on the seed and the batch's positions."""
 
     def of_batch_whole(self, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
-        """The same as of_batch, but with nothing left out at random."""
+        """The same as of_batch, but with nothing that the data says left out at random."""
         return self.of_batch(batch, seed)
 
     @abstractmethod

@@ -65,7 +65,7 @@ class OneHot(Embedding):
 
 
 class Sinusoid(Embedding):
-    """Two layers over the sinusoid of the class number, computed as the timestep's is."""
+    """Two layers over the sinusoid of the class number, the same sinusoid as for the timestep."""
 
     def __init__(self, network: UNetConfig, width: int):
         super().__init__(network.channels[0], width)

@@ -94,7 +94,7 @@ class Evaluation:
 
 
 def evaluate(model: Model, splits: Splits, settings: Settings) -> Evaluation:
-    """Measures a model; raises Refused before the samples are drawn, for which it draws one sample as a trial."""
+    """Measures a model. Raises Refused, if it must, before the samples are drawn; to find out, it draws one as a trial."""
     refuse_unfit(model, splits, settings)
     network, judge = judges(model, splits, settings)
     real = real_features(network, splits, settings.cache)

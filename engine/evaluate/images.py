@@ -52,7 +52,7 @@ class Images:
         )
 
     def spread(self) -> np.ndarray:
-        """An order in which any first part has every class in its share; the given order if there are no labels."""
+        """An order in which every prefix has the classes in their shares; the given order if there are no labels."""
         return np.arange(len(self)) if self.labels_N is None else spread(self.labels_N)
 
     def drawn(self, count: int) -> "Images":
@@ -108,7 +108,7 @@ class Splits:
 
 
 def spread(labels_N: np.ndarray) -> np.ndarray:
-    """Places, (N,), ordered by each image's relative position in its own class, so that any first part has every class in its share."""
+    """Places (N,), ordered by each image's relative position in its own class, so that every prefix has the classes in their shares."""
     rank_N = np.empty(len(labels_N))
     for label in np.unique(labels_N):
         places_M = np.flatnonzero(labels_N == label)

@@ -57,7 +57,7 @@ def conditioned_part(config: UNetConfig) -> dict:
             "on the way up their self-attention takes its head width from the opposite level of the list"
         )
     if middle_has_other_heads(config.attention, config.middle, head_numbers, config.channels):
-        raise Inexpressible("their middle counts as many heads as a head of the last level's self-attention is wide")
+        raise Inexpressible("their middle block has as many heads as a head of the last level's self-attention is wide")
     return {
         "mid_block_type": middles[config.middle],
         "layers_per_block": list(config.blocks),

@@ -12,7 +12,7 @@ from duotone.data.refusal import Refused, above, at_least
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Settings of every optimizer: AdamW's, since each updates at least some parameters with AdamW, and the schedule."""
+    """Settings of every optimizer: the schedule, and AdamW's, which also serve optimizers that use AdamW for some parameters."""
 
     lr: float = 1e-4
     """Learning rate after the warm-up."""

@@ -46,7 +46,7 @@ class Matrices:
                 self.cut += matrix.rows * matrix.columns
 
     def each(self, flat_P: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """The shard after `change` of every matrix, called with all of one shape as (K, M, N); zeros in the padding."""
+        """The shard with `change` applied to every matrix, in batches (K, M, N) of one shape; zeros in the padding."""
         out_P, alike = torch.zeros_like(flat_P), defaultdict(list)
         for matrix, value_MN in self.whole(flat_P):
             alike[value_MN.shape].append((matrix, value_MN))
@@ -68,7 +68,7 @@ class Matrices:
             yield matrix, value.view(matrix.rows, matrix.columns)
 
     def put_together(self, flat_P: Tensor) -> Tensor:
-        """The matrices that are cut between ranks, end to end: each rank fills its parts into zeros, and all are summed."""
+        """The matrices that are cut between ranks, end to end: each rank copies its parts into zeros, then all ranks sum."""
         together = flat_P.new_zeros(self.cut)
         for matrix in self.mine:
             if matrix in self.places:

@@ -113,7 +113,7 @@ def muon_ema_(
     ema_decays: list[Tensor],
     weights_out: Tensor,
 ) -> None:
-    """One step of a shard, in place; a `grad_scale` of NaN skips it, without a synchronisation with the device."""
+    """One step of a shard, in place; a `grad_scale` of NaN skips it, without waiting for the device."""
     taken, exact = grad_scale.isfinite(), master_P.dtype
     grad_P = torch.where(taken, grad_P.to(exact) * grad_scale.to(exact), 0)
     average_P.lerp_(grad_P, ((1 - momentum) * taken).to(exact))

@@ -19,7 +19,7 @@ class Apg:
     parallel: float = 0.0
     """Factor on the component parallel to the conditional prediction (eta); 1 keeps all of it."""
     radius: float = 0.0
-    """Largest norm of each image's difference D_cond - D_uncond (r); 0 = no bound. The paper takes 2.5 to 15, for latents."""
+    """Largest norm of each image's running difference (r); 0 = no bound. The paper takes 2.5 to 15, for latents."""
     momentum: float = -0.5
     """Weight of the running sum of earlier differences (beta); below 0 it pushes away from their direction."""
 

@@ -22,10 +22,10 @@ def stochastic_heun(
     on_step: Callable | None = None,
     **_: object,
 ) -> Tensor:
-    """Raises sigma by gamma = min(churn / steps, sqrt(2) - 1) where churn_from <= sigma <= churn_to, then takes Heun's step.
+    """Where churn_from <= sigma <= churn_to, adds noise up to (1 + gamma) sigma; from there it takes Heun's step.
 
-    By default gamma has its maximum at every step. `noise(i)` gives the fresh normal noise of step i. Raises Refused on a
-    churn below 0, which would give the denoiser a sigma below the actual noise level.
+    gamma = min(churn / steps, sqrt(2) - 1), by default its maximum. `noise(i)` gives the fresh normal noise of step i. Raises
+    Refused on a churn below 0, which would give the denoiser a sigma below the actual noise level.
     """
     at_least("churn", churn, 0)
     most = math.sqrt(2) - 1
