@@ -1,4 +1,4 @@
-"""The types that a dataclass's fields are annotated with, held against their values: Python itself compares none of them."""
+"""Checks the values of a dataclass's fields against their annotated types, which Python itself does not."""
 
 import re
 import types
@@ -13,7 +13,7 @@ OURS = __name__.partition(".")[0] + "."
 def refuse_other_types(part, key: str = "") -> None:
     """Raises Refused on the first field, of a dataclass or of one inside it, whose value is not of the annotated type.
 
-    images = 1e6 in a recipe is a float, which would pass every comparison and fail deep within the run.
+    For example, images=1e6 in a recipe is a float: it would pass every range check and fail deep inside the run.
     """
     hints = typing.get_type_hints(type(part))
     for field in fields(part):
@@ -27,7 +27,7 @@ def refuse_other_types(part, key: str = "") -> None:
 
 
 def fits(value, hint) -> bool:
-    """Whether a value is of an annotated type, or of a dataclass from outside this package where one of ours is expected."""
+    """Whether a value has the annotated type; where a dataclass of ours is expected, one from outside this package will do."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, one) for one in inner)
@@ -45,7 +45,7 @@ def fits(value, hint) -> bool:
 
 
 def written(hint) -> str:
-    """An annotation as it stands in the code."""
+    """An annotation as it is written in code."""
     return re.sub(
         r"\b[a-z_]\w*\.", "", hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
     )
