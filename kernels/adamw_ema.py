@@ -1,8 +1,8 @@
-"""AdamW on a flat shard, then every EMA track towards the new weights, then the bf16 copy: each array moves once.
+"""AdamW on a flat shard, every EMA track moved towards the new weights, and the bf16 copy, in one pass over memory.
 
 Bytes per parameter with fp32 gradients and no EMA: read 16, written 12; each EMA track adds 8, the bf16 weights add 2.
-Loshchilov and Hutter 2019, algorithm 2, as in torch.optim.AdamW; but decay and step are one subtraction, since 1 - lr * decay is
-exactly 1 in fp32 below 3e-8 and would decay nothing. P parameters.
+Loshchilov and Hutter 2019, algorithm 2, as in torch.optim.AdamW, except that decay and step are subtracted together:
+where lr * decay is below 3e-8, 1 - lr * decay rounds to 1 in fp32 and would decay nothing. P parameters.
 """
 
 import math
@@ -45,7 +45,7 @@ def adamw_ema_reference_(
     ema_decays=(),
     weights_out=None,
 ):
-    """The definition in plain PyTorch, in place; `step` counts from 1, a `grad_scale` of NaN skips the step."""
+    """The definition in plain PyTorch, in place; `step` counts from 1, and a `grad_scale` of NaN skips the step."""
     if grad_scale != grad_scale:
         return
     beta1, beta2 = betas
@@ -83,10 +83,10 @@ CASES = [
     Case("plain", 1024, "AdamW alone", tracks=0, weights=None),
     Case("half_gradients", 3000, "bf16 gradients, as they leave the backward pass", grad=torch.bfloat16),
     Case("one", 1, "a shard of one parameter", tracks=1, weights=torch.float16),
-    Case("one_short", 2047, "one short of two programs: the last may not take itself for full"),
+    Case("one_short", 2047, "one short of two programs: the last must not count as full"),
     Case("network", 109_466_115, "the reference network on one device", grad=torch.bfloat16, timed=True),
     Case("two_tracks", 109_466_115, "with a second EMA track", tracks=2, grad=torch.bfloat16, timed=True),
-    Case("shard_of_8", 13_683_265, "an eighth of it: ZeRO stage 1 on 8 devices", grad=torch.bfloat16, timed=True),
+    Case("shard_of_8", 13_683_265, "the same under ZeRO stage 1 on 8 devices", grad=torch.bfloat16, timed=True),
 ]
 
 # --------------------------------------------------------------------------------------------------- device code
@@ -95,7 +95,7 @@ CASES = [
 
 @triton.jit
 def _debias(log_beta, step):
-    """1 - beta ** step without cancelling: by its series while small."""
+    """1 - beta ** step without cancellation: summed as a series where it is small."""
     y = log_beta * step
     series = -y * (1.0 + y / 2.0 * (1.0 + y / 3.0 * (1.0 + y / 4.0 * (1.0 + y / 5.0 * (1.0 + y / 6.0)))))
     return tl.where(y > -0.25, series, 1.0 - tl.exp(y))
@@ -152,8 +152,8 @@ def _kernel(
     parameters, log_beta1, log_beta2, share1, share2, eps, weight_decay,
     TRACKS: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """`numbers` is (lr, step, grad_scale, 1 - decay of each track), where a captured graph finds the current ones."""
-    # torch.compile hands numbers over in fp64, and all that they meet would be.
+    """`numbers` holds (lr, step, grad_scale, 1 - decay of each track); a captured graph reads new values there."""
+    # torch.compile passes Python numbers as fp64, which would promote everything computed with them.
     log_beta1, log_beta2 = tl.cast(log_beta1, tl.float32), tl.cast(log_beta2, tl.float32)
     share1, share2 = tl.cast(share1, tl.float32), tl.cast(share2, tl.float32)
     eps, weight_decay = tl.cast(eps, tl.float32), tl.cast(weight_decay, tl.float32)
@@ -162,9 +162,9 @@ def _kernel(
     rate, count, scale = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)
     towards_first, towards_second = tl.load(numbers + 3), tl.load(numbers + 4)
     correction1, correction2 = _debias(log_beta1, count), _debias(log_beta2, count)
-    # A scale that is no number marks a step to be skipped, known on the device alone.
+    # A scale of NaN marks a step to skip; only the device knows it.
     if scale == scale:
-        # A mask that ends anywhere would narrow every access to one value: only the last program has one.
+        # A mask that may end anywhere would prevent vectorized access, so only the last program uses one.
         if first_of_block + BLOCK <= parameters:
             _update(
                 master, grad, exp_avg, exp_avg_sq, first, second, weights,
@@ -216,7 +216,7 @@ def _logarithm(beta):
 
 
 def _numbers(lr, step, grad_scale, decays, device):
-    """(lr, step, grad_scale, 1 - decay of each track) as fp32 on the device; the shares are formed in fp64 before."""
+    """(lr, step, grad_scale, 1 - decay of each track) as fp32 on the device; 1 - decay is computed in fp64 first."""
     values = [lr, step, grad_scale, *(1.0 - decay for decay in decays), 0.0, 0.0][:5]
     if not any(isinstance(value, Tensor) for value in values):
         return torch.tensor(values, dtype=torch.float32, device=device)
@@ -247,7 +247,7 @@ def adamw_ema_(
 
     `lr`, `step` (from 1), `grad_scale` and `ema_decays` are numbers or 0-dimensional tensors on the same device, so
     that a captured graph can be replayed with new values; a `grad_scale` of NaN leaves everything as it was. Raises
-    ValueError on what does not fit.
+    ValueError if a shape, type, device or number does not fit.
     """
     _validate(master_P, grad_P, {"exp_avg_P": exp_avg_P, "exp_avg_sq_P": exp_avg_sq_P}, emas, ema_decays, weights_out)
     _validate_numbers(betas, {"lr": lr, "step": step, "grad_scale": grad_scale}, ema_decays, master_P)
@@ -265,7 +265,7 @@ def adamw_ema_(
 
 
 def _unsupported(grad_P, weights_out):
-    """Why a call cannot run as a kernel, or None."""
+    """The reason why the kernel cannot take this call, or None."""
     if grad_P.numel() == 0:
         return "an empty shard"
     for name, value in {"gradients": grad_P, "weights": weights_out}.items():

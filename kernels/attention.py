@@ -1,7 +1,7 @@
-"""out = softmax(scale * q k^T) v: q, k, v are read once and out is written once, in the layout the projections leave.
+"""out = softmax(scale * q k^T) v: q, k, v are read once and out is written once, in the layout of the projections.
 
-N images, L query tokens, M key and value tokens, H heads, D channels per head. Channels-last feature maps are tokens as
-a free view, so nothing is transposed or copied around the call. Vaswani et al. 2017, equation 1.
+N images, L query tokens, M key and value tokens, H heads, D channels per head. A channels-last feature map viewed as
+tokens is free, so nothing is transposed or copied around the call. Vaswani et al. 2017, equation 1.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ NAME = "attention"
 
 
 def attention_reference(q_NLHD, k_NMHD, v_NMHD, *, mask_NM=None, scale=None):
-    """The definition in plain PyTorch; mask is boolean, True attends, and a row that attends to nothing gives 0."""
+    """The definition in plain PyTorch; mask is boolean, True = attend, and a row that attends to nothing gives 0."""
     scale = q_NLHD.shape[-1] ** -0.5 if scale is None else scale
     wide = torch.promote_types(q_NLHD.dtype, torch.float32)
     score_NHLM = torch.einsum("nlhd,nmhd->nhlm", q_NLHD.to(wide), k_NMHD.to(wide)) * scale
@@ -61,21 +61,21 @@ class Case:
 
 
 CASES = [
-    Case("words", 2, 64, 77, 2, 32, "CLIP's 77 tokens: no multiple of anything"),
+    Case("words", 2, 64, 77, 2, 32, "CLIP's 77 tokens: not a multiple of any block"),
     Case(
         "padded_words", 3, 70, 77, 2, 64, "padding mask, ragged queries, one row that attends to nothing", masked=True
     ),
     Case("one_key", 2, 16, 1, 2, 8, "a class token alone: softmax over one value; the narrowest head", masked=True),
-    Case("odd_map", 2, 49, 49, 3, 40, "7x7 self-attention, 40 channels a head"),
-    Case("ninety_six", 1, 64, 64, 2, 96, "96 channels a head: no power of two"),
+    Case("odd_map", 2, 49, 49, 3, 40, "7x7 self-attention, 40 channels per head"),
+    Case("ninety_six", 1, 64, 64, 2, 96, "96 channels per head: not a power of two"),
     Case("widest", 1, 40, 128, 1, 128, "the largest tile: 128 keys, 128 channels"),
     Case("few_programs", 1, 300, 20, 1, 16, "one image and head: queries are split over programs, sums are merged"),
     Case("level_32_words", 64, 1024, 77, 4, 64, "the network's cross-attention", masked=True, timed=True),
     Case("level_16_words", 64, 256, 77, 4, 96, "the network's cross-attention", masked=True, timed=True),
     Case("level_8_words", 64, 64, 77, 4, 96, "the network's cross-attention", masked=True, timed=True),
     Case("level_8_self", 64, 64, 64, 4, 96, "the network's smallest self-attention", timed=True),
-    Case("narrow_words", 64, 1024, 77, 4, 32, "32 channels a head", timed=True),
-    Case("wide_words", 64, 256, 77, 4, 128, "128 channels a head", timed=True),
+    Case("narrow_words", 64, 1024, 77, 4, 32, "32 channels per head", timed=True),
+    Case("wide_words", 64, 256, 77, 4, 128, "128 channels per head", timed=True),
     Case("words_1024_128", 64, 1024, 77, 4, 128, "77 keys over {1024, 256, 64} queries of {32, 64, 128}", timed=True),
     Case("words_256_32", 64, 256, 77, 4, 32, "77 keys, as above", timed=True),
     Case("words_256_64", 64, 256, 77, 4, 64, "77 keys, as above", timed=True),
@@ -89,12 +89,12 @@ CASES = [
 ]
 
 # --------------------------------------------------------------------------------------------------- device code
-# All keys of a head fit in one tile, so a row's softmax is complete in one step: nothing is rescaled, nothing but q, k
-# and v is saved, and the backward pass recomputes the weights and finds sum(dout * out) as sum(weights * dweights).
+# All keys of a head fit in one tile, so a row's softmax is complete in one step and nothing is rescaled. Only q, k and
+# v are saved: the backward pass recomputes the weights and computes sum(dout * out) as sum(weights * dweights).
 # L queries of a tile, M keys, D channels; rows are padded to tiles. Signatures are grouped by subject.
 # fmt: off
 
-# The interpreter multiplies the bit patterns of bf16 operands; fp32 copies of them have the same exact products.
+# The interpreter would multiply the bit patterns of bf16 operands; fp32 copies give the same exact products.
 _WIDEN = tl.constexpr(INTERPRETED)
 
 
@@ -116,7 +116,7 @@ def _weights(
     q_LD, k_MD, mask, image, key_M, real_M, keys, scale, MASKED: tl.constexpr,
 ):
     """Softmax over the admitted keys; a row without any is 0."""
-    scale = tl.cast(scale, tl.float32)  # torch.compile hands numbers over in fp64, and all that they meet would be
+    scale = tl.cast(scale, tl.float32)  # torch.compile passes Python numbers as fp64, which would promote the rest
     score_LM = _product(q_LD, tl.trans(k_MD)) * scale
     admitted_M = real_M
     if MASKED:
@@ -164,7 +164,7 @@ def _backward_kernel(
     BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """One program owns a head's keys and a share of its queries: dk and dv stay on chip, dq is written once."""
-    scale = tl.cast(scale, tl.float32)  # torch.compile hands numbers over in fp64, and all that they meet would be
+    scale = tl.cast(scale, tl.float32)  # torch.compile passes Python numbers as fp64, which would promote the rest
     image = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1)
     key_M = tl.arange(0, BLOCK_M)
@@ -218,11 +218,11 @@ class Tiling:
 
 
 def tiling(images: int, queries: int, keys: int, heads: int, width: int, *, backward: bool) -> Tiling:
-    """Cut a call into programs by its shape alone, so that the same call is always summed in the same order."""
+    """Cut a call into programs by its shape alone, so that the same call always sums in the same order."""
     block_m, block_d = _block(keys), _block(width)
     if not backward:
         return Tiling(64, block_m, block_d, 64, -(-queries // 64), 4)
-    # dk and dv stay in registers: the larger they are, the more warps and the fewer queries at a time, or they spill.
+    # dk and dv stay in registers: larger ones need more warps and fewer queries at a time, or they spill.
     block_l = 64 if block_m * block_d <= 4096 else 32
     warps = 4 if block_m * block_d <= 2048 else 8
     shares = min(-(-_ENOUGH_PROGRAMS // (images * heads)), -(-queries // (2 * block_l)))
@@ -231,7 +231,7 @@ def tiling(images: int, queries: int, keys: int, heads: int, width: int, *, back
 
 
 def _block(length):
-    """The next power of two that a tensor core takes."""
+    """The next power of two, at least the 16 that a tensor core takes."""
     return max(16, 1 << (length - 1).bit_length())
 
 
@@ -305,8 +305,8 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 def attention(q_NLHD, k_NMHD, v_NMHD, *, mask_NM=None, scale=None):
     """Attend from every query token to the keys that the mask admits; scale defaults to D ** -0.5.
 
-    Up to 128 keys run here; more run on whichever of PyTorch's and xformers' kernels was measured fastest for the shape.
-    Raises ValueError on shapes, types or devices that do not fit.
+    This kernel takes up to 128 keys; more go to whichever of PyTorch's and xformers' kernels was measured fastest for
+    the shape. Raises ValueError on shapes, types or devices that do not fit.
     """
     _validate(q_NLHD, k_NMHD, v_NMHD, mask_NM)
     keys, width = k_NMHD.shape[1], q_NLHD.shape[3]
@@ -323,9 +323,9 @@ def attention(q_NLHD, k_NMHD, v_NMHD, *, mask_NM=None, scale=None):
 
 
 def fits(keys: int, width: int, shared_bytes: int) -> bool:
-    """Whether a program's tiles of keys and values, and of their gradients, find room on a chip.
+    """Whether a program's tiles of keys, values and their gradients fit in a chip's shared memory.
 
-    Turing's 64 KB are too few: compiled for it, the smallest tiles that text has take 88.
+    Turing's 64 KB are too few: even the smallest tiles that text needs take 88 KB when compiled for it.
     """
     return shared_bytes >= 160_000 or (shared_bytes >= 99_000 and _block(keys) * _block(width) <= 8192)
 
@@ -336,10 +336,10 @@ def _shared_bytes(device_index):
 
 
 def _unsupported(q_NLHD, k_NMHD, v_NMHD):
-    """Why a call with few keys goes to PyTorch's kernels, or None."""
+    """The reason why a call with few keys goes to PyTorch's kernels, or None."""
     images, _, heads, width = q_NLHD.shape
     keys = k_NMHD.shape[1]
-    # Exact fp32 products leave the tensor cores, and then a tile of keys does not fit in registers.
+    # Exact fp32 products cannot use tensor cores, and without those a tile of keys does not fit in registers.
     if q_NLHD.dtype not in (torch.bfloat16, torch.float16, *([torch.float32] if INTERPRETED else [])):
         return f"{q_NLHD.dtype} queries"
     if q_NLHD.numel() == 0:
@@ -349,8 +349,8 @@ def _unsupported(q_NLHD, k_NMHD, v_NMHD):
     if q_NLHD.is_cuda and not fits(keys, width, _shared_bytes(q_NLHD.device.index)):
         return "keys and channels that do not fit in this chip's shared memory"
     if any(reaches_far(tensor) for tensor in (q_NLHD, k_NMHD, v_NMHD)):
-        return "tokens of an image that lie farther apart than a program addresses"
-    return "more images or heads than a grid addresses" if max(images, heads) > 65535 else None
+        return "tokens of an image that are farther apart than a program can address"
+    return "more images or heads than a grid can address" if max(images, heads) > 65535 else None
 
 
 def _validate(q_NLHD, k_NMHD, v_NMHD, mask_NM):

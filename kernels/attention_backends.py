@@ -1,6 +1,6 @@
-"""Other people's attention kernels, and which of them is the fastest for a shape: measured once, on the device itself.
+"""Attention kernels of PyTorch and xformers; which is fastest for a shape is measured once, on the device itself.
 
-Names of shapes as in attention.py: N images, L query tokens, M key and value tokens, H heads, D channels per head.
+Shape letters as in attention.py: N images, L query tokens, M key and value tokens, H heads, D channels per head.
 """
 
 import logging
@@ -16,11 +16,11 @@ from duotone.kernels.dispatch import require
 
 
 def scaled_dot_product(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale):
-    """PyTorch's own, whichever of its kernels it takes; a row that attends to nothing gives 0."""
+    """PyTorch's attention with the kernel that PyTorch chooses; a row that attends to nothing gives 0."""
     q_NHLD, k_NHMD, v_NHMD = (t.transpose(1, 2) for t in (q_NLHD, k_NMHD, v_NMHD))
     if mask_NM is None:
         return F.scaled_dot_product_attention(q_NHLD, k_NHMD, v_NHMD, scale=scale).transpose(1, 2)
-    # A row with nothing to attend to is NaN, or a uniform mean, elsewhere: let it attend, then erase it.
+    # Kernels give NaN or a uniform mean to a row that may attend to nothing: let it attend to all keys, then zero it.
     attends_N = mask_NM.any(dim=1)
     mask_N11M = (mask_NM | ~attends_N[:, None])[:, None, None, :]
     out_NHLD = F.scaled_dot_product_attention(q_NHLD, k_NHMD, v_NHMD, attn_mask=mask_N11M, scale=scale)
@@ -28,13 +28,16 @@ def scaled_dot_product(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale):
 
 
 def on_a_cpu(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale):
-    """In fp32 at least: PyTorch's gradient in half precision takes five times as long there."""
+    """Attend on a CPU in at least fp32: PyTorch's gradient in half precision takes five times as long there."""
     wide = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q_NLHD, k_NMHD, v_NMHD))
     return scaled_dot_product(*wide, mask_NM, scale).to(q_NLHD.dtype)
 
 
 def imagined(q_NLHD, k_NMHD, v_NMHD):
-    """What every fused kernel keeps for its gradient, on tensors without storage, for which PyTorch takes an unfused one."""
+    """Attend on meta tensors with a fused kernel, which keeps for the gradient what a GPU's kernels would.
+
+    PyTorch would choose an unfused one there.
+    """
     q_NHLD, k_NHMD, v_NHMD = (t.transpose(1, 2) for t in (q_NLHD, k_NMHD, v_NMHD))
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return fused(q_NHLD, k_NHMD, v_NHMD)[0].transpose(1, 2)
@@ -51,7 +54,7 @@ def _restricted(backend):
 def _xformers(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale):
     module, reason = xformers()
     if module is None or mask_NM is not None:
-        raise RuntimeError(reason or "a padding mask needs an aligned bias of every query and key")
+        raise RuntimeError(reason or "a padding mask needs an aligned bias for every query and key")
     return module.memory_efficient_attention(q_NLHD, k_NMHD, v_NMHD, scale=scale)
 
 
@@ -61,7 +64,7 @@ def xformers():
     if not torch.cuda.is_available():
         return None, "xformers needs a CUDA device"
     try:
-        logging.getLogger("xformers").setLevel(logging.ERROR)  # that it was built for another CUDA is the reason below
+        logging.getLogger("xformers").setLevel(logging.ERROR)  # a build for another CUDA is reported below
         import xformers.ops
 
         probe = torch.zeros(1, 16, 1, 16, dtype=torch.float16, device="cuda")
@@ -82,16 +85,16 @@ _choices: dict[tuple, dict] = {}
 
 
 def by_measurement(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale):
-    """Attend by the backend that was measured fastest for the shape."""
+    """Attend with the backend that was measured fastest for the shape."""
     images, queries, heads, width = q_NLHD.shape
-    # operator.index: a graph traced for any batch is here fixed to the one that is measured.
+    # operator.index specializes a graph traced for dynamic batch sizes to the size that is measured.
     sizes = (operator.index(size) for size in (images, queries, k_NMHD.shape[1], heads, width))
     backend = _backend(torch.compiler.is_compiling(), q_NLHD.get_device(), *sizes, q_NLHD.dtype, mask_NM is not None)
     return BACKENDS[backend](q_NLHD, k_NMHD, v_NMHD, mask_NM, scale)
 
 
 def choices() -> list[dict]:
-    """What was measured for every shape so far, for JSON: the chosen backend, milliseconds, why others cannot run."""
+    """Measurements for every shape so far, for JSON: chosen backend, milliseconds, and why the others cannot run."""
     return [{n: str(v) if n == "dtype" else v for n, v in zip(_KEY, key)} | choice for key, choice in _choices.items()]
 
 
@@ -102,14 +105,16 @@ def choose(backend: str, **shape) -> None:
 
 
 def measured_on() -> str:
-    """Where what `choices` tells was measured: it holds nowhere else."""
+    """The device and PyTorch version that `choices` was measured on; the choices are valid nowhere else."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return f"{device}, torch {torch.__version__}"
 
 
 def keep_choices(rows: list[dict], where: str) -> None:
-    """Go by what `choices` told `where`, instead of the clock, which on the next day may tell another: each backend sums
-    in an order of its own. Other devices and versions measure for themselves."""
+    """Restore the rows of `choices` measured on `where`, if that is this device and version; others measure again.
+
+    A new measurement might choose another backend, and each sums in its own order.
+    """
     if where != measured_on():
         return
     for row in rows:
@@ -131,7 +136,10 @@ def _backend(compiling, device_index, *key):
 
 
 def taken(choice: dict, compiling: bool) -> str:
-    """The backend that runs: xformers breaks a graph (its issue 765), so where one is compiled, the fastest of the others."""
+    """The backend to run: the chosen one, but while compiling not xformers, which breaks graphs (its issue 765).
+
+    The fastest of the others then takes its place.
+    """
     others = {name: time for name, time in choice["milliseconds"].items() if name != "xformers"}
     return (
         min(others, key=others.get) if compiling and choice["backend"] == "xformers" and others else choice["backend"]
@@ -139,14 +147,14 @@ def taken(choice: dict, compiling: bool) -> str:
 
 
 def _measure(device_index, images, queries, keys, heads, width, dtype, masked):
-    """Forward and backward of every backend on random tensors of this shape; the fastest is chosen."""
+    """Time forward and backward of every backend on random tensors of this shape and choose the fastest."""
     milliseconds, refused = {}, {}
     for name, run in BACKENDS.items():
         try:
-            with warnings.catch_warnings():  # a backend that cannot run says at length why
+            with warnings.catch_warnings():  # a backend that cannot run warns at length
                 warnings.simplefilter("ignore")
                 milliseconds[name] = _time(run, device_index, images, queries, keys, heads, width, dtype, masked)
-        except Exception as error:  # whatever another library raises costs its place, never the run
+        except Exception as error:  # a failing library loses its place, but must not end the run
             refused[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     backend = min(milliseconds, key=milliseconds.get, default="default")
     return {"backend": backend, "milliseconds": milliseconds, "refused": refused}
@@ -164,7 +172,7 @@ def _time(run, device_index, images, queries, keys, heads, width, dtype, masked)
     def draw(length):
         return torch.randn(images, length, heads, width, dtype=dtype, device=device, requires_grad=True)
 
-    # A run that measures here draws, afterwards, what one draws that has measured before.
+    # Fork the generator: a run that measures must draw the same numbers afterwards as one that need not.
     with torch.random.fork_rng([device]):
         q_NLHD, k_NMHD, v_NMHD = draw(queries), draw(keys), draw(keys)
     mask_NM = torch.ones(images, keys, dtype=torch.bool, device=device) if masked else None
@@ -176,7 +184,7 @@ def _time(run, device_index, images, queries, keys, heads, width, dtype, masked)
     with torch.cuda.device(device):
         for _ in range(3):
             step()
-        # While the GPU idles here the host runs ahead: else small shapes would be judged by how long a launch takes.
+        # The host runs ahead while the GPU sleeps here: else launch latency would decide for small shapes.
         torch.cuda._sleep(_HEAD_START)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()

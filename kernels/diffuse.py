@@ -1,6 +1,6 @@
-"""input = a * x0 + b * noise, target = p * x0 + q * noise, from uint8 pixels: read once, both written once.
+"""input = a * x0 + b * noise, target = p * x0 + q * noise: the uint8 pixels are read once, both outputs written once.
 
-x0 = image / 127.5 - 1, mirrored where `flip` says so. The noise is f(seed, position, purpose), never stored.
+x0 = image / 127.5 - 1, mirrored where `flip` is True. The noise is f(seed, position, purpose) and is never stored.
 N images, H x W pixels, C channels.
 """
 
@@ -27,8 +27,8 @@ NAME = "diffuse"
 
 
 def diffuse_reference(images_NHWC, flip_N, coefficients_N4, seed, positions_N, purpose, *, dtype=torch.float32):
-    """The definition in plain PyTorch; noise runs over (H, W, C) of the image as it is shown to the network."""
-    # By a tensor: where the divisor is a number, a GPU multiplies by its rounded reciprocal.
+    """The definition in plain PyTorch; noise is drawn in (H, W, C) order of the image after mirroring."""
+    # Divide by a tensor: for a Python number, the GPU multiplies by its rounded reciprocal instead.
     x0_NHWC = images_NHWC.to(torch.float32) / torch.full((), 127.5, device=images_NHWC.device) - 1
     x0_NHWC = torch.where(flip_N[:, None, None, None], x0_NHWC.flip(2), x0_NHWC)
     count = images_NHWC.shape[1:].numel()
@@ -72,7 +72,7 @@ def _kernel(
     images_n, images_h, images_w, images_c,
     BLOCK: tl.constexpr,
 ):
-    """BLOCK consecutive blocks of four values of one image; values run over (H, W, C) of the image as shown."""
+    """BLOCK consecutive blocks of four values of one image; values are in (H, W, C) order of the mirrored image."""
     image = tl.program_id(1).to(tl.int64)
     block_B = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     first, second, third, fourth = normals(seed, block_B, tl.load(positions + image), purpose)
@@ -99,7 +99,7 @@ def _kernel(
 # fmt: on
 
 # ----------------------------------------------------------------------------------------------------- operators
-# A custom_op, not a triton_op: only a direct launch can ask for unfused arithmetic. There is nothing to differentiate.
+# A custom_op, not a triton_op: only a direct launch can turn off fused multiply-adds. Nothing here needs a gradient.
 
 
 def _forward(
@@ -139,7 +139,8 @@ def _(images_NHWC, flip_N, coefficients_N4, seed, positions_N, purpose, dtype):
 def diffuse(images_NHWC, flip_N, coefficients_N4, seed, positions_N, purpose, *, dtype=torch.float32):
     """Channels-last network input in `dtype` and fp32 target from uint8 images; rows of coefficients are (a, b, p, q).
 
-    `seed` is an integer of 64 bits, `positions_N` int64 images since the start of the run, `purpose` a small integer.
+    `seed` is a 64-bit integer, `positions_N` (int64) counts images since the start of the run, `purpose` is a small
+    integer.
     Raises ValueError on shapes, types or devices that do not fit.
     """
     _validate(images_NHWC, flip_N, coefficients_N4, positions_N, dtype)
@@ -154,17 +155,17 @@ def diffuse(images_NHWC, flip_N, coefficients_N4, seed, positions_N, purpose, *,
 
 
 def _unsupported(images_NHWC, coefficients_N4, dtype):
-    """Why a call cannot run as a kernel, or None."""
+    """The reason why the kernel cannot take this call, or None."""
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"input in {dtype}"
     if images_NHWC.numel() == 0:
         return "an empty batch"
     if coefficients_N4.requires_grad and torch.is_grad_enabled():
-        return "a gradient is asked for"
+        return "a gradient is needed"
     if reaches_far(images_NHWC):
-        return "an image whose pixels lie farther apart than a program addresses"
+        return "an image whose pixels are farther apart than a program can address"
     too_many = images_NHWC.shape[0] > 65535 or images_NHWC[0].numel() >= 2**31
-    return "more images or values than a grid addresses" if too_many else None
+    return "more images or values than a grid can address" if too_many else None
 
 
 def _validate(images_NHWC, flip_N, coefficients_N4, positions_N, dtype):

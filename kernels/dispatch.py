@@ -1,7 +1,7 @@
-"""What decides whether a call runs a Triton kernel or its reference, and what the run's record says about it.
+"""Decides whether a call runs a Triton kernel or its reference, and records which calls fell back.
 
-This is the only place that knows Triton may be absent: kernel files take `triton` and `tl` from here, and where there
-is no Triton (macOS) the decorators leave inert objects behind and every call goes to its reference.
+This is the only place that knows Triton may be absent: kernel files import `triton` and `tl` from here. Without Triton
+(macOS) the decorators leave inert objects behind and every call goes to its reference.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import torch
 
 
 class _Absent:
-    """Stands for the missing package while kernel files are imported: any attribute, any call, never launched."""
+    """A placeholder for the missing package while kernel files are imported: it takes any attribute and any call."""
 
     def __getattr__(self, name):
         return self
@@ -37,7 +37,7 @@ if INTERPRETED:
 
     redefine_once_a_launch()
 
-    # Nothing looks through an interpreted launch, and torch 2.11 refuses to wrap one.
+    # torch.compile cannot trace an interpreted launch anyway, and torch 2.11 refuses to wrap one.
     def wrap_triton(kernel):
         return kernel
 
@@ -50,7 +50,7 @@ _imagining = False
 
 @contextlib.contextmanager
 def imagined():
-    """Calls on tensors without storage take the kernels' path, and nothing is launched: what a GPU would hold."""
+    """Calls on meta tensors take the kernels' path without a launch, which shows what a GPU would keep in memory."""
     global _imagining
     _imagining = True
     try:
@@ -60,9 +60,9 @@ def imagined():
 
 
 def launch(name: str, wrapped, grid: tuple[int, ...], arguments: dict) -> None:
-    """Launch a kernel and count it; a compiled graph counts when it is traced.
+    """Launch a kernel and count the launch; in a compiled graph it counts once, when the graph is traced.
 
-    The operator itself calls wrap_triton: torch.compile reads operators' sources to know when a kernel has changed.
+    wrap_triton is called in the operator, not here: torch.compile reads operators' sources to see if a kernel changed.
     """
     if _imagining:
         return
@@ -72,26 +72,26 @@ def launch(name: str, wrapped, grid: tuple[int, ...], arguments: dict) -> None:
 
 
 def launch_exactly(name: str, kernel, grid: tuple[int, ...], arguments: dict) -> None:
-    """Launch with every product and sum rounded by itself, as a CPU does; not visible to torch.compile."""
+    """Launch with every product and sum rounded separately, as on a CPU; torch.compile cannot trace such a launch."""
     launches[name] += 1
     with on_their_device(arguments):
         direct(kernel)[grid](**arguments, enable_fp_fusion=False)
 
 
 def on_their_device(arguments: dict):
-    """Triton launches on the current device, whichever the tensors are on."""
+    """Make the tensors' device current: Triton launches on the current device, wherever the tensors are."""
     if not torch.cuda.is_initialized():
         return contextlib.nullcontext()
     return torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, torch.Tensor)))
 
 
 def direct(kernel):
-    """The kernel itself, where nothing has to see through the launch: what bench/harness.py replaces, as it does `wrap_triton`."""
+    """The kernel itself, for launches that are not traced; bench/harness.py replaces this, as it does `wrap_triton`."""
     return kernel
 
 
 def runs_kernel(kernel: str, tensor: torch.Tensor) -> bool:
-    """True where a Triton kernel can be launched on this tensor's device and its self-test has not disabled it."""
+    """Whether the Triton kernel can be launched on this tensor's device and its self-test has not disabled it."""
     if tensor.is_meta:
         return _imagining and kernel not in _disabled
     if kernel in _disabled:
@@ -100,12 +100,12 @@ def runs_kernel(kernel: str, tensor: torch.Tensor) -> bool:
 
 
 def reaches_far(tensor: torch.Tensor) -> bool:
-    """Whether entries of one image lie farther apart than a kernel's 32 bits address: a view of a larger tensor may."""
+    """Whether entries of one image are too far apart for 32-bit offsets, as may happen in a view of a larger tensor."""
     return sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:])) >= 2**31
 
 
 def count_fallback(kernel: str, reason: str, *shape: int) -> None:
-    """Note that `kernel` went to its reference for this reason, once per shape (in a compiled graph, once)."""
+    """Record that `kernel` fell back to its reference for this reason, once per shape (once in a compiled graph)."""
     if _imagining:
         return
     if torch.compiler.is_compiling():
@@ -120,7 +120,7 @@ def _note(kernel, reason, *shape):
 
 
 def fallbacks() -> list[dict]:
-    """What the run's record shows: one row per kernel, reason and shape that went to a reference."""
+    """The run's record of fallbacks: one row per kernel, reason and shape."""
     return [
         {"kernel": kernel, "reason": reason, "shape": list(shape)}
         for kernel, seen in _fallbacks.items()
@@ -135,21 +135,21 @@ def disable(kernel: str, reason: str) -> None:
 
 
 def disabled() -> dict[str, str]:
-    """Kernels that a self-test switched off, with the reason."""
+    """The kernels that a self-test switched off, each with the reason."""
     return dict(_disabled)
 
 
 def refuse(argument: str, must: str, got) -> None:
-    """Raise the one form of message that input which cannot fit gets."""
+    """Raise ValueError in the form that every invalid argument gets."""
     raise ValueError(f"{argument} must be {must}, got {got}")
 
 
 def require(condition: bool, argument: str, must: str, got) -> None:
-    """Refuse unless the condition holds."""
+    """Raise ValueError unless the condition is true."""
     if not condition:
         refuse(argument, must, got)
 
 
 def require_same_device(argument: str, tensor: torch.Tensor, other: torch.Tensor) -> None:
-    """Refuse a tensor that lives on another device than the first argument."""
+    """Raise ValueError if the tensor is not on the first argument's device, that of `other`."""
     require(tensor.device == other.device, argument, f"on {other.device}", tensor.device)

@@ -1,8 +1,8 @@
 """Device code of group_norm_silu's gradients: on chip, in two launches, or in one launch in turns.
 
-A program owns whole groups: SPAN channels of one image, so that a row of a channels-last image is read in full lines.
-JOIN: x was joined from two parts at channel `border`; it has a gradient of its own, `djoined`, in its layout, which is added,
-and each part gets its own dense gradient, dx and dskip.
+A program owns whole groups: SPAN channels of one image, so that it reads full cache lines of a channels-last image.
+JOIN: x was joined from two parts at channel `border`. The joined image's own gradient, `djoined`, in the layout of x,
+is added, and each part gets a dense gradient: dx and dskip.
 Signatures are grouped by subject: tensors, sizes, strides, switches, tile.
 R rows (pixels) of a tile, C channels of a program, G groups of a program, K chunks of rows.
 """
@@ -26,7 +26,7 @@ from duotone.kernels.turns import end_first_pass, publish, take_turn, wait_for_f
 
 @triton.jit
 def _through_silu(dy_RC, normal_RC, gain_C, offset_C, SILU: tl.constexpr):
-    """Gradient at the activation's input, which is recomputed from the normalised values."""
+    """Gradient at the activation's input; that input is recomputed from the normalised values."""
     if SILU:
         value_RC = normal_RC * gain_C[None, :] + offset_C[None, :]
         gate_RC = tl.sigmoid(value_RC)
@@ -37,7 +37,7 @@ def _through_silu(dy_RC, normal_RC, gain_C, offset_C, SILU: tl.constexpr):
 
 @triton.jit
 def _saved(mean, rstd, add, image, add_n, groups, channel_C, real_C, PER_GROUP: tl.constexpr, ADD: tl.constexpr):
-    """Reciprocal deviation and centre of every channel, from the forward pass."""
+    """Reciprocal standard deviation and centre of every channel, saved by the forward pass."""
     group_C = channel_C // PER_GROUP
     rstd_C = tl.load(rstd + image * groups + group_C, mask=real_C, other=0.0)
     centre_C = tl.load(mean + image * groups + group_C, mask=real_C, other=0.0)
@@ -46,7 +46,7 @@ def _saved(mean, rstd, add, image, add_n, groups, channel_C, real_C, PER_GROUP: 
 
 @triton.jit
 def _centred(twist_C, flow_C, drift_C, pixels, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
-    """Twist and drift of values whose mean is 0 in every group, as it would be but for the last bit of the saved mean."""
+    """Twist and drift as if every group's mean were exactly 0: the saved mean's last bit leaves it slightly off."""
     left_G = fold(drift_C, PER_GROUP, BLOCK_C, BLOCK_G) / (pixels * PER_GROUP)
     left_C = spread(left_G, PER_GROUP, BLOCK_C, BLOCK_G)
     return twist_C - left_C * flow_C, drift_C - left_C * pixels
@@ -58,9 +58,10 @@ def _small_gradients(
     flow_C, twist_C, drift_C, common_C, tilt_C, rstd_C, gain_C, pixels, scale_n,
     ADD: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
 ):
-    """Store what one image contributes to every per-channel gradient, from its three sums over pixels.
+    """Store one image's contribution to every per-channel gradient, from its three sums over pixels.
 
-    flow = sum of dv, twist = sum of dv * normal, drift = sum of normal; common and tilt are the group's means in dx.
+    flow = sum of dv, twist = sum of dv * normal, drift = sum of normal; common and tilt, the group means of gain * dv
+    and gain * dv * normal, are what dx subtracts.
     """
     factor_C = 1.0 + of_image(scale, image, scale_n, channel_C, real_C, SCALE)
     row_C = per_image + image * 2 * channels + channel_C
@@ -85,7 +86,7 @@ def _store_gradient(
     x_n, x_w, x_c, dx_n, dx_w, dx_c,
     JOIN: tl.constexpr,
 ):
-    """Store dx, or what is each part's of it and of the gradient that the joined image has beside it."""
+    """Store dx; with JOIN, add the joined image's own gradient and store each part's share as dx and dskip."""
     if JOIN:
         from_RC = djoined + image * x_n + row_R[:, None] * x_w + channel_C[None, :] * x_c
         value_RC += tl.load(from_RC, mask=real_RC, other=0.0).to(tl.float32)
@@ -104,7 +105,7 @@ def backward_whole(
     FLAT: tl.constexpr, FLAT_DY: tl.constexpr, JOIN: tl.constexpr,
     SPAN: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
 ):
-    """One program keeps x and dy of its slab on chip: the sums, then dx, from one read of each."""
+    """One program keeps x and dy of its slab on chip and computes the sums, then dx, from one read of each."""
     image = tl.program_id(1).to(tl.int64)
     channel_C, real_C = channels_of(tl.program_id(0), channels, SPAN, BLOCK_C)
     row_R = tl.arange(0, BLOCK_R)
@@ -146,7 +147,7 @@ def _tile(
     width, x_h, x_w, x_c, dy_h, dy_w, dy_c,
     SILU: tl.constexpr, FLAT: tl.constexpr, FLAT_DY: tl.constexpr,
 ):
-    """Normalised values, and the gradient at the activation's input, of some rows of one image; 0 where there are none."""
+    """Normalised values and gradient at the activation's input for a tile of rows; 0 in lanes outside the image."""
     x_RC = tl.load(x + offsets(row_R, channel_C, width, x_h, x_w, x_c, FLAT), mask=real_RC, other=0.0)
     dy_RC = tl.load(dy + offsets(row_R, channel_C, width, dy_h, dy_w, dy_c, FLAT_DY), mask=real_RC, other=0.0)
     normal_RC = tl.where(real_RC, (x_RC.to(tl.float32) - centre_C[None, :]) * rstd_C[None, :], 0.0)
@@ -198,7 +199,7 @@ def _totals(
     partial, image, channels, chunks, channel_C, real_C, gain_C, count,
     ADD: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """The sums over all chunks: flow, twist, drift by channel, common and tilt by group."""
+    """The sums over all chunks: flow, twist and drift per channel, common and tilt per group."""
     flow_C = _total(partial, image, 0, channels, chunks, channel_C, real_C, BLOCK_K)
     twist_C = _total(partial, image, 1, channels, chunks, channel_C, real_C, BLOCK_K)
     drift_C = flow_C
@@ -219,7 +220,7 @@ def _chunk_gradient(
     x_n, x_h, x_w, x_c, dy_n, dy_h, dy_w, dy_c, dx_n, dx_w, dx_c,
     SILU: tl.constexpr, FLAT: tl.constexpr, FLAT_DY: tl.constexpr, JOIN: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
-    """The gradient of one chunk of rows."""
+    """Store the gradient of one chunk of rows."""
     last = tl.minimum(chunk * rows + rows, pixels)
     for first in range(chunk * rows, last, BLOCK_R):
         row_R = first + tl.arange(0, BLOCK_R)
@@ -244,7 +245,7 @@ def backward_sums(
     FLAT: tl.constexpr, FLAT_DY: tl.constexpr,
     SPAN: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """The first of two launches."""
+    """The first of two launches: the sums over every chunk of rows."""
     channel_C, real_C = channels_of(tl.program_id(0), channels, SPAN, BLOCK_C)
     _chunk_sums(
         x, dy, weight, bias, add, scale, shift, mean, rstd, partial,
@@ -301,7 +302,10 @@ def backward_in_turn(
     SPAN: tl.constexpr, PER_GROUP: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """Both in one launch: who ends a slab's last first pass sums its chunks; `of_group` holds common and tilt."""
+    """Both passes in one launch; the program that ends a slab's last first pass sums its chunks.
+
+    It leaves common and tilt in `of_group` for the second passes.
+    """
     is_second, slab, chunk = take_turn(turns, slabs, chunks, ahead)
     image = (slab // spans).to(tl.int64)
     channel_C, real_C = channels_of(slab % spans, channels, SPAN, BLOCK_C)

@@ -1,8 +1,8 @@
 """Device code of group_norm_silu's forward pass: on chip, in two launches, or in one launch in turns.
 
-A program owns whole groups: SPAN channels of one image, so that a row of a channels-last image is read in full lines.
-JOIN: the image comes in two parts, x up to channel `border` and a skip from there on; the first read of it writes them as
-one, `joined`, in the layout of y.
+A program owns whole groups: SPAN channels of one image, so that it reads full cache lines of a channels-last image.
+JOIN: the image comes in two parts, x below channel `border` and a skip from there on; the first pass that reads them
+writes them as one image, `joined`, in the layout of y.
 Signatures are grouped by subject: tensors, sizes, strides, switches, tile.
 R rows (pixels) of a tile, C channels of a program, G groups of a program, K chunks of rows.
 """
@@ -33,8 +33,8 @@ def forward_whole(
     FLAT: tl.constexpr, JOIN: tl.constexpr,
     SPAN: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
 ):
-    """One program keeps its slab on chip: mean, then centred squares, then the output, from one read."""
-    eps = tl.cast(eps, tl.float32)  # torch.compile hands numbers over in fp64, and all that they meet would be
+    """One program keeps its slab on chip and computes mean, centred squares and output from one read."""
+    eps = tl.cast(eps, tl.float32)  # torch.compile passes Python numbers as fp64, which would promote the rest
     image = tl.program_id(1).to(tl.int64)
     channel_C, real_C = channels_of(tl.program_id(0), channels, SPAN, BLOCK_C)
     row_R = tl.arange(0, BLOCK_R)
@@ -53,7 +53,7 @@ def forward_whole(
     mean_C = spread(mean_G, PER_GROUP, BLOCK_C, BLOCK_G)
     centred_RC = tl.where(real_RC, z_RC - mean_C[None, :], 0.0)
     square_G = fold(tl.sum(centred_RC * centred_RC, axis=0), PER_GROUP, BLOCK_C, BLOCK_G) / count
-    # What rounding left in the mean: without it an image far from zero keeps an offset.
+    # The mean's rounding error: without this correction, an image far from zero would keep an offset.
     left_G = fold(tl.sum(centred_RC, axis=0), PER_GROUP, BLOCK_C, BLOCK_G) / count
     rstd_G = 1.0 / tl.sqrt(square_G - left_G * left_G + eps)
 
@@ -78,7 +78,7 @@ def _chunk_statistics(
     ADD: tl.constexpr, FLAT: tl.constexpr, JOIN: tl.constexpr,
     PER_GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
 ):
-    """Store mean and centred squares of one chunk of rows, by Welford's update in every lane, merged once at the end."""
+    """Store mean and centred squares of one chunk of rows: Welford's update in every lane, merged once at the end."""
     last = tl.minimum(chunk * rows + rows, pixels)
     mean_RC = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     square_RC = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
@@ -99,8 +99,8 @@ def _chunk_statistics(
         mean_RC += delta_RC * (1.0 / tl.maximum(count_R, 1.0))[:, None]
         square_RC += delta_RC * tl.where(real_RC, x_RC.to(tl.float32) - mean_RC, 0.0)
 
-    # Chan, Golub and LeVeque 1979: lanes into channels (adding `add`, which moves means only), channels into groups.
-    # Every mean is taken twice, the second time of what is left, so that it is right to its last bit.
+    # Merge as in Chan, Golub and LeVeque 1979: lanes into channels (then add `add`, which shifts only means), channels
+    # into groups. Each mean is corrected by the mean of its residuals, so that it is right to the last bit.
     number = (last - chunk * rows).to(tl.float32)
     mean_C = tl.sum(mean_RC * count_R[:, None], axis=0) / number
     mean_C += tl.sum((mean_RC - mean_C[None, :]) * count_R[:, None], axis=0) / number
@@ -125,7 +125,7 @@ def forward_statistics(
     ADD: tl.constexpr, FLAT: tl.constexpr, JOIN: tl.constexpr,
     SPAN: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
 ):
-    """The first of two launches."""
+    """The first of two launches: the statistics of every chunk of rows."""
     channel_C, real_C = channels_of(tl.program_id(0), channels, SPAN, BLOCK_C)
     group_G, real_G = groups_of(tl.program_id(0), groups, SPAN, PER_GROUP, BLOCK_G)
     _chunk_statistics(
@@ -140,8 +140,8 @@ def forward_statistics(
 def _merged(
     partial, image, group_G, real_G, groups, pixels, rows, chunks, eps, PER_GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """Mean and reciprocal deviation of each group from its chunks."""
-    eps = tl.cast(eps, tl.float32)  # torch.compile hands numbers over in fp64
+    """Mean and reciprocal standard deviation of each group, merged from its chunks."""
+    eps = tl.cast(eps, tl.float32)  # torch.compile passes Python numbers as fp64
     chunk_K = tl.arange(0, BLOCK_K)
     real_KG = (chunk_K < chunks)[:, None] & real_G[None, :]
     slot_KG = partial + (image * chunks + chunk_K)[:, None] * 2 * groups + group_G[None, :]
@@ -164,7 +164,7 @@ def _normalise_chunk(
     ADD: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr, FLAT: tl.constexpr,
     PER_GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
 ):
-    """The output of one chunk of rows."""
+    """Store the output of one chunk of rows."""
     gain_C, offset_C = affine(weight, bias, scale, shift, image, scale_n, shift_n, channel_C, real_C, SCALE, SHIFT)
     gain_C *= spread(rstd_G, PER_GROUP, BLOCK_C, BLOCK_G)
     centre_C = spread(mean_G, PER_GROUP, BLOCK_C, BLOCK_G)
@@ -216,14 +216,14 @@ def forward_in_turn(
     SPAN: tl.constexpr, PER_GROUP: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """Both in one launch: who ends a slab's last first pass merges its statistics."""
+    """Both passes in one launch: the program that ends a slab's last first pass merges the slab's statistics."""
     is_second, slab, chunk = take_turn(turns, slabs, chunks, ahead)
     image = (slab // spans).to(tl.int64)
     channel_C, real_C = channels_of(slab % spans, channels, SPAN, BLOCK_C)
     group_G, real_G = groups_of(slab % spans, groups, SPAN, PER_GROUP, BLOCK_G)
     to_G = image * groups + group_G
     again, again_n, again_w, again_c = x, x_n, x_w, x_c
-    if JOIN:  # the first passes have written it, as they have the statistics
+    if JOIN:  # the first passes wrote the joined image along with the statistics
         again, again_n, again_w, again_c = joined, y_n, y_w, y_c
     if is_second:
         wait_for_first_passes(turns, slab, chunks)

@@ -1,6 +1,6 @@
 """What a program of group_norm_silu holds in its lanes: channels, groups, pixels, and the values of one image.
 
-A program owns whole groups: SPAN channels of one image, so that a row of a channels-last image is read in full lines.
+A program owns whole groups: SPAN channels of one image, so that it reads full cache lines of a channels-last image.
 Signatures are grouped by subject: tensors, sizes, strides, switches, tile.
 R rows (pixels) of a tile, C channels of a program, G groups of a program, K chunks of rows.
 """
@@ -12,7 +12,7 @@ from duotone.kernels.dispatch import tl, triton
 
 @triton.jit
 def channels_of(span, channels, SPAN: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Indices of a program's channels, and which of its lanes are any."""
+    """Indices of a program's channels, and a mask of the lanes that hold one."""
     lane_C = tl.arange(0, BLOCK_C)
     channel_C = span * SPAN + lane_C
     return channel_C, (lane_C < SPAN) & (channel_C < channels)
@@ -56,9 +56,9 @@ def offsets(row_R, channel_C, width, stride_h, stride_w, stride_c, FLAT: tl.cons
 
 @triton.jit
 def apart(x, skip, image, row_R, channel_C, channels, pixels, border):
-    """Where a tile lies in x and, from channel `border` on, in the skip, both dense and channels-last.
+    """Pointers to a tile's values: in x below channel `border`, in the skip from there on; both dense, channels-last.
 
-    The border may run through a group: each lane's channel alone says whose it is.
+    The border may cut through a group: each lane chooses its tensor by its own channel.
     """
     first_C = tl.where(
         channel_C < border, x + image * pixels * border + channel_C,
@@ -80,7 +80,7 @@ def of_image(pointer, image, stride, channel_C, real_C, PRESENT: tl.constexpr):
 def affine(
     weight, bias, scale, shift, image, scale_n, shift_n, channel_C, real_C, SCALE: tl.constexpr, SHIFT: tl.constexpr,
 ):
-    """Normalised values times gain plus offset are the modulated ones."""
+    """(gain, offset) per channel: normalised values times gain plus offset are the modulated values."""
     factor_C = 1.0 + of_image(scale, image, scale_n, channel_C, real_C, SCALE)
     weight_C = tl.load(weight + channel_C, mask=real_C, other=0.0).to(tl.float32)
     bias_C = tl.load(bias + channel_C, mask=real_C, other=0.0).to(tl.float32)
@@ -90,5 +90,5 @@ def affine(
 
 @triton.jit
 def last_first():
-    """Image and chunk of the second of two launches: what the first one read last is still in the cache."""
+    """Image and chunk in reverse order, for the second of two launches: what the first read last is still cached."""
     return (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64), tl.num_programs(1) - 1 - tl.program_id(1)

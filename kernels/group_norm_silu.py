@@ -1,4 +1,4 @@
-"""y = silu(GroupNorm(x + add) * (1 + scale) + shift): x is read once and y written once where a slab fits on chip.
+"""y = silu(GroupNorm(x + add) * (1 + scale) + shift): x is read once and y written once if a slab fits on chip.
 
 N images, C channels, H x W pixels, G groups. Statistics, scale and shift are fp32 whatever the image's type.
 Wu and He 2018 (group normalisation), Perez et al. 2018 (FiLM), Elfwing et al. 2018 (SiLU).
@@ -54,7 +54,7 @@ def group_norm_silu_reference(
 
 
 def _group_norm(h_NCHW, groups, weight_C, bias_C, eps):
-    """On a CPU PyTorch's backward pass (2.13) crashes the process where a channels-last image needs no gradient, but its weights do."""
+    """On a CPU, PyTorch 2.13's backward pass crashes if a channels-last image needs no gradient but the weights do."""
     asked = torch.is_grad_enabled() and (weight_C.requires_grad or bias_C.requires_grad)
     if h_NCHW.is_cuda or h_NCHW.requires_grad or not asked:
         return F.group_norm(h_NCHW, groups, weight_C, bias_C, eps)
@@ -62,11 +62,11 @@ def _group_norm(h_NCHW, groups, weight_C, bias_C, eps):
 
 
 def _off_centre(h_NCHW, groups, add_NC):
-    """What to add so that every group is centred: `add_NC` less the group's mean, which the norm takes away anyway.
+    """What to add so that every group is centred: `add_NC` less the group's mean, which the norm removes anyway.
 
-    On a CPU PyTorch's group norm of channels-last images takes E[x^2] - E[x]^2: ten deviations from zero, it is wrong in
-    the fourth digit. Elsewhere its statistics do not cancel. Tensors without storage, which lose their layout in
-    convolutions, stand for a CPU's.
+    On a CPU, PyTorch's group norm of channels-last images computes E[x^2] - E[x]^2: ten standard deviations from zero,
+    the fourth digit is wrong. Elsewhere its statistics do not cancel. Meta tensors, which lose their memory format in
+    convolutions, are treated like a CPU's.
     """
     on_cpu_NHWC = h_NCHW.device.type == "cpu" and memory_format_of(h_NCHW) == torch.channels_last
     if h_NCHW.dtype != torch.float32 or not (on_cpu_NHWC or h_NCHW.is_meta):
@@ -92,7 +92,7 @@ def _per_channel(value_NC, dtype):
 
 
 def memory_format_of(x_NCHW):
-    """Channels-last where the channel is the fastest axis, also for slices of such tensors."""
+    """Channels-last if the channel axis has stride 1, which includes slices of channels-last tensors."""
     return torch.channels_last if x_NCHW.stride(1) == 1 and x_NCHW.shape[1] > 1 else torch.contiguous_format
 
 
@@ -113,16 +113,16 @@ class Case:
 
 CASES = [
     Case("four_per_group", (2, 128, 8, 8), 32, "4 channels per group: Inductor's bf16 weight gradient was wrong here"),
-    Case("odd_map", (2, 64, 7, 7), 8, "49 pixels: rows that fill no tile"),
+    Case("odd_map", (2, 64, 7, 7), 8, "49 pixels: rows that do not fill a tile"),
     Case("one_image", (1, 64, 16, 16), 32, "one image: the sum over images has one term"),
     Case("group_is_channel", (2, 32, 8, 8), 32, "C = G: instance norm, and a weight gradient far from the bias's"),
-    Case("one_group", (2, 24, 5, 6), 1, "G = 1: the whole image is one slab, and 24 channels fill no tile"),
+    Case("one_group", (2, 24, 5, 6), 1, "G = 1: the whole image is one slab; 24 channels do not fill a tile"),
     Case("three_per_group", (2, 96, 6, 6), 32, "C = 96 with 32 groups: 3 channels per group"),
     Case("ten_per_group", (1, 320, 4, 4), 32, "Stable Diffusion's 320 channels: 10 per group"),
     Case("one_pixel", (3, 64, 1, 1), 8, "a 1x1 map: variance over the group's channels alone"),
     Case("chunks", (2, 64, 40, 41), 32, "larger than one program holds: partial statistics merged, ragged last chunk"),
     Case("chunks_odd_groups", (1, 96, 45, 37), 32, "chunks with 3 channels per group"),
-    Case("idle_lanes", (2, 192, 6, 6), 32, "several programs an image, each with lanes that are another's channels"),
+    Case("idle_lanes", (2, 192, 6, 6), 32, "several programs per image, whose idle lanes fall on another's channels"),
     Case(
         "level_128",
         (64, 128, 128, 128),
@@ -154,7 +154,7 @@ CASES = [
 
 
 def _cut(shape, itemsize, groups, in_turns, room=WHOLE_ELEMENTS) -> tuple[Tiling, bool]:
-    """Programs of a call, and whether they take turns, which small maps and those that no cache holds do not."""
+    """How a call is cut, and whether its programs take turns: not for maps that fit on chip or exceed the cache."""
     _, channels, height, width = shape
     of_one_image = (channels, groups, height * width, itemsize, room)
     cut = tiling(*of_one_image, in_turns=in_turns)
@@ -173,14 +173,14 @@ def _turns(cut, shape, x_NCHW, spans):
 
 
 def _is_flat(image_NCHW):
-    """Rows of pixels follow one another at one stride, so that a pixel needs no division."""
+    """Whether one stride steps through all pixels, across rows too, so that a pixel's address needs no division."""
     return image_NCHW.shape[2] == 1 or image_NCHW.stride(2) == image_NCHW.shape[3] * image_NCHW.stride(3)
 
 
 def _dense(shape, memory_format, x_NCHW):
-    """A fresh image of this memory format and of the type of x: its storage for the kernel, and the same as a view of shape (N, C, H, W).
+    """A new image in this memory format and x's type: the tensor for the kernel, and its view of shape (N, C, H, W).
 
-    Inductor knows an uninitialised tensor only by torch.empty, contiguous: any other it fills, or shares and copies.
+    Inductor leaves only a contiguous torch.empty uninitialised: any other it fills, or shares and copies.
     """
     images, channels, height, width = shape
     if memory_format == torch.channels_last:
@@ -199,7 +199,7 @@ def _dense_strides(name, image_NCHW):
 
 
 def _modulation(weight_C, add_NC, scale_NC, shift_NC):
-    """Arguments for the optional per-image values: a stand-in pointer, stride and switch for the absent ones."""
+    """Pointer, stride and switch for each optional per-image value; an absent one gets a placeholder pointer."""
     arguments = {}
     for name, value in _named(add_NC, scale_NC, shift_NC).items():
         value = _unit_stride(value)
@@ -210,7 +210,7 @@ def _modulation(weight_C, add_NC, scale_NC, shift_NC):
 
 
 def _unit_stride(values):
-    """Per-channel values side by side: a few kilobytes at most, not worth a stride in every kernel."""
+    """Per-channel values made contiguous: at a few kilobytes, they are not worth a stride argument in every kernel."""
     return values if values is None or values.stride(-1) == 1 else values.contiguous()
 
 
@@ -225,19 +225,19 @@ def _blocks(cut, per_group):
 
 
 def _shape(x_NCHW, skip_NCHW):
-    """Of the whole image, which may come in two parts."""
+    """The shape of the whole image, which may come in two parts."""
     images, channels, height, width = x_NCHW.shape
     return images, channels if skip_NCHW is None else channels + skip_NCHW.shape[1], height, width
 
 
 def _parts(weight_C, border, **tensors):
-    """Arguments for an image in two parts, the second of which begins at channel `border`: stand-ins where it is 0."""
+    """Arguments for an image in two parts, the second starting at channel `border`; placeholders if `border` is 0."""
     return (tensors if border else dict.fromkeys(tensors, weight_C)) | {"border": border, "JOIN": border > 0}
 
 
-# Above the operators: torch looks for their kernels when it registers them.
+# Defined before the operators, because torch looks for their kernels when it registers them.
 def _launch_forward(cut, in_turns, shared, parts, output, x_NCHW, y_NCHW, joined_NCHW):
-    """One launch where a program holds whole groups, or programs take turns; else the statistics' and the image's."""
+    """One launch if a program holds a whole slab or programs take turns; else one for statistics and one for y."""
     (images, channels), groups = y_NCHW.shape[:2], shared["groups"]
     spans = math.ceil(channels / cut.span)
     if not cut.chunks:
@@ -259,7 +259,7 @@ def _launch_forward(cut, in_turns, shared, parts, output, x_NCHW, y_NCHW, joined
 
 
 def _launch_backward(cut, in_turns, shared, output, x_NCHW):
-    """As forward: one launch, or one for the sums over pixels and one for the image."""
+    """As in forward: one launch, or one for the sums over pixels and one for dx."""
     (images, channels), groups = x_NCHW.shape[:2], shared["groups"]
     spans = math.ceil(channels / cut.span)
     if not cut.chunks:
@@ -292,7 +292,7 @@ def _forward(
     silu: bool,
     in_turns: bool,
 ) -> list[Tensor]:
-    """y, means, reciprocal deviations, and with a skip the joined image."""
+    """y, means, reciprocal standard deviations, and with a skip the joined image."""
     shape = _shape(x_NCHW, skip_NCHW)
     images, channels = shape[:2]
     cut, in_turns = _cut(shape, x_NCHW.element_size(), groups, in_turns)
@@ -330,7 +330,7 @@ def _backward(
     silu: bool,
     in_turns: bool,
 ) -> list[Tensor]:
-    """Gradients of x, of weight and bias, of add, scale and shift (empty where absent), and of the skip where there is one."""
+    """Gradients of x, weight and bias, of add, scale and shift (empty if absent), and of the skip if there is one."""
     images, channels, height, width = x_NCHW.shape
     is_plain = add_NC is None and scale_NC is None and shift_NC is None
     room = WHOLE_ELEMENTS if is_plain else WHOLE_ELEMENTS_MODULATED_BACKWARD
@@ -387,7 +387,7 @@ def _differentiate(ctx, gradients):
 
 
 def _each_as(dweight_bias_2C, weight_C, bias_C):
-    """In the types of their own, by one cast where these are one."""
+    """Gradients of weight and bias in their own types, with a single cast if both types are the same."""
     if weight_C.dtype == bias_C.dtype:
         return dweight_bias_2C.to(weight_C.dtype).unbind()
     dweight_C, dbias_C = dweight_bias_2C
@@ -404,16 +404,16 @@ def group_norm_silu(
 ):
     """Normalise, modulate and activate in one operation; channels-last in, channels-last out.
 
-    Weights and modulation may be of another floating type than the image. `in_turns` gives maps larger than one program
-    holds one launch instead of two (duotone.kernels.turns): the same numbers but for the order of sums. Raises ValueError on shapes, groups or
-    devices that do not fit.
+    Weights and modulation may have another floating type than the image. With `in_turns`, maps too large for one
+    program take one launch instead of two (duotone.kernels.turns): the same numbers but for the order of sums. Raises
+    ValueError on shapes, groups or devices that do not fit.
     """
     require(x_NCHW.dim() == 4, "x_NCHW", "4-dimensional", tuple(x_NCHW.shape))
     modulation = {"shift_NC": shift_NC, "scale_NC": scale_NC, "add_NC": add_NC}
     _validate(x_NCHW.shape, x_NCHW, weight_C, bias_C, groups, modulation)
     reason = _unsupported(x_NCHW.shape, x_NCHW.dtype, groups) if runs_kernel(NAME, x_NCHW) else ""
     if reason is None and reaches_far(x_NCHW):
-        reason = "an image whose pixels lie farther apart than a program addresses"
+        reason = "an image whose pixels are farther apart than a program can address"
     if reason:
         count_fallback(NAME, reason, *x_NCHW.shape)
     elif reason is None:
@@ -437,10 +437,10 @@ def joined_group_norm_silu(
     silu=True,
     in_turns=False,
 ):
-    """group_norm_silu of x and a skip joined by their channels, and the joined image, which the norm writes as it reads.
+    """group_norm_silu of x and a skip joined along channels, and the joined image, which the norm writes as it reads.
 
-    C counts the channels of both. The gradients of x and the skip are dense each, and the joined image's own gradient is
-    added to them by the norm. Raises ValueError as group_norm_silu does.
+    C counts the channels of both. x and the skip each get a dense gradient, to which the norm adds the joined image's
+    own gradient. Raises ValueError as group_norm_silu does.
     """
     _validate_parts(x_NCHW, skip_NCHW)
     reason = _not_read_apart(x_NCHW, skip_NCHW, groups) if runs_kernel(NAME, x_NCHW) else ""
@@ -458,9 +458,9 @@ def joined_group_norm_silu(
 
 
 def _not_read_apart(x_NCHW, skip_NCHW, groups):
-    """Why the norm cannot join two images, or None."""
+    """The reason why the norm cannot join two images itself, or None."""
     if x_NCHW.dtype != skip_NCHW.dtype:
-        return "an image and a skip of two types"
+        return "an image and a skip of different types"
     if not all(part.is_contiguous(memory_format=torch.channels_last) for part in (x_NCHW, skip_NCHW)):
         return "an image and a skip that are not both dense and channels-last"
     return _unsupported(_shape(x_NCHW, skip_NCHW), x_NCHW.dtype, groups)
@@ -476,7 +476,7 @@ def _validate_parts(x_NCHW, skip_NCHW):
 
 
 def _unsupported(shape, dtype, groups):
-    """Why a call cannot run as a kernel, or None."""
+    """The reason why the kernel cannot take this call, or None."""
     images, channels, height, width = shape
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"{dtype} images"
@@ -485,7 +485,7 @@ def _unsupported(shape, dtype, groups):
     if channels // groups > 4096:
         return "more than 4096 channels per group"
     if images > 65535 or channels * height * width >= 2**31:
-        return "more images or pixels than a grid addresses"
+        return "more images or pixels than a grid can address"
     return None
 
 

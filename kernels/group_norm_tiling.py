@@ -1,4 +1,4 @@
-"""How a call of group_norm_silu is cut into programs, by its shape alone: the same call is always summed in the same order."""
+"""Cuts a group_norm_silu call into programs by its shape alone, so the same call always sums in the same order."""
 
 import math
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 _LINE_BYTES = 128
 _HALF_LINE_BYTES = 64
 WHOLE_ELEMENTS = 16384
-WHOLE_ELEMENTS_MODULATED_BACKWARD = 8192  # twice that spills on sm_90: a row per modulation is live beside x and dy
+WHOLE_ELEMENTS_MODULATED_BACKWARD = 8192  # twice that spills on sm_90: a row per modulation is live
 _TILE = 4096
 _MOST_CHUNKS = 64
 _LEAST_ROWS = 512
-# In turns, chunks are small: what runs at once, half of it first passes, is what the cache has to hold.
+# In turns, chunks are small: the cache must hold what all running programs work on, and half of them are first passes.
 _MOST_CHUNKS_IN_TURNS = 128
 _LEAST_ROWS_IN_TURNS = 128
-_TILE_IN_TURNS = 2048  # one wide load a thread: twice that leaves room for half of the modulated gradient's programs
+_TILE_IN_TURNS = 2048  # one wide load per thread: at twice that, half as many programs of the modulated gradient fit
 _CHUNKS_AHEAD = 512
 _KEPT_BYTES = 8 * 2**20
 
@@ -34,8 +34,8 @@ class Tiling:
 def tiling(
     channels: int, groups: int, pixels: int, itemsize: int, room: int = WHOLE_ELEMENTS, in_turns: bool = False
 ) -> Tiling:
-    """Cut a call into programs; `room` is how many elements one program holds on chip."""
-    # Half lines are worth it only where they spare a second read of everything.
+    """Cut a call into programs; `room` is how many elements one program can hold on chip."""
+    # Reading half cache lines pays only if it avoids a second read of everything.
     for line_bytes in (_LINE_BYTES, _HALF_LINE_BYTES):
         span = _channel_span(channels, groups, line_bytes // itemsize)
         whole_r, block_c = power_of_2(pixels), power_of_2(span)
@@ -53,18 +53,18 @@ def tiling(
 
 
 def fits_the_cache(cut: Tiling, pixels: int, itemsize: int) -> bool:
-    """Whether a slab is still in the level-2 cache when its second pass begins; 512 px and up are not."""
+    """Whether a slab is still in the L2 cache when its second pass begins; from 512 px up it is not."""
     return pixels * cut.span * itemsize <= _KEPT_BYTES
 
 
 def slabs_ahead(cut: Tiling, slabs: int, pixels: int, itemsize: int) -> int:
-    """By how many slabs first passes precede: enough that second passes rarely wait, few enough for the cache."""
+    """How many slabs first passes run ahead: enough that second passes rarely wait, few enough for the cache."""
     kept = _KEPT_BYTES // (pixels * cut.span * itemsize)
     return max(1, min(slabs, kept, math.ceil(_CHUNKS_AHEAD / cut.chunks)))
 
 
 def _channel_span(channels, groups, least):
-    """Whole groups of at least that many channels with the fewest idle lanes; equal shares of the channels."""
+    """Channels per program: whole groups in equal shares, if possible at least `least`, with the fewest idle lanes."""
     per_group = channels // groups
     shares = [k * per_group for k in range(1, groups + 1) if groups % k == 0]
     wide = [span for span in shares if span >= least] or shares[-1:]

@@ -1,7 +1,7 @@
 """guided = D_uncond + scale * (D_cond - D_uncond) with D = c_skip * x + c_out * F: each tensor is read once.
 
 One network call predicts both branches: the first half of F is conditional, the second half unconditional.
-Ho and Salimans 2022, equation 6; Karras et al. 2022, equation 7; rescale by Lin et al. 2024, equations 14 to 16.
+Ho and Salimans 2022, equation 6; Karras et al. 2022, equation 7; rescaling as in Lin et al. 2024, equations 14 to 16.
 N images, C channels, H x W pixels.
 """
 
@@ -62,13 +62,13 @@ class Case:
 
 
 CASES = [
-    Case("colour", (3, 3, 16, 16), "one program an image"),
-    Case("odd", (2, 5, 7, 9), "315 values: no multiple of anything"),
-    Case("rescaled", (2, 3, 24, 24), "two launches: deviations of one chunk, then the image", rescale=0.7),
+    Case("colour", (3, 3, 16, 16), "one program per image"),
+    Case("odd", (2, 5, 7, 9), "315 values: not a multiple of any block"),
+    Case("rescaled", (2, 3, 24, 24), "two launches: one chunk's deviations, then the image", rescale=0.7),
     Case("rescaled_chunks", (2, 3, 40, 45), "deviations merged from two chunks, the last one ragged", rescale=1.0),
     Case("batch_128", (64, 3, 128, 128), "the reference network's batch", timed=True),
     Case("batch_128_rescaled", (64, 3, 128, 128), "the same with rescale", rescale=0.7, timed=True),
-    Case("single_128", (1, 3, 128, 128), "one image: the launch is all it costs", timed=True),
+    Case("single_128", (1, 3, 128, 128), "one image: the launch is the whole cost", timed=True),
 ]
 
 # --------------------------------------------------------------------------------------------------- device code
@@ -98,7 +98,7 @@ def _spread_of(value_V, real_V, count):
 
 @triton.jit
 def _deviation_kernel(prediction, x, c_skip, c_out, scale, partial, images, values, chunks, BLOCK: tl.constexpr):
-    """Mean and centred squares of one chunk of both images."""
+    """Mean and sum of centred squares of one chunk, for the conditional and for the guided image."""
     image = tl.program_id(1).to(tl.int64)
     value_V = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real_V = value_V < values
@@ -115,7 +115,7 @@ def _deviation_kernel(prediction, x, c_skip, c_out, scale, partial, images, valu
 
 @triton.jit
 def _total_square(slot_K, real_K, count_K, values):
-    """Centred squares of a whole image from its chunks (Chan, Golub and LeVeque 1979)."""
+    """Sum of centred squares of a whole image, merged from its chunks (Chan, Golub and LeVeque 1979)."""
     mean_K = tl.load(slot_K, mask=real_K, other=0.0)
     from_first_K = tl.where(real_K, mean_K - tl.sum(tl.where(tl.arange(0, mean_K.shape[0]) == 0, mean_K, 0.0)), 0.0)
     apart_K = from_first_K - tl.sum(from_first_K * count_K) / values
@@ -132,7 +132,7 @@ def _kernel(
     real_V = value_V < values
     _, guided_V = _denoised(prediction, x, c_skip, c_out, scale, image, images, value_V, real_V, values)
     if RESCALE:
-        rescale = tl.cast(rescale, tl.float32)  # torch.compile hands numbers over in fp64
+        rescale = tl.cast(rescale, tl.float32)  # torch.compile passes Python numbers as fp64
         chunk_K = tl.arange(0, BLOCK_K)
         real_K = chunk_K < chunks
         count_K = tl.maximum(tl.minimum(values - chunk_K * BLOCK, BLOCK), 0).to(tl.float32)
@@ -177,8 +177,8 @@ def _forward(
 def guided_step(prediction_2NCHW, x_NCHW, c_skip_N, c_out_N, scale_N, *, rescale=0.0):
     """Guided denoised images from the network's raw output for both branches and the noisy images x.
 
-    `scale_N` is the guidance of each image (1 = conditional alone); `rescale` in [0, 1] pulls each image's standard
-    deviation back to the conditional one's. Raises ValueError on shapes, types or devices that do not fit.
+    `scale_N` is each image's guidance scale (1 = conditional alone); `rescale` in [0, 1] pulls each image's standard
+    deviation back towards that of the conditional image. Raises ValueError on shapes, types or devices that do not fit.
     """
     _validate(prediction_2NCHW, x_NCHW, {"c_skip_N": c_skip_N, "c_out_N": c_out_N, "scale_N": scale_N}, rescale)
     if runs_kernel(NAME, x_NCHW):
@@ -190,12 +190,12 @@ def guided_step(prediction_2NCHW, x_NCHW, c_skip_N, c_out_N, scale_N, *, rescale
 
 
 def _unsupported(prediction_2NCHW, x_NCHW, *per_image):
-    """Why a call cannot run as a kernel, or None."""
+    """The reason why the kernel cannot take this call, or None."""
     tensors = (prediction_2NCHW, x_NCHW, *per_image)
     if any(t.dtype not in (torch.bfloat16, torch.float16, torch.float32) for t in tensors):
         return "a type other than bf16, fp16 and fp32"
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return "a gradient is asked for"
+        return "a gradient is needed"
     if x_NCHW.numel() == 0:
         return "an empty batch"
     if not _is_dense(x_NCHW) or not _is_dense(prediction_2NCHW) or _order(x_NCHW) != _order(prediction_2NCHW):
@@ -203,16 +203,16 @@ def _unsupported(prediction_2NCHW, x_NCHW, *per_image):
     if any(value.numel() > 1 and value.stride(0) != 1 for value in per_image):
         return "per-image values with gaps"
     too_many = x_NCHW.shape[0] > 65535 or x_NCHW[0].numel() >= 2**31
-    return "more images or values than a grid addresses" if too_many else None
+    return "more images or values than a grid can address" if too_many else None
 
 
 def _is_dense(image_NCHW):
-    """One image after another without gaps, channels first or last."""
+    """Whether the images follow each other without gaps, channels first or channels last."""
     return image_NCHW.is_contiguous() or image_NCHW.is_contiguous(memory_format=torch.channels_last)
 
 
 def _order(image_NCHW):
-    """Strides within one image, of the axes that are longer than 1."""
+    """Strides within one image, for the axes longer than 1."""
     return [stride for size, stride in list(zip(image_NCHW.shape, image_NCHW.stride()))[1:] if size > 1]
 
 

@@ -1,6 +1,6 @@
-"""Philox 4x32-10: four 32-bit words as a pure function of a 64-bit seed and a 128-bit counter, alike on all devices.
+"""Philox 4x32-10: four 32-bit words as a pure function of a 64-bit seed and a 128-bit counter, the same on all devices.
 
-The house's counter is (block of four draws, low word of the position, high word of the position, purpose), so every
+Duotone's counter is (block of four draws, low word of the position, high word of the position, purpose), so every
 number of a run is f(seed, position, purpose). Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 N positions, B blocks of four words.
 """
@@ -24,7 +24,7 @@ def philox_reference(seed, c0, c1, c2, c3):
     key0, key1 = seed & _WORD, (seed >> 32) & _WORD
     c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64) & _WORD for c in (c0, c1, c2, c3)))
     for _ in range(_ROUNDS):
-        # An int64 product wraps, and its bits are those of the unsigned one: shift and mask give both halves.
+        # An int64 product wraps to the same bits as the unsigned product: shift and mask extract both halves.
         even, odd = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0 = (odd >> 32 & _WORD) ^ c1 ^ key0
         c2 = (even >> 32 & _WORD) ^ c3 ^ key1
@@ -34,7 +34,7 @@ def philox_reference(seed, c0, c1, c2, c3):
 
 
 def words_reference(seed, positions_N, purpose, blocks):
-    """Words (N, B, 4) of the house's counter: block b of the draws that `purpose` makes at each position."""
+    """Words (N, B, 4) of Duotone's counter: block b of the draws that `purpose` makes at each position."""
     positions_N = torch.as_tensor(positions_N, dtype=torch.int64)
     block_B = torch.arange(blocks, dtype=torch.int64, device=positions_N.device)
     position_N1 = positions_N[:, None]
@@ -49,9 +49,9 @@ def uniform_reference(seed, positions_N, purpose, count):
 
 
 def normal_reference(seed, positions_N, purpose, count):
-    """(N, count) fp32 standard normals by Box and Muller 1958: words (0, 1) give two, words (2, 3) give two.
+    """(N, count) fp32 standard normals by Box and Muller 1958: words (0, 1) give two, words (2, 3) another two.
 
-    Only operations that IEEE 754 rounds exactly are used, so every device gives the same bits.
+    Every operation used is correctly rounded under IEEE 754, so all devices give the same bits.
     """
     words_NB4 = words_reference(seed, positions_N, purpose, -(-count // 4))
     radius_NB2 = _radius_reference(words_NB4[..., 0::2])
@@ -60,7 +60,7 @@ def normal_reference(seed, positions_N, purpose, count):
     return pair_NB22.flatten(1)[:, :count]
 
 
-# Series at the origin; in both ranges the first term left out is below 3e-8 of the result.
+# Taylor series at the origin; over the ranges below, the first omitted term is under 3e-8 of the result.
 _LOG = (1 / 9, 1 / 7, 1 / 5, 1 / 3, 1.0)  # atanh(s) / s in s^2, |s| < 0.172
 _SIN = (1 / 362880, -1 / 5040, 1 / 120, -1 / 6, 1.0)  # sin(y) / y in y^2, |y| <= pi / 4
 _COS = (-1 / 3628800, 1 / 40320, -1 / 720, 1 / 24, -1 / 2, 1.0)
@@ -78,12 +78,12 @@ def _radius_reference(word):
     exponent = ((bits >> 23) - 127 + is_high).to(torch.float32)
     s = (mantissa - 1) / (mantissa + 1)
     logarithm = exponent * _LOG_2 + s * 2 * _polynomial_reference(s * s, _LOG)
-    # torch's fp32 root is not always rounded to nearest on a CPU; a double's, rounded again, is (Figueroa 1995).
+    # On a CPU, torch's fp32 root is not always rounded to nearest; an fp64 root rounded to fp32 is (Figueroa 1995).
     return torch.sqrt((logarithm * -2).double()).float()
 
 
 def _direction_reference(word):
-    """Cosine and sine of 2 pi u, u = (word + 1/2) / 2^32, from the nearest quarter turn."""
+    """Cosine and sine of 2 pi u, u = (word + 1/2) / 2^32, expanded around the nearest quarter turn."""
     quarter = word + 2**29 >> 30
     y = ((word - (quarter << 30)).to(torch.float32) + 0.5) * _QUARTER_STEP
     sine, cosine = y * _polynomial_reference(y * y, _SIN), _polynomial_reference(y * y, _COS)
@@ -100,7 +100,7 @@ def _polynomial_reference(z, coefficients):
 
 
 # --------------------------------------------------------------------------------------------------- device code
-# Line by line the functions above; kernels that call these are launched without fused multiply-adds.
+# The functions above, line by line; kernels that call them must be launched without fused multiply-adds.
 
 _LOG_9, _LOG_7, _LOG_5, _LOG_3, _ = (tl.constexpr(c) for c in _LOG)
 _SIN_9, _SIN_7, _SIN_5, _SIN_3, _ = (tl.constexpr(c) for c in _SIN)

@@ -1,6 +1,6 @@
-"""Start-up check: one small call of every kernel against its definition; one that disagrees is switched off, by name.
+"""Start-up check: compares one small call of every kernel with its definition and switches off kernels that disagree.
 
-Compilers have given silently wrong gradients for exactly these shapes; a wrong kernel costs a run, this costs a second.
+Compilers have silently produced wrong gradients for exactly these shapes. A wrong kernel costs a run, this a second.
 """
 
 import functools
@@ -16,9 +16,9 @@ _ALLOWED = 0.02
 @torch.inference_mode(False)
 @torch.enable_grad()
 def self_test(device, in_turns: bool = False, joins_skips: bool = False) -> list[str]:
-    """Lines that say which kernels were switched off and why; empty where all agree or none can run on `device`.
+    """One line per kernel that was switched off, with the reason; empty if all agree or none can run on `device`.
 
-    `in_turns`: large maps are to be normalised so, which is tried as well; so are norms that join skips.
+    With `in_turns` and `joins_skips`, norms of large maps in turns and norms that join skips are checked as well.
     """
     lines = []
     check_norms = functools.partial(_check_group_norm_silu, in_turns=in_turns, joins_skips=joins_skips)
@@ -36,12 +36,12 @@ def self_test(device, in_turns: bool = False, joins_skips: bool = False) -> list
 
 @functools.cache
 def checked_once(device, in_turns: bool = False, joins_skips: bool = False) -> list[str]:
-    """The same, once a process: every model that is loaded asks."""
+    """The same, run once per process, as every model that is loaded asks for it."""
     return self_test(device, in_turns, joins_skips)
 
 
 def _reason(check, device):
-    """Why a kernel cannot be trusted, or None."""
+    """The reason why a kernel cannot be trusted, or None."""
     try:
         for what, mine, truth in check(device):
             error = _difference(mine, truth)
@@ -58,7 +58,7 @@ def _difference(mine, truth):
 
 
 def _with_gradients(function, reference, inputs, gradient):
-    """Output and gradients of every input by both; the definition in fp64."""
+    """The output and the gradient of every input, from the kernel and from its definition in fp64."""
     results = []
     for run, dtype in ((function, None), (reference, torch.float64)):
         leaves = [value.detach().to(dtype or value.dtype).requires_grad_() for value in inputs.values()]
@@ -97,7 +97,7 @@ def _norm_reference(**inputs):
 
 
 def _joined_norm(in_turns, x_NCHW, **inputs):
-    """The image in two parts, the border of which runs through a group; both results as one."""
+    """The image in two parts whose border cuts through a group; the two results are added into one."""
     parts = [part.contiguous(memory_format=torch.channels_last) for part in x_NCHW.tensor_split([22], dim=1)]
     return sum(group_norm_silu.joined_group_norm_silu(*parts, **inputs, groups=16, in_turns=in_turns))
 

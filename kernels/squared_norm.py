@@ -1,7 +1,7 @@
-"""The sum of squares of a flat gradient, for its norm: one pass, the same bits from run to run.
+"""The sum of squares of a flat gradient, for its norm: one pass, bit-identical from run to run.
 
-Bytes per parameter: the gradient once. Programs are cut by length alone and their sums added in order, so that a run gives
-the same norm again. P parameters.
+Bytes per parameter: the gradient once. The length alone decides how work is cut into programs, and their sums are added
+in order, so a repeated run gets the same norm. P parameters.
 """
 
 from dataclasses import dataclass
@@ -41,9 +41,9 @@ CASES = [
     Case("half_gradients", 9000, "bf16 gradients, as they leave the backward pass", grad=torch.bfloat16),
     Case("scaled_gradients", 9000, "fp16 gradients", grad=torch.float16),
     Case("one", 1, "a shard of one parameter"),
-    Case("one_short", 8191, "one short of a program: it may not take itself for full"),
+    Case("one_short", 8191, "one short of a program: it must not be treated as full"),
     Case("network", 109_466_115, "the reference network on one device", grad=torch.bfloat16, timed=True),
-    Case("shard_of_8", 13_683_265, "an eighth of it: ZeRO stage 1 on 8 devices", grad=torch.bfloat16, timed=True),
+    Case("shard_of_8", 13_683_265, "the same under ZeRO stage 1 on 8 devices", grad=torch.bfloat16, timed=True),
 ]
 
 # --------------------------------------------------------------------------------------------------- device code
@@ -84,10 +84,10 @@ def _launch(grad_P: Tensor) -> Tensor:
 
 
 def squared_norm(grad_P):
-    """The sum of squares of a flat tensor: 0-dimensional, fp64, on its device; not finite where a gradient is not, or lies beyond
-    1e17 in size, whose squares fp32 cannot add up; below 1e-22 they count as 0.
+    """The sum of squares of a flat tensor: 0-dimensional, fp64, on its device.
 
-    Raises ValueError on what does not fit.
+    It is not finite if a gradient is not finite or exceeds 1e17 in size, where fp32 sums of squares overflow; gradients
+    below 1e-22 count as 0. Raises ValueError if the tensor is not flat, contiguous and floating-point.
     """
     require(grad_P.dim() == 1, "grad_P", "flat", tuple(grad_P.shape))
     require(grad_P.numel() < 2 or grad_P.stride(0) == 1, "grad_P", "contiguous", f"stride {grad_P.stride()}")
@@ -101,7 +101,7 @@ def squared_norm(grad_P):
 
 
 def _unsupported(grad_P):
-    """Why a call cannot run as a kernel, or None."""
+    """The reason why the kernel cannot take this call, or None."""
     if grad_P.numel() == 0:
         return "an empty shard"
     known = grad_P.dtype in (torch.bfloat16, torch.float16, torch.float32)

@@ -483,7 +483,7 @@ def test_a_network_whose_norms_join_skips_is_the_same_network(in_turns, checkpoi
     [
         (lambda skip: skip.contiguous(), "an image and a skip that are not both dense and channels-last"),
         (lambda skip: sliced(skip), "an image and a skip that are not both dense and channels-last"),
-        (lambda skip: skip.half(), "an image and a skip of two types"),
+        (lambda skip: skip.half(), "an image and a skip of different types"),
     ],
     ids=["contiguous", "sliced", "other_type"],
 )
