@@ -1,4 +1,4 @@
-"""Runs an iterator on a thread of its own, a few items ahead of its consumer."""
+"""Runs an iterator on its own thread, a few items ahead of the consumer."""
 
 import queue
 import threading
@@ -12,7 +12,7 @@ POLL = 0.1  # seconds between two looks at the stop flag
 
 
 class Ahead(Generic[T]):
-    """An iterator that is consumed ahead of time; its exceptions are raised where the items are taken.
+    """An iterator that is read ahead of time; its exceptions are raised in the consumer.
 
     The thread ends when the source ends, on close(), and when this object is dropped.
     """
@@ -20,7 +20,7 @@ class Ahead(Generic[T]):
     def __init__(self, source: Iterator[T], ahead: int):
         items: queue.Queue = queue.Queue(maxsize=max(1, ahead))
         stop = threading.Event()
-        # The thread must not hold `self`: then dropping the iterator could never end it.
+        # The thread must not hold a reference to `self`, or dropping this object could never end the thread.
         thread = threading.Thread(target=_produce, args=(source, items, stop), name="duotone-data", daemon=True)
         self._items, self._over = items, False
         self._close = weakref.finalize(self, _shut, thread, stop)
@@ -42,7 +42,7 @@ class Ahead(Generic[T]):
         return item
 
     def close(self) -> None:
-        """Stops reading; items that were ready are dropped."""
+        """Stops reading and drops the items that were ready."""
         self._over = True
         self._close()
 

@@ -1,4 +1,4 @@
-"""What every source takes and yields: a Plan says which samples and how they are read, a Batch holds them.
+"""What every source takes and yields: a Plan says which samples to read and how, a Batch holds them.
 
 N images, H x W pixels, C channels, K attributes.
 """
@@ -11,17 +11,17 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What to read for N positions of a run: every choice is already made, so reading draws nothing at random."""
+    """What to read for N positions of a run; every choice is already made, so reading draws nothing at random."""
 
     positions_N: np.ndarray  # int64, images since the start of the run
     samples_N: np.ndarray  # int64, index into the data set
-    crops_N2: np.ndarray  # float64 in [0, 1), top and left of the crop as a share of the free room
+    crops_N2: np.ndarray  # float64 in [0, 1), top and left of the crop as a share of the range they can take
     captions_N: np.ndarray  # float64 in [0, 1), which caption: floor(u * number of captions)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """N samples, decoded; pixels stay uint8 until the network's input is made from them."""
+    """N decoded samples; pixels stay uint8 until the network's input is made from them."""
 
     positions_N: np.ndarray  # int64, copied from the plan
     keys: list[str]  # sample keys, for traces and messages
@@ -32,20 +32,20 @@ class Batch:
     skipped: list[str] = field(default_factory=list)  # "key: reason" of samples that could not be read
 
 
-TAKEN_AT_ONCE = 1 << 16  # bytes that CUDA's driver copies aside before the call returns
+TAKEN_AT_ONCE = 1 << 16  # bytes that CUDA's driver buffers before the call returns
 
 
 def unit(images_NHWC: torch.Tensor) -> torch.Tensor:
-    """uint8 pixels in [-1, 1], (N, C, H, W)."""
+    """uint8 pixels as floats in [-1, 1], (N, C, H, W)."""
     return images_NHWC.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def sent(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """The tensor on a device, behind what that still computes.
+    """The tensor on a device, its copy queued behind the work that is still running there.
 
-    A plain copy waits until the device is done with all of it, which then idles while the next step is made ready. The CPU's
-    memory may be used again at once: the driver has taken it over, or, where it is more than the driver takes without waiting,
-    the copy of it that the device can read by itself.
+    A plain copy would wait for that work to end, and the device would idle while the next step is prepared. The caller
+    may overwrite the CPU's tensor at once: the driver has buffered its bytes or, if they are too many for that, reads
+    them from the pinned copy made here.
     """
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu" and tensor.nbytes > TAKEN_AT_ONCE:
         tensor = tensor.pin_memory()

@@ -1,7 +1,7 @@
 """The embedded data set: drawings such as "a red circle on a blue background".
 
-Four shapes in six colours on six backgrounds, never in the background's own colour: 120 captions. Every drawing is a
-function of (seed, number), so the set is the same everywhere.
+Four shapes in six colours on six backgrounds, never in the background's own colour: 120 captions. Each drawing depends
+only on (seed, number), so the set is the same everywhere.
 """
 
 import colorsys
@@ -27,12 +27,12 @@ PALETTE_HSV = {
 COLOURS = list(PALETTE_HSV)
 ATTRIBUTES = SHAPES + COLOURS + [f"{colour} background" for colour in COLOURS]
 SIZES = range(16, 129)
-DRAWS = 16  # random numbers a drawing uses, at most
+DRAWS = 16  # random numbers per drawing, at most
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """What a drawing shows; "none" where a checker finds nothing it can name."""
+    """What a drawing shows; a field is "none" if a checker finds nothing it can name."""
 
     shape: str
     colour: str
@@ -40,7 +40,7 @@ class Drawing:
 
     @property
     def caption(self) -> str:
-        """The sentence that the drawing is paired with."""
+        """The drawing's caption, a sentence."""
         return f"a {self.colour} {self.shape} on a {self.background} background"
 
 
@@ -53,12 +53,12 @@ def captions() -> list[str]:
 
 
 def drawing_of(caption: str) -> Drawing:
-    """The drawing that a caption of the set asks for; raises KeyError for another sentence."""
+    """The drawing that one of the set's captions describes; raises KeyError for any other sentence."""
     return {drawing.caption: drawing for drawing in DRAWINGS}[caption]
 
 
 def generate(count: int, size: int = 32, seed: int = 0) -> Iterator[Sample]:
-    """`count` drawings of size x size pixels, each run of 120 holding every caption once; raises Refused."""
+    """`count` drawings of size x size pixels, each caption once in every 120; raises Refused if either is bad."""
     if size not in SIZES or count < 1:
         raise Refused(f"captioned shapes: size is {size} and count {count}; size goes from 16 to 128, count from 1")
     order_N = samples_at(seed, np.arange(count), len(DRAWINGS))
@@ -76,16 +76,16 @@ def generate(count: int, size: int = 32, seed: int = 0) -> Iterator[Sample]:
 
 
 def write(out: Path, count: int = 12_000, size: int = 32, seed: int = 0) -> dict:
-    """The set as real shards (JPEG, txt, json); returns dataset.json's content."""
+    """Writes the set as shards (JPEG, txt, json) and returns dataset.json's content."""
     about = {"made_by": "captioned_shapes", "size": size, "seed": seed}
     return write_shards(generate(count, size, seed), out, classes=SHAPES, attributes=ATTRIBUTES, about=about)
 
 
 def render(drawing: Drawing, size: int, draws_K: np.ndarray) -> np.ndarray:
-    """One drawing, uint8 (size, size, 3); draws_K in [0, 1) place, turn, scale and tint it."""
+    """One drawing, uint8 (size, size, 3); draws_K in [0, 1) set its scale, place, rotation and tints."""
     draws = iter(draws_K.tolist())
     radius = 0.26 + 0.11 * next(draws)  # of the circle around the shape's body, as a share of the side
-    reach = 1.2 * radius + 0.05  # corners stand out from that circle, and their soft edge a little more
+    reach = 1.2 * radius + 0.05  # corners reach beyond that circle, and their soft edge a little further
     centre_x, centre_y = (reach + (1 - 2 * reach) * next(draws) for _ in "xy")
     angle = np.deg2rad(30 * next(draws) - 15)
     y_HW, x_HW = (np.mgrid[0:size, 0:size] + 0.5) / size - np.array([centre_y, centre_x])[:, None, None]
@@ -97,7 +97,7 @@ def render(drawing: Drawing, size: int, draws_K: np.ndarray) -> np.ndarray:
 
 
 def _distance(shape: str, u_HW: np.ndarray, v_HW: np.ndarray, radius: float) -> np.ndarray:
-    """Distance to the outline, negative inside, in shares of the side."""
+    """Signed distance to the outline, negative inside, as a share of the image's side."""
     across_HW, along_HW = np.abs(u_HW), np.abs(v_HW)
     if shape == "circle":
         return np.hypot(u_HW, v_HW) - radius

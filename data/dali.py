@@ -1,7 +1,7 @@
-"""Encoded bytes -> square uint8 images with DALI, on the CPU or, with hardware help, on the GPU.
+"""Encoded bytes -> square uint8 images with DALI, on the CPU or, hardware-accelerated, on the GPU.
 
-Same rectangles and the same bicubic filter as Pillow's path. The bytes are slices of mapped shards that were guarded
-before; DALI reads them in place.
+The rectangles and the bicubic filter are the same as with Pillow. The bytes are slices of mapped shards, already
+checked; DALI reads them in place.
 """
 
 import functools
@@ -21,7 +21,7 @@ COLOURS = {1: types.GRAY, 3: types.RGB}
 
 
 class DaliDecoder:
-    """Decodes a batch of any size; the pipeline is built for the largest seen so far."""
+    """Decodes batches of any size; the pipeline is built for the largest batch seen so far."""
 
     name = "dali"
 
@@ -33,7 +33,7 @@ class DaliDecoder:
     def decode(self, encoded: list[np.ndarray], boxes_N4: np.ndarray, orientations_N: np.ndarray) -> torch.Tensor:
         """Images uint8 (N, side, side, channels) on the device from N encoded images.
 
-        Raises Undecodable, and Refused on a machine where DALI decodes nothing.
+        Raises Undecodable for an image that DALI rejects, and Refused if DALI can decode nothing on this machine.
         """
         with self.lock:
             try:
@@ -46,7 +46,7 @@ class DaliDecoder:
         return images_NHWC
 
     def close(self) -> None:
-        """Lets go of the pipeline and its threads."""
+        """Releases the pipeline and its threads."""
         self.pipeline = None
 
     def _run(self, encoded: list[np.ndarray], boxes_N4: np.ndarray) -> torch.Tensor:
@@ -66,7 +66,7 @@ class DaliDecoder:
     def _build(self, count: int) -> Pipeline:
         gpu = self.device.type == "cuda"
         index = (self.device.index if self.device.index is not None else torch.cuda.current_device()) if gpu else None
-        # Nothing runs ahead inside DALI: the reader's own thread does that, and every call can be of any plan.
+        # DALI must not run ahead: the reader's own thread does that, and each call may follow any plan.
         pipeline = Pipeline(count, self.threads, index, exec_pipelined=False, exec_async=False, prefetch_queue_depth=1)
         with pipeline:
             encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
@@ -81,7 +81,7 @@ class DaliDecoder:
                 normalized_anchor=False,
                 normalized_shape=False,
                 output_type=COLOURS[self.channels],
-                adjust_orientation=False,  # ours to apply, to the small square
+                adjust_orientation=False,  # decode() applies it, to the small square
             )
             size = [self.side, self.side]
             pipeline.set_outputs(fn.resize(cut, size=size, interp_type=types.INTERP_CUBIC, antialias=True))
@@ -98,16 +98,16 @@ class DaliDecoder:
         return images_NHWC
 
     def _culprit(self, error: RuntimeError, encoded: list[np.ndarray], boxes_N4: np.ndarray) -> Exception:
-        """DALI fails a whole batch without a name: the images are shown to a new pipeline one by one.
+        """The exception to raise for a failed batch; DALI does not say which image failed, so each is tried alone.
 
-        None of them is to blame where memory is short, or where not even a sound picture is decoded.
+        No image is to blame if memory is short or if DALI cannot even decode a picture known to be good.
         """
         self.pipeline = None
         if lacks_memory(error):
             return error
         broken = self._fault([sound()], np.array([[0, 0, 16, 16]]))
         if broken is not None:
-            remedy = "take --data.decoder pillow"
+            remedy = "use --data.decoder pillow"
             return (
                 broken
                 if lacks_memory(broken)
@@ -122,7 +122,7 @@ class DaliDecoder:
         )
 
     def _fault(self, encoded: list[np.ndarray], boxes_N4: np.ndarray) -> RuntimeError | None:
-        """What a new pipeline fails with, if it does."""
+        """The error that a new pipeline raises on these images, or None."""
         try:
             self._run(encoded, boxes_N4)
         except RuntimeError as error:
@@ -136,13 +136,13 @@ def lacks_memory(error: RuntimeError) -> bool:
 
 
 def told(error: RuntimeError) -> str:
-    """What DALI says at the end of its traceback, in one line."""
+    """The message at the end of DALI's traceback, as one line."""
     return " ".join(str(error).split("encountered:")[-1].split())[:300]
 
 
 @functools.cache
 def sound() -> np.ndarray:
-    """The bytes of a picture that any decoder decodes."""
+    """The bytes of a picture that every decoder can decode."""
     file = io.BytesIO()
     Image.new("RGB", (16, 16), "orange").save(file, "JPEG")
     return np.frombuffer(file.getvalue(), dtype=np.uint8)

@@ -26,9 +26,10 @@ REMEDY = "write or download it again, or pass --data.on-bad replace to read the 
 
 
 class Dataset:
-    """`count` samples by number, read as plans say.
+    """`count` numbered samples, read as plans ask.
 
-    `fingerprint` changes when the data does; `notes` are lines for the user; `decoder_note` names a substitution.
+    `fingerprint` changes when the data does; `notes` are lines for the user; `decoder_note` says which decoder was
+    substituted for the preferred one, and why.
     """
 
     def __init__(
@@ -58,12 +59,12 @@ class Dataset:
         self._squares = Squares(frame, self.columns, decoder=None)
 
     def decode_with(self, decoder, note: str | None) -> None:
-        """Takes the decoder of encoded images, and what is to be said about that choice."""
+        """Sets the decoder of encoded images, and a note to the user about that choice."""
         self._squares.decoder, self.decoder_note = decoder, note
 
     @property
     def decoder(self) -> str:
-        """What really decodes: "dali", "pillow", or "stored" where every image is stored decoded."""
+        """The decoder in use: "dali", "pillow", or "stored" if every image is stored decoded."""
         return self._squares.decoder.name if self._squares.decoder else "stored"
 
     @property
@@ -73,7 +74,7 @@ class Dataset:
 
     @property
     def good_N(self) -> np.ndarray:
-        """Which samples can be read, as far as is known: bool (count,)."""
+        """Which samples can be read, as far as known: bool (count,)."""
         good_N = np.ones(self.count, dtype=bool)
         good_N[list(self.bad)] = False
         return good_N
@@ -85,11 +86,11 @@ class Dataset:
 
     @cached_property
     def labels_N(self) -> np.ndarray | None:
-        """Class of every sample, int64 (count,), or None where the shards hold none."""
+        """Class of every sample, int64 (count,), or None if the shards hold no labels."""
         return self.columns["label"] if self.count and self.columns["label"].max() >= 0 else None
 
     def captions_at(self, sample: int) -> list[str]:
-        """All captions of a sample; raises Refused where they cannot be read."""
+        """All captions of a sample; raises Refused if they cannot be read."""
         try:
             return self._bytes.text(sample).captions
         except BadSample as bad:
@@ -100,7 +101,7 @@ class Dataset:
         return f"{self.paths[self.shard_N[sample]]}: key {self.keys[sample]!r}"
 
     def batches(self, plans: Iterable[Plan], ahead: int = 2) -> Iterator[Batch]:
-        """Batches in the order of their plans, read `ahead` of time on a thread that also draws from `plans`."""
+        """Batches in the order of their plans; a thread iterates `plans` and reads `ahead` batches in advance."""
         return Ahead(map(self.read, plans), ahead)
 
     def read(self, plan: Plan) -> Batch:
@@ -117,17 +118,17 @@ class Dataset:
                 warnings.warn(told, SampleReplaced, stacklevel=2)
 
     def unread(self) -> list[str]:
-        """What cannot be read, as far as is known: a line for each sample, with its reason."""
+        """The samples that cannot be read, as far as known: a line for each, with its reason."""
         return [f"{self.where(sample)}: {reason}" for sample, reason in sorted(self.bad.items())]
 
     def close(self) -> None:
-        """Ends the decoder's threads and lets go of the shards."""
+        """Ends the decoder's threads and releases the shards."""
         if self._squares.decoder:
             self._squares.decoder.close()
         self._bytes.close()
 
     def _readable(self, planned_N: np.ndarray) -> tuple[np.ndarray, list[str]]:
-        """The planned samples, each bad one replaced by the next good one, and what was replaced."""
+        """The planned samples with each bad one replaced by the next good one, and a line per replaced sample."""
         if not self.bad:
             return planned_N, []
         if len(self.bad) >= self.count:
@@ -164,7 +165,7 @@ class Dataset:
 
 
 def _chosen(texts: list[SampleText], choices_N: np.ndarray) -> list[str]:
-    """One caption of each sample, "" where it has none."""
+    """One caption per sample, "" if it has none."""
     listed = [text.captions or [""] for text in texts]
     return [captions[min(int(u * len(captions)), len(captions) - 1)] for captions, u in zip(listed, choices_N.tolist())]
 
@@ -174,7 +175,7 @@ def _attributes(texts: list[SampleText]) -> torch.Tensor:
 
 
 def _bad(indexes: list[TarIndex], starts: np.ndarray) -> dict[int, str]:
-    """Samples that cannot be read, numbered through all shards, and why."""
+    """Samples that cannot be read, numbered across all shards, and why."""
     found = {}
     for start, index in zip(starts.tolist(), indexes):
         found |= {start + sample: reason for sample, reason in index.bad.items()}

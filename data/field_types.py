@@ -11,9 +11,9 @@ OURS = __name__.partition(".")[0] + "."
 
 
 def refuse_other_types(part, key: str = "") -> None:
-    """Raises Refused on the first field, of a dataclass or of one inside it, whose value is not of the annotated type.
+    """Raises Refused for the first field, of a dataclass or of one nested in it, whose value has another type.
 
-    For example, images=1e6 in a recipe is a float: it would pass every range check and fail deep inside the run.
+    images = 1e6 in a recipe is a float, which would pass every comparison and fail deep inside the run.
     """
     hints = typing.get_type_hints(type(part))
     for field in fields(part):
@@ -27,7 +27,7 @@ def refuse_other_types(part, key: str = "") -> None:
 
 
 def fits(value, hint) -> bool:
-    """Whether a value has the annotated type; where a dataclass of ours is expected, one from outside this package will do."""
+    """Whether a value has the annotated type; a dataclass from outside this package fits any of ours."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, one) for one in inner)
@@ -45,7 +45,7 @@ def fits(value, hint) -> bool:
 
 
 def written(hint) -> str:
-    """An annotation as it is written in code."""
+    """An annotation as written in the code, without module names."""
     return re.sub(
         r"\b[a-z_]\w*\.", "", hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
     )

@@ -1,7 +1,7 @@
-"""The square that is trained on: which rectangle of a stored image becomes it, and how it is turned upright.
+"""The square that is trained on: which rectangle of a stored image it is cut from, and how it is turned upright.
 
-Boxes are whole pixels (top, left, height, width) of the image as stored; EXIF orientation is applied to the finished
-square, so every decoder only cuts and resizes.
+Boxes are (top, left, height, width) in whole pixels of the image as stored. EXIF orientation is applied to the finished
+square, so decoders only have to crop and resize.
 """
 
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ class Frame:
     size: int = 128
     """Side of the training images, pixels."""
     channels: int = 3
-    """3 colour, 1 gray."""
+    """3 for colour, 1 for gray."""
     resize: Resize = "crop"
-    """crop: short side to size, then a square; squash: the whole frame; none: stored at this size already."""
+    """crop: short side to size, then a square; squash: the whole image; none: stored at this size already."""
     crop: Crop = "center"
-    """Which square is cut where one side is longer."""
+    """Which square is cut if one side is longer."""
     pad: int = 0
-    """Black border inside `size`, pixels a side: size 32 and pad 2 hold images of 28."""
+    """Black border inside `size`, pixels per side: size 32 with pad 2 holds images of 28."""
 
     def __post_init__(self):
         if self.channels not in (1, 3):
@@ -45,7 +45,7 @@ class Frame:
 
 
 def boxes(sides_N2: np.ndarray, orientations_N: np.ndarray, crops_N2: np.ndarray | None, resize: Resize) -> np.ndarray:
-    """Boxes int64 (N, 4) in images of heights and widths sides_N2; crops_N2 in [0, 1) split the room, None: halves."""
+    """Boxes int64 (N, 4) in images of heights and widths sides_N2; crops_N2 in [0, 1) place them, None: centred."""
     if resize != "crop":
         return np.concatenate([np.zeros_like(sides_N2), sides_N2], axis=1)
     square_N1 = sides_N2.min(axis=1, keepdims=True)
@@ -55,7 +55,7 @@ def boxes(sides_N2: np.ndarray, orientations_N: np.ndarray, crops_N2: np.ndarray
 
 
 def _corners(room_N2: np.ndarray, orientations_N: np.ndarray, crops_N2: np.ndarray) -> np.ndarray:
-    """Corners drawn in the upright image, given in the image as stored: axes swapped from 5 on, and mirrored."""
+    """Corners drawn in the upright image, converted to the image as stored: axes swapped from 5 on, and mirrored."""
     turned_N1 = orientations_N[:, None] >= 5
     upright_room_N2 = np.where(turned_N1, room_N2[:, ::-1], room_N2)
     upright_N2 = np.minimum(np.floor(crops_N2 * (upright_room_N2 + 1)).astype(np.int64), upright_room_N2)
@@ -65,7 +65,7 @@ def _corners(room_N2: np.ndarray, orientations_N: np.ndarray, crops_N2: np.ndarr
 
 
 def upright(square_HWC: np.ndarray, orientation: int) -> np.ndarray:
-    """A square cut from an image as stored, turned as EXIF orientation 1 to 8 asks."""
+    """A square cut from an image as stored, turned upright according to its EXIF orientation, 1 to 8."""
     if orientation >= 5:
         square_HWC = square_HWC.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):

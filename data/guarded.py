@@ -1,4 +1,4 @@
-"""The bytes of samples as they lie in mapped shards, given out only if they are what the index says."""
+"""The bytes of samples in mapped shards, given out only if they match the index."""
 
 import zlib
 from pathlib import Path
@@ -27,7 +27,7 @@ class GuardedBytes:
         self.trusted_N = np.zeros(len(shard_N), dtype=bool)
 
     def image(self, sample: int) -> np.ndarray:
-        """An image's encoded bytes, uint8; compared with the index when they are first used. Raises BadSample."""
+        """An image's encoded bytes, uint8, checked against the index on first use; raises BadSample."""
         encoded_B = self._slice("image", sample)
         if not self.trusted_N[sample]:
             if zlib.crc32(encoded_B) != self.columns["image_crc"][sample]:
@@ -36,14 +36,14 @@ class GuardedBytes:
         return encoded_B
 
     def text(self, sample: int) -> SampleText:
-        """What is said about a sample; raises BadSample."""
+        """A sample's captions, label and attributes; raises BadSample."""
         try:
             return read_text(lambda extension: self._text_member(extension, sample))
         except ValueError as reason:
             raise BadSample(sample, str(reason)) from None
 
     def close(self) -> None:
-        """Lets go of the shards."""
+        """Releases the shards."""
         self.maps = []
 
     def _slice(self, part: str, sample: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Which samples are held out of training: by their keys alone, whatever shard they lie in and whatever else there is."""
+"""Which samples are held out of training: their keys alone decide, not their shard or what other samples there are."""
 
 import hashlib
 from dataclasses import replace
@@ -12,7 +12,7 @@ Part = Literal["training", "held out", "all"]
 
 
 def is_held_out(key: str, share: float) -> bool:
-    """Whether a hash of the key, a number in [0, 1), lies below the share."""
+    """Whether the key's hash, as a number in [0, 1), is below the share."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) < share * 2**64
 
 
@@ -25,7 +25,7 @@ def parted(index: TarIndex, share: float, part: Part) -> TarIndex:
 
 
 def only(index: TarIndex, kept_N: np.ndarray, why: str) -> TarIndex:
-    """The kept samples, numbered anew."""
+    """The kept samples, renumbered; `why` goes into the fingerprint."""
     samples_M = np.flatnonzero(kept_N).tolist()
     return replace(
         index,

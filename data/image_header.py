@@ -5,7 +5,7 @@ import struct
 from dataclasses import dataclass
 
 EXIF = b"Exif\0\0"
-TIFF_NUMBERS = {3: "H", 4: "I"}  # orientation is of the first type; some cameras write the second
+TIFF_NUMBERS = {3: "H", 4: "I"}  # the standard has orientation as H; some cameras write I
 MAX_BYTES = 1 << 26  # of one encoded image: 64 MiB
 MAX_PIXELS = 1 << 26  # height x width: 8192 x 8192
 PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}
@@ -18,7 +18,7 @@ JPEG_OTHER_FRAMES = set(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
 class Unreadable(ValueError):
-    """An image that no decoder will be shown; the message is the reason."""
+    """An image that is not passed to any decoder; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +28,12 @@ class ImageHeader:
     kind: str  # "jpeg", "png", "webp" or "npy"
     height: int
     width: int
-    channels: int  # as stored; PNG and WebP with transparent parts have 2 or 4
+    channels: int  # as stored; PNG and WebP with transparency have 2 or 4
     orientation: int = 1
 
 
 def read_header(data: bytes) -> ImageHeader:
-    """The header of an encoded image; raises Unreadable for another format, a truncated or an oversized one."""
+    """The header of an encoded image; raises Unreadable if it is of another format, truncated or oversized."""
     if not 16 <= len(data) <= MAX_BYTES:
         raise Unreadable("it is truncated" if len(data) < 16 else f"its {len(data)} bytes exceed {MAX_BYTES}")
     try:
@@ -74,7 +74,7 @@ def _jpeg(data: bytes) -> ImageHeader:
             frame = struct.unpack_from(">BHHB", data, at + 2)
         elif marker in JPEG_OTHER_FRAMES:
             raise Unreadable("its JPEG process is not supported (lossless or arithmetic)")
-        elif marker == 0xE1 and data[at + 2 : at + 8] == EXIF and orientation is None:  # XMP is of this marker too
+        elif marker == 0xE1 and data[at + 2 : at + 8] == EXIF and orientation is None:  # XMP uses this marker too
             orientation = _orientation(data[at + 8 : at + length])
         elif marker == 0xD9 or length < 2:
             raise Unreadable("its JPEG markers are damaged")
@@ -92,7 +92,7 @@ def _jpeg(data: bytes) -> ImageHeader:
 
 
 def _orientation(tiff: bytes) -> int:
-    """Orientation from an EXIF block; 1 (upright) wherever it is absent or damaged."""
+    """Orientation from an EXIF block; 1 (upright) if it is absent or damaged."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None:
         return 1
@@ -124,7 +124,7 @@ def _png(data: bytes) -> ImageHeader:
 
 
 def _png_chunk(data: bytes, wanted: bytes) -> bytes:
-    """The content of the first chunk of this name, empty where there is none."""
+    """The content of the first chunk of this name, empty if there is none."""
     at = 8
     while at + 8 <= len(data):
         length, name = struct.unpack_from(">I4s", data, at)
@@ -158,7 +158,7 @@ def _webp(data: bytes) -> ImageHeader:
 
 
 def _webp_chunk(data: bytes, wanted: bytes) -> bytes:
-    """The same of a WebP file, whose chunks begin at even places."""
+    """The same for a WebP file, whose chunks start at even offsets."""
     at = 12
     while at + 8 <= len(data):
         name, length = struct.unpack_from("<4sI", data, at)

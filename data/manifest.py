@@ -1,4 +1,4 @@
-"""dataset.json: what the shards of a folder hold, as they were written; a folder without one is taken as it is."""
+"""dataset.json: what a folder's shards held when they were written; a folder without one is read as it is."""
 
 import json
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ class Manifest:
     count: int = 0
     classes: list[str] | None = None
     attributes: list[str] | None = None
-    shards: dict[str, str] | None = None  # file name -> fingerprint; None where the folder has no dataset.json
+    shards: dict[str, str] | None = None  # file name -> fingerprint; None if the folder has no dataset.json
     about: dict | None = None
     note: str | None = None
 
     def save(self) -> None:
-        """Writes the file whole."""
+        """Writes the file, whole or not at all."""
         write_whole(self.path, json.dumps(self.content(), indent=1, ensure_ascii=False) + "\n")
 
     def content(self) -> dict:
@@ -34,14 +34,14 @@ class Manifest:
         return content | {"attributes": self.attributes, "about": self.about or {}, "shards": self.shards}
 
     def check(self, paths: list[Path], indexes: list[TarIndex]) -> None:
-        """Raises Refused where a shard's content is not what was written."""
+        """Raises Refused if a shard's content is not what was written."""
         for path, index in zip(paths, indexes):
             if self.shards is not None and self.shards[path.name] != index.fingerprint:
                 raise Refused(f"{path}: its content is not what {NAME} says; copy the shard again, or delete {NAME}")
 
 
 def read_manifest(folder: Path, paths: list[Path]) -> Manifest:
-    """The folder's manifest, its list of shards compared with the files; raises Refused."""
+    """The folder's manifest; raises Refused if it is damaged or its list of shards does not match the files."""
     path = folder / NAME
     if not path.is_file():
         return Manifest(path=path)
@@ -69,6 +69,6 @@ def _damaged(path: Path) -> Refused:
 def _check_names(folder: Path, named: set[str], present: set[str]) -> None:
     missing, added = sorted(named - present), sorted(present - named)
     if missing:
-        raise Refused(f"{folder}: {missing[0]} is missing, {NAME} names it; copy the folder again")
+        raise Refused(f"{folder}: {missing[0]} is missing, although {NAME} names it; copy the folder again")
     if added:
         raise Refused(f"{folder}: {added[0]} is not named in {NAME}; move it away, or delete {NAME}")

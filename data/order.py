@@ -1,4 +1,4 @@
-"""Which sample stands at which position of a run: one exact shuffle per epoch, computed from (seed, epoch) alone."""
+"""Which sample is at which position of a run: one exact shuffle per epoch, computed from (seed, epoch) alone."""
 
 from functools import lru_cache
 
@@ -25,7 +25,7 @@ def samples_at(seed: int, positions_N: np.ndarray, count: int) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def _shuffle(seed: int, epoch: int, count: int) -> np.ndarray:
-    # numpy promises the stream of a bit generator, not that of Generator.permutation: hence a stable sort of raw words.
+    # numpy guarantees a bit generator's stream but not Generator.permutation's: hence a stable sort of raw words.
     words_N = np.random.Philox(key=np.array([seed % WORD, epoch], dtype=np.uint64)).random_raw(count)
     shuffle_N = np.argsort(words_N, kind="stable").astype(np.int64)
     shuffle_N.flags.writeable = False

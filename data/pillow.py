@@ -1,4 +1,4 @@
-"""Encoded bytes -> square uint8 images with Pillow: the reference for every other decoder, and the one without DALI."""
+"""Encoded bytes -> square uint8 images with Pillow: the reference for other decoders, and the decoder without DALI."""
 
 import io
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -16,7 +16,7 @@ FILTER = Image.Resampling.BICUBIC
 
 
 class Undecodable(Exception):
-    """One image of a batch that its decoder rejects: `place` in the batch, and the reason."""
+    """An image that the decoder rejects: its `place` in the batch and the reason."""
 
     def __init__(self, place: int, reason: str):
         super().__init__(reason)
@@ -24,7 +24,7 @@ class Undecodable(Exception):
 
 
 class PillowDecoder:
-    """Decodes a batch on a few threads; Pillow holds no lock while it decodes and resizes."""
+    """Decodes a batch on a few threads; Pillow releases the GIL while it decodes and resizes."""
 
     name = "pillow"
 
@@ -41,11 +41,11 @@ class PillowDecoder:
                 square_HWC = self._square(place, encoded[place], boxes_N4[place])
                 images_NHWC[place] = upright(square_HWC, int(orientations_N[place]))
 
-        # A thread takes every threads-th image: one task an image would cost more than a small image does.
+        # Each thread takes every threads-th image: one task per image would cost more than a small image itself.
         tasks = [self.pool.submit(fill, range(first, len(encoded), self.threads)) for first in range(self.threads)]
         wait(tasks)
         failures = [error for error in (task.exception() for task in tasks) if error is not None]
-        if failures:  # the first of the batch, whichever thread met it first
+        if failures:  # raise for the first image in the batch, whichever thread failed first
             raise min(failures, key=lambda error: getattr(error, "place", -1))
         return torch.from_numpy(images_NHWC)
 
@@ -79,7 +79,7 @@ def cut(image: Image.Image, box_4: np.ndarray, side: int) -> np.ndarray:
 
 
 def cut_stored(image_HWC: np.ndarray, box_4: np.ndarray, side: int, channels: int) -> np.ndarray:
-    """The same from an image that is stored decoded; where nothing is resized, a slice and no Pillow at all."""
+    """The same from an image stored decoded; if neither size nor channels change, it is a slice, without Pillow."""
     top, left, height, width = box_4.tolist()
     if image_HWC.shape[2] == channels and height == width == side:
         return image_HWC[top : top + side, left : left + side]
@@ -88,7 +88,7 @@ def cut_stored(image_HWC: np.ndarray, box_4: np.ndarray, side: int, channels: in
 
 
 def opaque(image: Image.Image) -> Image.Image:
-    """Gray stays gray, everything else becomes RGB; what is transparent turns white."""
+    """The picture laid on white: gray without transparency stays gray, everything else becomes RGB."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         coloured = image.convert("RGBA")
         white = Image.new("RGBA", coloured.size, "white")

@@ -1,6 +1,6 @@
 """A sample's .txt and .json members: captions, label, attributes.
 
-Captions come from the JSON's list `captions`, else the .txt (one caption a line), else the JSON's `caption`.
+Captions come from the JSON's list `captions`, else the .txt (one caption per line), else the JSON's `caption`.
 """
 
 import json
@@ -13,7 +13,7 @@ MAX_BYTES = 1 << 20  # of one text member
 
 @dataclass(frozen=True, slots=True)
 class SampleText:
-    """What is said about one image; label is -1 and attributes is None where nothing is said."""
+    """Captions, label and attributes of one image; label is -1 and attributes is None if absent."""
 
     captions: list[str] = field(default_factory=list)
     label: int = -1
@@ -21,7 +21,7 @@ class SampleText:
 
 
 def read_text(member: Callable[[str], bytes | None]) -> SampleText:
-    """The text of a sample, given what returns the bytes of its "txt" and "json"; raises ValueError with the reason."""
+    """A sample's text; `member` returns the bytes of its "txt" or "json"; raises ValueError with the reason."""
     raw_json = member("json")
     fields = _object(raw_json) if raw_json else {}
     listed = fields.get("captions")
@@ -31,8 +31,8 @@ def read_text(member: Callable[[str], bytes | None]) -> SampleText:
 
 
 def split_lines(text: str) -> list[str]:
-    """The lines of a text, which end in CR, LF or both, and in nothing else."""
-    lines = re.split("\r\n|\r|\n", text)  # str.splitlines cuts at U+2028, U+0085 and others, which captions contain
+    """The lines of a text, split only at CR, LF or both."""
+    lines = re.split("\r\n|\r|\n", text)  # str.splitlines also splits at U+2028, U+0085 and others, found in captions
     return lines if lines[-1] else lines[:-1]
 
 

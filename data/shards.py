@@ -1,4 +1,4 @@
-"""A folder of WebDataset shards: what to read and how, and every check there is before the first image is read."""
+"""A folder of WebDataset shards: what to read and how, and all checks made before the first image is read."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -27,16 +27,16 @@ class Shards(Frame):
     shards: Path | None = None
     """Folder of WebDataset shards (*.tar), made by `duotone prepare`, img2dataset or tar."""
     decoder: Literal["auto", "dali", "pillow"] = "auto"
-    """What decodes JPEG, PNG and WebP; auto takes DALI where it is installed."""
+    """What decodes JPEG, PNG and WebP; auto uses DALI if it is installed."""
     threads: int = 2
     """Threads that decode on the CPU."""
     on_bad: OnBad = "refuse"
-    """An image that cannot be read: stop, or take the next sample, with a line and in the run's record."""
+    """If an image cannot be read: stop, or use the next sample and note it in the log and the run's record."""
     held_out: float = 0.0
-    """Share of the images that is never trained on, chosen by their keys; `duotone evaluate` measures against it too."""
+    """Share of the images, chosen by key, that is never trained on; `duotone evaluate` measures against it too."""
 
     def __post_init__(self):
-        if isinstance(self.shards, str):  # as one writes it in a script
+        if isinstance(self.shards, str):  # scripts may give a string
             object.__setattr__(self, "shards", Path(self.shards))
         super().__post_init__()
         at_least("data.threads", self.threads, 1)
@@ -45,7 +45,7 @@ class Shards(Frame):
     def open(self, device: torch.device, require_captions: bool = False, part: Part = "training") -> Dataset:
         """Checks every shard and indexes those without an index; raises Refused naming shard, key and remedy.
 
-        Only the samples of one part can be read: those that are trained on, those that are held out, or all.
+        The data set holds the samples of one part only: those to train on, those held out, or all.
         """
         paths = _shard_paths(self.shards)
         manifest = read_manifest(self.shards, paths)
@@ -80,7 +80,7 @@ def _shard_paths(folder: Path | None) -> list[Path]:
 
 
 def _refuse_packed(folder: Path, plain: set[str]) -> None:
-    """Raises Refused for a packed shard whose plain form is not there: its images would be missing without a word."""
+    """Raises Refused for a compressed shard without its plain .tar: its images would be missing silently."""
     for path in sorted(path for path in folder.glob("*") if not path.name.startswith(".")):
         ending = next((ending for ending in UNPACK if path.name.lower().endswith(ending)), None)
         if ending and f"{path.name[: -len(ending)]}.tar" not in plain:
@@ -98,12 +98,12 @@ def _parted(indexes: list[TarIndex], shards: Shards, part: Part) -> list[TarInde
     before, after = (sum(len(index.keys) for index in some) for some in (indexes, kept))
     if before and not after:
         does = "leaves nothing to train on" if part == "training" else "holds out nothing"
-        raise Refused(f"{shards.shards}: data.held_out {shards.held_out} {does} of {before:,} images; choose another")
+        raise Refused(f"{shards.shards}: data.held_out {shards.held_out} {does} of {before:,} images; change the share")
     return kept
 
 
 def _check(dataset: Dataset, shards: Shards, require_captions: bool) -> None:
-    """Raises Refused for the first sample that training would stumble over."""
+    """Raises Refused for the first sample that training could not use."""
     if not dataset.count:
         raise Refused(f"{dataset.paths[0].parent}: it holds no images (jpg, jpeg, png, webp, npy); check the folder")
     if dataset.bad and shards.on_bad == "refuse":
@@ -163,12 +163,12 @@ def _check_sides(dataset: Dataset, shards: Shards) -> None:
 
 
 def _remedy(shards: Shards, height: int, width: int) -> str:
-    """An image of data.size has no room for the border that a pad would set inside it."""
+    """The flag to change: an image of exactly data.size leaves no room for the border that data.pad puts inside it."""
     return "--data.pad 0" if height == width == shards.size else "--data.resize crop, or another --data.size"
 
 
 def _enlarged(dataset: Dataset, shards: Shards) -> list[str]:
-    """A line where images are smaller than the square they become; the shorter side decides, upright or turned."""
+    """A line if images are smaller than the square they become; only the shorter side matters, not the orientation."""
     shorter_N = np.minimum(dataset.columns["height"], dataset.columns["width"])
     count = int(((shorter_N < shards.side) & dataset.good_N).sum())
     wanted = f"data.size = {shards.size}" + (f" less data.pad = {shards.pad} on either side" if shards.pad else "")
@@ -176,18 +176,18 @@ def _enlarged(dataset: Dataset, shards: Shards) -> list[str]:
 
 
 def _transparent(dataset: Dataset) -> list[str]:
-    """A line where images have an alpha channel, which no decoder looks at."""
+    """A line if images have an alpha channel, which the decoders ignore."""
     kind_N, channels_N = dataset.columns["kind"], dataset.columns["channels"]
     alpha_N = np.isin(kind_N, [KINDS.index("png"), KINDS.index("webp")]) & np.isin(channels_N, (2, 4))
     count = int((alpha_N & dataset.good_N).sum())
     if not count:
         return []
     remedy = "`duotone prepare folder` lays pictures on white"
-    return [f"images of which transparent parts show the colour beneath: {count:,} of {dataset.count:,}; {remedy}"]
+    return [f"images whose transparent parts show the colour beneath: {count:,} of {dataset.count:,}; {remedy}"]
 
 
 def _decoder(shards: Shards, device: torch.device):
-    """The decoder the configuration asks for, and a note where another had to be taken."""
+    """The decoder that the configuration asks for, and a note if another had to be used."""
     if shards.decoder == "pillow":
         return PillowDecoder(shards.side, shards.channels, shards.threads), None
     reason = _why_no_dali()

@@ -1,4 +1,4 @@
-"""Images as stored -> the square uint8 images of a batch: slices of decoded ones, a decoder for the others, a border."""
+"""Images as stored -> a batch's square uint8 images: stored pixels are sliced, the rest decoded, a border added."""
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ STORED = KINDS.index("npy")
 
 
 class Squares:
-    """Cuts, resizes and frames images as the configuration says; `columns` is what the index knows of every sample."""
+    """Cuts, resizes and pads images as the configuration says; `columns` holds the index's data on every sample."""
 
     def __init__(self, frame: Frame, columns: dict[str, np.ndarray], decoder):
         self.frame, self.columns, self.decoder = frame, columns, decoder
@@ -45,7 +45,7 @@ class Squares:
             raise BadSample(int(samples_N[bad.place]), bad.reason) from None
 
     def _pixels(self, sample: int, encoded_B: np.ndarray) -> np.ndarray:
-        """The pixels of a .npy member are its last bytes."""
+        """The pixels of a .npy member, which are its last bytes."""
         height, width, channels = (int(self.columns[name][sample]) for name in ("height", "width", "channels"))
         return encoded_B[-height * width * channels :].reshape(height, width, channels)
 
@@ -54,7 +54,7 @@ class Squares:
         shape = (len(inner_NHWC), size, size, self.frame.channels)
         if not pad:
             return inner_NHWC
-        if inner_NHWC.device.type == "cpu":  # numpy: torch would wake its thread team for a quarter of a megabyte
+        if inner_NHWC.device.type == "cpu":  # numpy, as torch would wake its thread pool for a quarter of a megabyte
             images_NHWC, inner_NHWC = np.zeros(shape, dtype=np.uint8), inner_NHWC.numpy()
         else:
             images_NHWC = inner_NHWC.new_zeros(shape)

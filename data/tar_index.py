@@ -1,7 +1,7 @@
 """The index of a tar shard: where each sample's bytes lie and what they are, built once and kept beside the shard.
 
-The index of `00000.tar` is `00000.index.json`, columns of numbers by sample. It belongs to a shard of one size and
-modification time; after a change it is built again. CRC-32 per member lets a reader trust the bytes it is given.
+The index of `00000.tar` is `00000.index.json`: columns with one number per sample. It is valid for a shard of one size
+and modification time, and is rebuilt if they change. A CRC-32 per member lets readers trust the bytes they are given.
 """
 
 import errno
@@ -34,7 +34,7 @@ LABEL_COLUMNS = ["label", "attributes"]
 COLUMNS = IMAGE_COLUMNS + HEADER_COLUMNS + TEXT_COLUMNS + LABEL_COLUMNS
 WEBDATASET_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
 SEAL = ',"sha256":"'
-SPARE_FILES = 256  # that a process may open besides its shards
+SPARE_FILES = 256  # open files to leave for all but the shards
 UNSAFE_KEY = re.compile(r"[\x00-\x1f\x7f\\]|^/|(?:^|/)\.\.(?:/|$)")
 
 
@@ -45,10 +45,10 @@ class TarIndex:
     keys: list[str]
     columns: dict[str, np.ndarray]
     bad: dict[int, str] = field(default_factory=dict)  # sample -> why its image or text cannot be used
-    ignored: dict[str, int] = field(default_factory=dict)  # extension -> members that are none of ours
+    ignored: dict[str, int] = field(default_factory=dict)  # extension -> number of members that are not read
     fingerprint: str  # of every key, extension, size and checksum
     stamp: tuple[int, int]  # size and modification time (ns) of the shard that was read
-    note: str | None = None  # said once to the user: the index could not be kept
+    note: str | None = None  # for the user, if the index could not be kept
 
 
 def index_path(shard: Path) -> Path:
@@ -57,7 +57,7 @@ def index_path(shard: Path) -> Path:
 
 
 def open_index(shard: Path) -> TarIndex:
-    """The shard's index, from the file beside it or built now; raises Refused for a shard that is not sound."""
+    """The shard's index, from the file beside it or built now; raises Refused if the shard is damaged or unusable."""
     stored = _load(index_path(shard), _stamp(shard))
     if stored is not None:
         return stored
@@ -82,7 +82,7 @@ def build_index(shard: Path) -> TarIndex:
 
 
 def map_bytes(shard: Path) -> np.ndarray:
-    """The shard's bytes as read-only uint8 (B,), mapped, not read."""
+    """The shard's bytes as read-only uint8 (B,), memory-mapped and not yet read; raises Refused."""
     try:
         return (
             np.memmap(shard, dtype=np.uint8, mode="r").view(np.ndarray)
@@ -96,9 +96,9 @@ def map_bytes(shard: Path) -> np.ndarray:
 
 
 def allow_open(shards: int) -> None:
-    """Raises this process's limit of open files to its highest where so many mapped shards would not fit: each keeps one."""
+    """Raises the soft limit of open files to the hard one if it is too low for so many mapped shards, one file each."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # then the first shard that is too many is refused, with a remedy
+    with suppress(ValueError, OSError):  # if this fails, the first shard over the limit is refused, with a remedy
         if soft != resource.RLIM_INFINITY and len(os.listdir("/dev/fd")) + shards + SPARE_FILES > soft:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
@@ -119,7 +119,7 @@ def _stamp(shard: Path) -> tuple[int, int]:
 
 
 def _load(path: Path, stamp: tuple[int, int]) -> TarIndex | None:
-    """The stored index if it belongs to this very shard, else None: an index is a cache, so any doubt rebuilds it."""
+    """The stored index if it belongs to exactly this shard, else None: it is a cache, rebuilt if in any doubt."""
     try:
         content = json.loads(_unsealed(path.read_text("utf-8")))
         if content["version"] != VERSION or content["stamp"] != list(stamp):
@@ -131,7 +131,7 @@ def _load(path: Path, stamp: tuple[int, int]) -> TarIndex | None:
 
 
 def _sealed(text: str) -> str:
-    """A JSON object with a last field, the hash of all before it."""
+    """A JSON object with one more field at the end: the hash of everything before it."""
     return f'{text[:-1]}{SEAL}{hashlib.sha256(text[:-1].encode()).hexdigest()}"}}'
 
 
@@ -162,7 +162,7 @@ def _fits(index: TarIndex) -> bool:
 
 
 def _grouped(shard: Path, found: list[Member]) -> tuple[dict[str, dict[str, Member]], Counter]:
-    """Members by key, webdataset's rule: the key ends at the first dot of the file's name."""
+    """Members by key, and counts of ignored extensions; as in webdataset, the key ends at the file name's first dot."""
     samples: dict[str, dict[str, Member]] = {}
     ignored: Counter = Counter()
     last = None
@@ -191,7 +191,7 @@ def _split(shard: Path, name: str) -> tuple[str, str]:
 
 
 class _Table:
-    """Collects the columns while the shard's bytes are read once."""
+    """Collects the columns in a single read of the shard."""
 
     def __init__(self, shard: Path, data_B: np.ndarray):
         self.shard = shard
@@ -217,7 +217,7 @@ class _Table:
             raise Refused(f"{self.shard}: key {key!r} has {len(encoded)} images; give every image its own key")
         if not encoded and DECODED not in parts:
             raise Refused(f"{self.shard}: key {key!r} has text but no image; add the image or drop the text")
-        if encoded and parts.pop(DECODED, None):  # an embedding beside the picture
+        if encoded and parts.pop(DECODED, None):  # such as an embedding beside the picture
             ignored[DECODED] += 1
         image = parts[(encoded or [DECODED])[0]]
         image_bytes = self._bytes(image) if image.size <= MAX_BYTES else b""

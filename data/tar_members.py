@@ -1,7 +1,7 @@
-"""Walks a tar strictly: every byte is a file, its padding or the end mark; nothing is extracted.
+"""Walks a tar strictly: every byte must belong to a member, its padding or the end mark; nothing is extracted.
 
-Reads USTAR, GNU and PAX archives. Python's tarfile ends quietly at a damaged header; here the rest of a shard cannot
-vanish that way.
+Reads USTAR, GNU and PAX archives. Python's tarfile stops silently at a damaged header, and the rest of a shard would
+be lost; here it is an error.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ REFUSED_TYPES |= {b"S": "a sparse file", b"M": "a part of another archive"}
 
 
 class Damaged(ValueError):
-    """Not a tar, or a tar that cannot be trusted; the message is a reason without the file's name."""
+    """Not a tar, or a tar that cannot be trusted; the message is the reason, without the file's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def members(data_B: np.ndarray) -> Iterator[Member]:
             pax = _pax(_extension(data, body, own_size))
             name, size = pax.get("path", name), _pax_size(pax)
         elif kind in FILE_TYPES:
-            if not own_name.endswith("/"):  # how tars older than POSIX write a folder
+            if not own_name.endswith("/"):  # pre-POSIX tars write folders so
                 yield Member(name or own_name, body, own_size)
             name, size = None, None
         elif kind == FOLDER:
@@ -64,7 +64,7 @@ def _check_end(data_B: np.ndarray, at: int) -> None:
     if len(data_B) - at < 2 * BLOCK:
         raise Damaged("it is truncated: the end mark is incomplete")
     if data_B[at:].any():
-        raise Damaged(f"there is data behind the end mark at byte {at} (tars joined with cat?)")
+        raise Damaged(f"there is data after the end mark at byte {at} (tars joined with cat?)")
 
 
 def _header(header: bytes, at: int) -> tuple[bytes, str, int]:
@@ -116,7 +116,7 @@ def _extension(data: memoryview, start: int, size: int) -> bytes:
 
 
 def _pax(raw: bytes) -> dict[str, str]:
-    """Records of the form b'<length> <key>=<value>\\n', the length counting the whole record."""
+    """Path and size from records of the form b'<length> <key>=<value>\\n', where length counts the whole record."""
     records = {}
     while raw.strip(b"\0"):
         digits, blank, _ = raw[:20].partition(b" ")

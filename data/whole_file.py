@@ -1,4 +1,4 @@
-"""Files that replace what was there in one step: no reader and no crash ever sees half of one."""
+"""Writes files that replace the old ones in one step: no reader finds half a file, not even after a crash."""
 
 import errno
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 @contextmanager
 def draft_of(path: Path) -> Iterator[Path]:
-    """A name beside the file; what the block writes there takes the file's place, or after an error is gone."""
+    """A path beside the file; what the block writes there replaces the file, or is deleted after an error."""
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         yield draft
@@ -24,7 +24,7 @@ def draft_of(path: Path) -> Iterator[Path]:
 
 
 def as_opened(path: Path) -> None:
-    """Gives a file that a library made for its owner alone the rights of one that open() makes."""
+    """Gives a file that a library made readable for its owner alone the permissions that open() would give it."""
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(path, 0o666 & ~mask)
@@ -35,9 +35,9 @@ OF_THE_DISK |= {errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EIO, errn
 
 
 def told_by_the_disk(error: Exception) -> str | None:
-    """What a file system says that does not take or give a file, in one line; None for any other error."""
+    """A file system's error message for a file it cannot write or read, in one line; None for any other error."""
     code = getattr(error, "errno", None)
-    inside = re.search(r"Os \{ code: (\d+)|\(os error (\d+)\)", str(error))  # as safetensors had it, and has it
+    inside = re.search(r"Os \{ code: (\d+)|\(os error (\d+)\)", str(error))  # old and new format of safetensors
     if code not in OF_THE_DISK and (inside is None or int(inside[1] or inside[2]) not in OF_THE_DISK):
         return None
     return f"{' '.join(str(error).split())}: make room, or give a path that can be used"
@@ -55,7 +55,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def sync(path: Path) -> None:
-    """Returns when a file, or the names in a folder, are on the disk."""
+    """Returns once a file, or a folder's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Samples -> WebDataset shards with their indexes and dataset.json: all of it, or nothing."""
+"""Samples -> WebDataset shards with their indexes and dataset.json: all of them, or nothing."""
 
 import errno
 import io
@@ -29,7 +29,7 @@ ImageFormat = Literal["jpg", "png", "npy"]
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One image and what is said about it."""
+    """One image with its captions, label and attributes."""
 
     image: np.ndarray | bytes  # uint8 (H, W, C) with C 1 or 3; or encoded bytes, stored as they are
     extension: str | None = None  # of encoded bytes: jpg, png or webp
@@ -51,9 +51,9 @@ def write_shards(
     quality: int = 95,
     about: dict | None = None,
 ) -> dict:
-    """Writes a folder of shards and returns what dataset.json says.
+    """Writes a folder of shards and returns dataset.json's content, which includes `about`.
 
-    `about` is kept in dataset.json. Raises Refused where `out` exists, no sample comes, or training could not read one.
+    Raises Refused if `out` exists, there are no samples, or training could not read one of them.
     """
     if os.path.lexists(out):
         raise Refused(f"{out}: it exists already; choose another --out, or remove it")
@@ -68,7 +68,7 @@ def write_shards(
             shards[shard.name] = index.fingerprint
             count += len(index.keys)
         if not count:
-            raise Refused(f"{out}: there is not one image to write; check the input")
+            raise Refused(f"{out}: there are no images to write; check the input")
         path, about = folder / NAME, about or {}
         manifest = Manifest(path=path, count=count, classes=classes, attributes=attributes, shards=shards, about=about)
         manifest.save()
@@ -77,7 +77,7 @@ def write_shards(
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that takes its name when the block ends well, and is removed when it does not."""
+    """A hidden folder beside `out`, renamed to `out` if the block succeeds and removed if it fails; raises Refused."""
     out = Path(os.path.abspath(out))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
             yield folder
             folder.rename(out)
     except BaseException as error:
-        with _when_stopped(signal.SIG_IGN):  # a second signal would leave half of it
+        with _when_stopped(signal.SIG_IGN):  # a second signal would leave half the folder behind
             shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError):
             raise _failed(out, error) from None
@@ -99,14 +99,14 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 def _failed(out: Path, error: OSError) -> Refused:
     if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-        return Refused(f"{out}: another process has written it meanwhile; use what it wrote, or choose another --out")
+        return Refused(f"{out}: another process has written it meanwhile; use that, or choose another --out")
     return Refused(f"{out}: writing failed ({error.strerror}); make room, or choose another --out")
 
 
 @contextmanager
 def _when_stopped(handler) -> Iterator[None]:
-    """Handles what would end the process at once, SIGTERM and SIGHUP; what is handled or ignored already stays so."""
-    if threading.current_thread() is not threading.main_thread():  # no other may set a handler
+    """Handles SIGTERM and SIGHUP, which would end the process at once, unless they are handled or ignored already."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
         yield
         return
     signals = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) is signal.SIG_DFL]
@@ -120,7 +120,7 @@ def _when_stopped(handler) -> Iterator[None]:
 
 
 def _leave(number: int, frame) -> None:
-    raise SystemExit(128 + number)  # as a shell has it
+    raise SystemExit(128 + number)  # as in a shell
 
 
 def encode_image(image_HWC: np.ndarray, image_format: ImageFormat, quality: int) -> bytes:
@@ -146,8 +146,8 @@ def _chunks(samples: Iterable[Sample], per_shard: int) -> Iterator[Iterator[Samp
 def _write_shard(
     shard: Path, samples: Iterator[Sample], first: int, image_format: ImageFormat, quality: int
 ) -> list[str]:
-    """Writes one shard and returns what names each sample in messages."""
-    from webdataset import TarWriter  # here, because it costs a second to import and readers do not need it
+    """Writes one shard and returns the name by which messages call each sample."""
+    from webdataset import TarWriter  # imported here, because it takes a second and readers do not need it
 
     names = []
     with shard.open("wb") as stream:
@@ -162,10 +162,10 @@ def _write_shard(
 
 
 def _refuse_bad(index: TarIndex, names: list[str]) -> None:
-    """Raises Refused for the first sample that training would refuse, by a name that its owner knows."""
+    """Raises Refused for the first sample that training would refuse, by the name that the user knows it by."""
     if index.bad:
         sample = min(index.bad)
-        raise Refused(f"{names[sample]}: {index.bad[sample]}; make it smaller or mend it, or leave it out")
+        raise Refused(f"{names[sample]}: {index.bad[sample]}; make it smaller or repair it, or leave it out")
 
 
 def _members(sample: Sample, key: str, image_format: ImageFormat, quality: int) -> dict:
@@ -181,7 +181,7 @@ def _members(sample: Sample, key: str, image_format: ImageFormat, quality: int) 
 
 
 def readable_texts(sample: Sample) -> dict[str, bytes]:
-    """What is said about a sample as the members .txt and .json; raises Unreadable where training could not read it."""
+    """A sample's captions, label and attributes as .txt and .json; raises Unreadable if training cannot read them."""
     try:
         texts = _texts(sample)
         if len(texts.get("json", b"")) > MAX_BYTES:

@@ -25,11 +25,11 @@ class PrepareCeleba(PictureOptions):
     """Faces with attributes: list_attr_celeba.txt, its CSV form, or CelebAMask-HQ-attribute-anno.txt."""
 
     images: Path
-    """Folder of the image files, such as img_align_celeba."""
+    """Folder with the image files, such as img_align_celeba."""
     attributes: Path
     """The attribute list, .txt or .csv."""
     partition: Path | None = None
-    """list_eval_partition, .txt or .csv; only needed for a split."""
+    """list_eval_partition, .txt or .csv; only needed with --split."""
     split: Literal["train", "valid", "test", "all"] = "all"
     """Which part to take."""
 
@@ -39,7 +39,7 @@ class PrepareCeleba(PictureOptions):
             raise Refused(f"split is {self.split}: it needs --partition list_eval_partition.txt")
         if self.split == "all" and self.partition is not None:
             remedy = "add --split train (or valid, or test), or leave --partition out"
-            raise Refused(f"partition is {self.partition} but split is all, which takes the test set too: {remedy}")
+            raise Refused(f"partition is {self.partition} but split is all, which includes the test set: {remedy}")
 
     def run(self) -> dict:
         """Writes the shards and returns a summary; raises Refused naming the file or the line."""
@@ -61,38 +61,38 @@ class PrepareCeleba(PictureOptions):
         without = [name for name in names if name not in splits]
         if without:
             found = f"it has no line for {len(without):,} pictures of {self.attributes}, the first {without[0]!r}"
-            raise Refused(f"{self.partition}: {found}; download it again, or give the one that belongs to them")
+            raise Refused(f"{self.partition}: {found}; download it again, or give the one that belongs to that list")
         wanted = {name for name in names if splits[name] == SPLITS[self.split]}
         if not wanted:
-            found = f"no picture of {self.attributes} is of {self.split}"
+            found = f"no picture of {self.attributes} is in {self.split}"
             raise Refused(f"{self.partition}: {found}; choose another --split")
         return wanted
 
 
 def read_attributes(path: Path) -> tuple[list[str], dict[str, list[int]]]:
-    """Attribute names, and for each file 1 present or 0 absent; raises Refused naming the line."""
+    """Attribute names, and each file's values, 1 present or 0 absent; raises Refused naming the line."""
     lines, first, promised = _lines(path), 2, None
-    if lines and len(lines[0]) == 1 and lines[0][0].isdecimal():  # the text form begins with the number of images
+    if lines and len(lines[0]) == 1 and lines[0][0].isdecimal():  # the text form starts with the number of images
         lines, first, promised = lines[1:], 3, lines[0][0]
     if len(lines) < 2:
         raise Refused(f"{path}: it is not an attribute list (names, then a line for each image); check the path")
-    names = lines[0][1:] if _is_csv(path) else lines[0]  # the CSV form names its first column too
+    names = lines[0][1:] if _is_csv(path) else lines[0]  # the CSV form also names its first column
     _check_names(path, names, first - 1)
     rows = _rows(path, lines[1:], first, names)
     if promised not in (None, str(len(rows))):
-        raise Refused(f"{path}: it says {promised[:20]} images and lists {len(rows)}; download it again")
+        raise Refused(f"{path}: it says {promised[:20]} images but lists {len(rows)}; download it again")
     return names, rows
 
 
 def _check_names(path: Path, names: list[str], number: int) -> None:
-    """Raises Refused for a head that is a picture's line, or names an attribute twice or none."""
+    """Raises Refused for a header that is a picture's line, names no attribute or names one twice."""
     if not names:
         remedy = "separate its columns by commas, the first for the file names" if _is_csv(path) else "write them there"
         raise Refused(f"{path}: line {number} names no attribute; {remedy}")
     wrong = next((name for name in names if name in VALUES or not name.strip()), None)
     if wrong is not None:
         found = f"line {number} has {wrong!r} where an attribute's name should be"
-        raise Refused(f"{path}: {found}; begin the list with the line of names, as it was published")
+        raise Refused(f"{path}: {found}; start the list with the line of names, as it was published")
     twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
     if twice is not None:
         raise Refused(f"{path}: line {number} names {twice!r} twice; remove or rename one of the two columns")
@@ -129,7 +129,7 @@ def read_partition(path: Path) -> dict[str, int]:
     splits = {}
     for number, line in enumerate(split_lines(read_text_file(path, "partition")), start=1):
         fields = line.replace(",", " ").split()
-        if not fields or (number == 1 and fields[1:] == ["partition"]):  # the heads of the CSV form's columns
+        if not fields or (number == 1 and fields[1:] == ["partition"]):  # the CSV form's header
             continue
         if len(fields) != 2 or fields[1] not in ("0", "1", "2"):
             raise Refused(f"{path}: line {number} is not a file name and 0, 1 or 2; give list_eval_partition")

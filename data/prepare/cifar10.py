@@ -1,6 +1,6 @@
 """CIFAR-10 as its authors publish it, binary or Python version -> shards.
 
-The Python version is a pickle: it is read by an unpickler that knows numpy arrays and plain values, and nothing else.
+The Python version is a pickle; its unpickler accepts numpy arrays and plain values, and nothing else.
 """
 
 import io
@@ -20,8 +20,8 @@ from duotone.data.write_shards import Sample, write_shards
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 BATCHES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
 PIXELS = 3 * 32 * 32
-RECORDS = 10000  # of each file, as published
-MAX_BYTES = 1 << 26  # a batch has 31 MB
+RECORDS = 10000  # in each file, as published
+MAX_BYTES = 1 << 26  # a batch file has 31 MB
 ALLOWED = {(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")}
 ALLOWED |= {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
 BUFFERED = {(f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")}  # in pickles of protocol 5
@@ -36,13 +36,13 @@ class PrepareCifar10:
     out: Path
     """Folder to write; it must not exist."""
     split: Literal["train", "test"] = "train"
-    """50,000 images or 10,000."""
+    """train has 50,000 images, test 10,000."""
     caption: str = "a photo of a {}"
-    """Caption with {} for the class name."""
+    """Caption, with {} for the class name."""
     image_format: Literal["npy", "png"] = "npy"
-    """npy is stored decoded, ready to be sliced; png is smaller."""
+    """npy is stored decoded, so reading only slices it; png is smaller."""
     per_shard: int = 10000
-    """Samples in a shard."""
+    """Samples per shard."""
 
     def __post_init__(self):
         if self.per_shard < 1:
@@ -65,7 +65,7 @@ class PrepareCifar10:
         return summary | {"classes": CLASSES, "short": short}
 
     def _refuse_cut(self, counts: dict[str, int]) -> None:
-        """Raises Refused where one file has fewer images than another; parts of the set may be smaller, but evenly."""
+        """Raises Refused if files differ in their number of images; a subset of the set must be cut evenly."""
         least, most = min(counts, key=counts.get), max(counts, key=counts.get)
         if counts[least] < counts[most]:
             found = f"{least} holds {counts[least]:,} images and {most} {counts[most]:,}"
@@ -92,7 +92,7 @@ def _bytes(path: Path) -> bytes:
 
 
 def _from_binary(path: Path, raw: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Records of one label byte and 3072 pixel bytes, planes of red, green and blue."""
+    """Images and labels from records of one label byte and 3072 pixel bytes: a red, a green and a blue plane."""
     if not raw or len(raw) % (1 + PIXELS):
         raise Refused(f"{path}: it is not a whole number of CIFAR-10 records; download it again")
     records_NB = np.frombuffer(raw, dtype=np.uint8).reshape(-1, 1 + PIXELS)
@@ -111,12 +111,12 @@ def _from_pickle(path: Path, raw: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 def _checked(path: Path, pixels_NB: np.ndarray, labels_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if pixels_NB.shape != (len(labels_N), PIXELS) or not len(labels_N) or labels_N.max() >= len(CLASSES):
-        raise Refused(f"{path}: its labels or its pixels are not those of CIFAR-10; download it again")
+        raise Refused(f"{path}: its labels or pixels are not those of CIFAR-10; download it again")
     return pixels_NB.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels_N
 
 
 def read_pickled_arrays(path: Path, raw: bytes) -> dict:
-    """A pickled dictionary of arrays and plain values; anything else in the pickle is refused before it is made."""
+    """A pickled dictionary of arrays and plain values; raises Refused before anything else in the pickle is created."""
     try:
         content = _ArraysOnly(io.BytesIO(raw), encoding="bytes").load()
     except Refused as refusal:
@@ -129,10 +129,10 @@ def read_pickled_arrays(path: Path, raw: bytes) -> dict:
 
 
 def _from_buffer(buffer, dtype, shape, order, axis_order=None) -> np.ndarray:
-    """What numpy's _frombuffer makes, but of plain bytes alone; raises ValueError."""
-    if not isinstance(buffer, bytes | bytearray):  # another array may hold pointers, which are not to be seen
+    """The same array as numpy's _frombuffer returns, but from plain bytes only; raises ValueError."""
+    if not isinstance(buffer, bytes | bytearray):  # another array may hold pointers, which must not be exposed
         raise ValueError("an array's buffer is not bytes")
-    array = np.frombuffer(bytes(buffer), dtype=dtype)  # which refuses objects
+    array = np.frombuffer(bytes(buffer), dtype=dtype)  # raises on object types
     return array.reshape(shape, order="C").transpose(axis_order) if order == "K" else array.reshape(shape, order=order)
 
 

@@ -13,7 +13,7 @@ class PrepareCoco(PictureOptions):
     """Images with captions in COCO's format, such as captions_train2017.json and train2017/."""
 
     images: Path
-    """Folder of the image files."""
+    """Folder with the image files."""
     annotations: Path
     """The captions, a JSON file with `images` and `annotations`."""
 
@@ -31,7 +31,7 @@ class PrepareCoco(PictureOptions):
         return summary | {"skipped": skipped, "captions_of_no_image": unlisted}
 
     def _pictures(self, images: list, captions: dict[int, list[str]]) -> tuple[list[Picture], list[Picture]]:
-        """Those with captions, and those without."""
+        """The pictures with captions, sorted by file name, and those without."""
         pictures = [self._picture(entry, captions) for entry in images]
         _refuse_twice(self.annotations, pictures)
         bare = [picture for picture in pictures if not picture.captions]
@@ -77,9 +77,9 @@ def _refuse_twice(path: Path, pictures: list[Picture]) -> None:
 
 
 def _id(path: Path, value) -> int:
-    """An id as a number; raises Refused for a part of one, which would be another's, and ValueError for what is none."""
+    """An id as an int; raises Refused for a fraction, which would be cut to another image's id, and ValueError."""
     if isinstance(value, float) and not value.is_integer():
-        raise Refused(f"{path}: an image's id is {value}, which is no whole number; correct it")
+        raise Refused(f"{path}: an image's id is {value}, which is not a whole number; correct it")
     return int(value)
 
 

@@ -1,4 +1,4 @@
-"""MNIST's idx files (gzip or not) -> shards: gray images, labels, and captions from the class names."""
+"""MNIST's idx files (gzipped or not) -> shards: gray images, labels, and captions from the class names."""
 
 import gzip
 import math
@@ -24,7 +24,7 @@ UNSIGNED_BYTE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareIdx:
-    """MNIST, Fashion-MNIST and others in their format."""
+    """MNIST, Fashion-MNIST and other sets in their format."""
 
     images: Path
     """The idx3-ubyte file, .gz or not."""
@@ -33,17 +33,17 @@ class PrepareIdx:
     labels: Path | None = None
     """The idx1-ubyte file, .gz or not."""
     names: Literal["mnist", "fashion-mnist"] | None = None
-    """Known class names."""
+    """Use the class names of this known set."""
     classes: tuple[str, ...] | None = None
-    """Class names of your own, in the order of the labels."""
+    """Your own class names, in the order of the labels."""
     caption: str | None = None
-    """Caption with {} for the class name; without it the known one, or "a photo of a {}"."""
+    """Caption, with {} for the class name; by default that of --names, or "a photo of a {}"."""
     image_format: Literal["npy", "png"] = "npy"
-    """npy is stored decoded, ready to be sliced; png is smaller."""
+    """npy is stored decoded, so reading only slices it; png is smaller."""
     per_shard: int = 16384
-    """Samples in a shard."""
+    """Samples per shard."""
     limit: int | None = None
-    """Take only the first so many images."""
+    """Take only the first `limit` images."""
 
     def __post_init__(self):
         for name in ("per_shard", "limit"):
@@ -54,7 +54,7 @@ class PrepareIdx:
             raise Refused("names and classes are both given: use one of them")
         for name in ("names", "classes", "caption"):
             if self.labels is None and getattr(self, name) is not None:
-                raise Refused(f"{name} is given without labels, which it is about: give --labels too, or leave it out")
+                raise Refused(f"{name} is given without labels, which it describes: give --labels too, or leave it out")
 
     def run(self) -> dict:
         """Writes the shards and returns a summary; raises Refused naming the file."""
@@ -103,8 +103,8 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
             zipped = file.read(2) == b"\x1f\x8b"
         with gzip.open(path) if zipped else path.open("rb") as file:
             shape = _shape(path, file.read(4 + 4 * dimensions), dimensions)
-            data = file.read(math.prod(shape) + 1)  # one more than there should be: no bomb is unpacked
-    except (EOFError, zlib.error, gzip.BadGzipFile):  # the last is an OSError, which the next line is about
+            data = file.read(math.prod(shape) + 1)  # one byte more shows a mismatch without unpacking a bomb
+    except (EOFError, zlib.error, gzip.BadGzipFile):  # BadGzipFile is an OSError too, so it must come first
         raise Refused(f"{path}: it is truncated or damaged; download it again") from None
     except OSError as error:
         raise Refused(f"{path}: it cannot be read ({error.strerror or error}); check the path") from None

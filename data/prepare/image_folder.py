@@ -1,4 +1,4 @@
-"""A folder of pictures -> shards: a class for each sub-folder, captions from .txt files or from the class."""
+"""A folder of pictures -> shards: one class per sub-folder, captions from .txt files or from the class."""
 
 import os
 import re
@@ -23,26 +23,26 @@ from duotone.data.prepare.picture_files import (
 from duotone.data.refusal import Refused
 from duotone.data.sample_text import split_lines
 
-# Pictures of formats that are not read. Passed over like a stray text file, whole classes would be missing.
+# Picture formats that are not read. If they were ignored like stray text files, whole classes could be missing.
 FOREIGN = {".gif", ".apng", ".bmp", ".dib", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k"}
 FOREIGN |= {".tga", ".ico", ".svg", ".psd", ".ppm", ".pgm", ".pbm", ".pnm"}
 FOREIGN |= {".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"}
 
 
 class CaptionUnused(UserWarning):
-    """Files that look like captions lie beside no picture of their name."""
+    """Files that look like captions but have no picture of the same name beside them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareFolder(PictureOptions):
-    """Your own pictures: JPEG, PNG and WebP files, in sub-folders or not."""
+    """Your own pictures: JPEG, PNG and WebP files, with or without sub-folders."""
 
     images: Positional[Path]
     """The folder; sub-folders may be nested."""
     classes: Literal["folders", "none"] = "folders"
     """folders: each sub-folder that holds pictures is a class; none: sub-folders mean nothing."""
     caption: str = "a photo of a {}"
-    """For a picture without a .txt beside it: {} is its class. Empty: no caption from the class."""
+    """Caption of a picture without a .txt beside it, with {} for its class. Empty: no caption from the class."""
 
     def run(self) -> dict:
         """Writes the shards and returns a summary; raises Refused naming the file."""
@@ -115,9 +115,9 @@ class PrepareFolder(PictureOptions):
 
 
 def _files_below(folder: Path, unread: list[str] | None) -> tuple[list[Path], list[Path], list[Path]]:
-    """Pictures, texts and all other files, each in natural order, hidden ones left out.
+    """Pictures, texts and all other files, each in natural order, without hidden files.
 
-    Folders that cannot be read are told in `unread`, or refused where it is None.
+    Folders that cannot be read are added to `unread`; if it is None, Refused is raised.
     """
 
     def fail(error: OSError) -> None:
@@ -139,22 +139,22 @@ def _files_below(folder: Path, unread: list[str] | None) -> tuple[list[Path], li
 
 
 def _by_name(texts: list[Path]) -> dict[Path, Path]:
-    """Caption files by their names without .txt; one whose ending is in lower case goes before another."""
+    """Caption files by their path without .txt; if there are two, the one with a lower-case ending wins."""
     last = sorted(texts, key=lambda text: text.suffix == ".txt")
     return {text.with_suffix(""): text for text in last if text.is_file()}
 
 
 def _unused(texts: list[Path], used: set[Path | None]) -> list[Path]:
-    """Caption files that no picture has; the first is told, because a caption would be missing without a word."""
+    """Caption files without a picture; a warning names the first, because its caption would be lost silently."""
     unused = [text for text in texts if text not in used]
     if unused:
-        found = f"{len(unused):,} .txt files lie beside no picture of their name, the first {str(unused[0])!r}"
+        found = f"{len(unused):,} .txt files have no picture of the same name, the first {str(unused[0])!r}"
         warnings.warn(f"{found}: the caption of a.jpg is a.txt", CaptionUnused, stacklevel=2)
     return unused
 
 
 def _by_extension(paths: Iterable[Path]) -> dict[str, int]:
-    """How many files there are of each extension."""
+    """The number of files with each extension."""
     extensions = (_printable(Path(path.suffix)) if path.suffix else "without extension" for path in paths)
     return dict(sorted(Counter(extensions).items()))
 
@@ -164,7 +164,10 @@ def _listed(counts: dict[str, int]) -> str:
 
 
 def _refuse_twice(folder: Path, walked: dict[Path, Path]) -> None:
-    """Links are followed, but not to what is read on another way, or in circles; `walked` is by what links lead to."""
+    """Raises Refused for a link to a folder that is also read by another path, or that closes a circle.
+
+    `walked` maps each resolved folder to the path by which it was read.
+    """
     other = walked.setdefault(folder.resolve(), folder)
     if other is not folder:
         link, other = (folder, other) if folder.is_symlink() else (other, folder)
@@ -172,12 +175,12 @@ def _refuse_twice(folder: Path, walked: dict[Path, Path]) -> None:
 
 
 def _printable(path: Path) -> str:
-    """A path as text that JSON can hold, whatever bytes the file system has for it."""
+    """A path as text that JSON can hold, even if the file system's bytes are not UTF-8."""
     return os.fsencode(path.as_posix()).decode("utf-8", "replace")
 
 
 def _natural(path: Path) -> tuple:
-    """Sorts "9" before "10": digits compare as numbers, folders before the names in them."""
+    """A sort key that puts "9" before "10": digits compare as numbers, and folders come before the names in them."""
     return [[_place(part) for part in re.split(r"(\d+)", name) if part] for name in path.parts], str(path)
 
 

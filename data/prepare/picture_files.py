@@ -1,4 +1,4 @@
-"""Picture files -> samples: guarded, shrunk on a few threads, in order; what every `prepare` of files has in common."""
+"""Picture files -> samples: checked and shrunk on a few threads, in order; shared by every `prepare` of such files."""
 
 import hashlib
 import io
@@ -25,12 +25,12 @@ from duotone.data.write_shards import ImageFormat, Sample, encode_image, readabl
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"}
 UNPACK = {".tar.gz": "tar xzf", ".tgz": "tar xzf", ".tar": "tar xf", ".zip": "unzip", ".7z": "7z x"}
-REMEDY = "mend or remove it, or pass --on-bad skip to leave such pictures out"
+REMEDY = "repair or remove it, or pass --on-bad skip to leave such pictures out"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A file and what is said about it."""
+    """A picture file with its captions, label and attributes."""
 
     path: Path
     key: str | None = None
@@ -49,15 +49,15 @@ class PictureOptions:
     size: int | None = None
     """Shrink until the short side has this many pixels; without it the files are stored as they are."""
     image_format: ImageFormat | None = None
-    """Of shrunk pictures: jpg (the default), png, or npy (decoded: larger, and read many times faster)."""
+    """Format of shrunk pictures: jpg (the default), png, or npy (decoded: larger, but read many times faster)."""
     quality: int | None = None
     """JPEG quality of shrunk pictures, 1 to 100; by default 95."""
     per_shard: int = 4096
-    """Samples in a shard."""
+    """Samples per shard."""
     limit: int | None = None
-    """Take only the first so many pictures."""
+    """Take only the first `limit` pictures."""
     on_bad: Literal["refuse", "skip"] = "refuse"
-    """A picture that cannot be read: stop and name it, or leave it out and count it."""
+    """If a picture cannot be read: stop and name it, or leave it out and count it."""
     threads: int = 2
     """Pictures read at the same time."""
 
@@ -93,7 +93,7 @@ class PictureOptions:
                 skipped.append(f"{picture.path}: {reason}")
 
     def _sample(self, picture: Picture) -> Sample:
-        """The picture as it will be stored; raises Unreadable where it cannot be read, now or at training."""
+        """The picture as it will be stored; raises Unreadable if it cannot be read, now or in training."""
         image, extension = read_picture(picture.path, self.size)
         if extension is None:
             image, extension = self._encoded(image)
@@ -113,7 +113,7 @@ class PictureOptions:
         extension = self.image_format or "jpg"
         try:
             image = encode_image(image_HWC, extension, self.quality or 95)
-        except (OSError, ValueError) as error:  # a side longer than the format has numbers for
+        except (OSError, ValueError) as error:  # such as a side longer than the format allows
             raise Unreadable(f"it cannot be stored as {extension} ({error})") from None
         if len(image) > MAX_BYTES:
             smaller = "a smaller --size" + (", or --image-format jpg," if extension != "jpg" else "")
@@ -122,12 +122,12 @@ class PictureOptions:
 
 
 def key_of(source: bytes) -> str:
-    """A key that stays a picture's own when others are added: runs hold images out by it."""
+    """A key made from a picture's name alone, so that adding other pictures does not change which are held out."""
     return hashlib.blake2b(source, digest_size=8).hexdigest()
 
 
 def in_order(work: Callable, items: Iterable, threads: int) -> Iterator[tuple[object, Future]]:
-    """Each item with its finished work, in the order of the items, a few of them worked on at a time."""
+    """Each item with the Future of its work, in the order of the items, a few of them in progress at a time."""
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque = deque()
         try:
@@ -142,10 +142,10 @@ def in_order(work: Callable, items: Iterable, threads: int) -> Iterator[tuple[ob
 
 
 def read_picture(path: Path, size: int | None) -> tuple[np.ndarray | bytes, str | None]:
-    """The picture shrunk to uint8 (H, W, C), or its bytes and extension where it is kept; raises Unreadable."""
+    """The picture shrunk to uint8 (H, W, C), or with size None its bytes and extension; raises Unreadable."""
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe could block for ever
             raise Unreadable("it is not a file")
         if status.st_size > MAX_BYTES:
             raise Unreadable(f"its {status.st_size} bytes exceed {MAX_BYTES}")
@@ -176,12 +176,12 @@ def _kept(image: Image.Image, encoded: bytes, header: ImageHeader) -> tuple[byte
 
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    """By the one reading of orientation that training has too: Pillow's own looks in more places."""
+    """Turned upright as in training, whose orientation is passed in: Pillow's own looks in more places."""
     return Image.fromarray(upright(np.asarray(image), orientation))
 
 
 def _shrunk(image: Image.Image, size: int, orientation: int) -> np.ndarray:
-    # JPEG can decode at a half, a quarter or an eighth; two pixels a wanted one leave the filter enough to work with.
+    # JPEG can decode at 1/2, 1/4 or 1/8 size; two pixels per wanted one leave the filter enough to work with.
     image.draft("RGB", (2 * size, 2 * size))
     image = _upright(opaque(image), orientation)
     shrink = min(image.size) / size
@@ -193,7 +193,7 @@ def _shrunk(image: Image.Image, size: int, orientation: int) -> np.ndarray:
 
 
 def class_caption(template: str, name: str) -> str:
-    """The template with a class in place of {}: its last folder, underscores as blanks, "an" before a vowel."""
+    """The template with a class for {}: only its last folder, spaces for underscores, "an" before a vowel."""
     words = name.rpartition("/")[2].replace("_", " ")
     if words[:1].lower() in list("aeiou"):
         template = template.replace(" a {}", " an {}")
@@ -201,7 +201,7 @@ def class_caption(template: str, name: str) -> str:
 
 
 def check_folder(folder: Path, flag: str) -> None:
-    """Raises Refused where a folder that was named is not there, or is still packed."""
+    """Raises Refused if the folder does not exist or is still an archive; `flag` names it in the message."""
     if folder.is_dir():
         return
     if not folder.is_file():
@@ -212,18 +212,18 @@ def check_folder(folder: Path, flag: str) -> None:
 
 
 def check_any_there(pictures: list[Picture], folder: Path, listed_in: Path) -> None:
-    """Raises Refused where not one listed picture lies in the folder: then it is another list's, or the wrong level."""
+    """Raises Refused if not one listed picture is in the folder, which then is another list's or at the wrong level."""
     if not pictures or any(os.path.lexists(picture.path) for picture in pictures):
         return
     first = pictures[0].path.relative_to(folder)
     inside = _names_in(folder)
     below = next((folder / name for name in inside if os.path.lexists(folder / name / first)), None)
     if below is not None:
-        found = f"the pictures that {listed_in} names lie one folder below"
+        found = f"the pictures that {listed_in} names are one folder below"
         raise Refused(f"images {folder}: {found}; pass --images {below}")
     holds = f"{inside[0]!r} and {len(inside) - 1:,} more" if inside else "nothing"
     found = f"it holds {holds}, and not one picture that {listed_in} names, the first {str(first)!r}"
-    raise Refused(f"images {folder}: {found}; give the folder of these very pictures, their files named as listed")
+    raise Refused(f"images {folder}: {found}; give the folder of exactly these pictures, named as listed")
 
 
 def _names_in(folder: Path) -> list[str]:
@@ -234,7 +234,7 @@ def _names_in(folder: Path) -> list[str]:
 
 
 def read_text_file(path: Path, flag: str) -> str:
-    """A text file's content; raises Refused where it is missing or not UTF-8."""
+    """A text file's content; raises Refused if it cannot be read or is not UTF-8."""
     try:
         return path.read_text("utf-8-sig")
     except OSError as error:

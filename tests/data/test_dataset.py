@@ -228,7 +228,7 @@ def test_images_with_transparent_parts_are_noted(tmp_path, cpu, write_tar, plan_
         write_tar(tmp_path / name / "0.tar", [(f"{i}.{extension}", raw) for i, (extension, raw) in enumerate(images)])
     dataset = opened(tmp_path / "mixed", cpu)
     assert [note for note in dataset.notes if "transparent" in note] == [
-        "images of which transparent parts show the colour beneath: 5 of 11; `duotone prepare folder` lays pictures on white"
+        "images whose transparent parts show the colour beneath: 5 of 11; `duotone prepare folder` lays pictures on white"
     ]
     assert abs(dataset.read(plan_for([0])).images_NHWC[0, 0, 0].int() - torch.tensor([200, 30, 30])).max() <= 1
     assert opened(tmp_path / "opaque", cpu).notes == []

@@ -153,7 +153,7 @@ def test_coco_ids_are_whole_numbers(coco, field, number, said):
     )
     coco["annotations"].write_text(coco["annotations"].read_text().replace("77", number))
     message = refusal(PrepareCoco(**coco, on_bad="skip"))
-    assert message.startswith(f"{coco['annotations']}: an image's id is {said}, which is no whole number; ")
+    assert message.startswith(f"{coco['annotations']}: an image's id is {said}, which is not a whole number; ")
 
 
 def test_coco_captions_of_images_that_are_not_listed_are_counted(coco):
@@ -241,7 +241,7 @@ def test_captions_beside_no_picture_are_told(tmp_path, pictures):
     (tmp_path / "pictures" / "cat" / "b.TXT").touch()
     config = PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out")
     with pytest.warns(
-        CaptionUnused, match=re.escape(f"2 .txt files lie beside no picture of their name, the first '{named}.txt'")
+        CaptionUnused, match=re.escape(f"2 .txt files have no picture of the same name, the first '{named}.txt'")
     ):
         summary = config.run()
     assert (summary["captions_of_no_picture"], summary["other_files"]) == (2, {})
@@ -564,7 +564,7 @@ def faces(tmp_path, pictures):
 def test_a_celeba_list_has_as_many_lines_as_it_says(faces, text):
     faces["attributes"].write_text(text)
     message = refusal(PrepareCeleba(**faces))
-    assert message.startswith(f"{faces['attributes']}: it says 3 images and lists {text.count('.jpg')}; ")
+    assert message.startswith(f"{faces['attributes']}: it says 3 images but lists {text.count('.jpg')}; ")
 
 
 def test_a_celeba_list_names_a_file_once(faces):
@@ -588,7 +588,7 @@ def test_a_celeba_partition_needs_a_split(faces, tmp_path):
         ("image_id,Smiling\n0.jpg,1\n1.jpg,-1\n", "line 1 is not a file name and 0, 1 or 2"),
         ("0.jpg 0\n1.jpg 3\n2.jpg 0\n", "line 2 is not a file name and 0, 1 or 2"),
         ("0.jpg 0\n", "no line for 2 pictures of {attributes}, the first '1.jpg'"),
-        ("0.jpg 0\n1.jpg 0\n2.jpg 2\n", "no picture of {attributes} is of valid"),
+        ("0.jpg 0\n1.jpg 0\n2.jpg 2\n", "no picture of {attributes} is in valid"),
     ],
 )
 def test_celeba_partitions_that_are_not(faces, tmp_path, text, said):
