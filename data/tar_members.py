@@ -51,7 +51,7 @@ def members(data_B: np.ndarray) -> Iterator[Member]:
             pax = _pax(_extension(data, body, own_size))
             name, size = pax.get("path", name), _pax_size(pax)
         elif kind in FILE_TYPES:
-            if not own_name.endswith("/"):  # pre-POSIX tars write folders so
+            if not own_name.endswith("/"):  # pre-POSIX tars mark folders this way
                 yield Member(name or own_name, body, own_size)
             name, size = None, None
         elif kind == FOLDER:

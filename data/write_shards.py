@@ -99,7 +99,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 def _failed(out: Path, error: OSError) -> Refused:
     if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-        return Refused(f"{out}: another process has written it meanwhile; use that, or choose another --out")
+        return Refused(f"{out}: another process has written it meanwhile; use what it wrote, or choose another --out")
     return Refused(f"{out}: writing failed ({error.strerror}); make room, or choose another --out")
 
 
