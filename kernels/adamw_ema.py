@@ -86,7 +86,7 @@ CASES = [
     Case("one_short", 2047, "one short of two programs: the last must not count as full"),
     Case("network", 109_466_115, "the reference network on one device", grad=torch.bfloat16, timed=True),
     Case("two_tracks", 109_466_115, "with a second EMA track", tracks=2, grad=torch.bfloat16, timed=True),
-    Case("shard_of_8", 13_683_265, "the same under ZeRO stage 1 on 8 devices", grad=torch.bfloat16, timed=True),
+    Case("shard_of_8", 13_683_265, "1/8 of the network: ZeRO stage 1 on 8 devices", grad=torch.bfloat16, timed=True),
 ]
 
 # --------------------------------------------------------------------------------------------------- device code

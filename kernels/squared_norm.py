@@ -43,7 +43,7 @@ CASES = [
     Case("one", 1, "a shard of one parameter"),
     Case("one_short", 8191, "one short of a program: it must not be treated as full"),
     Case("network", 109_466_115, "the reference network on one device", grad=torch.bfloat16, timed=True),
-    Case("shard_of_8", 13_683_265, "the same under ZeRO stage 1 on 8 devices", grad=torch.bfloat16, timed=True),
+    Case("shard_of_8", 13_683_265, "1/8 of the network: ZeRO stage 1 on 8 devices", grad=torch.bfloat16, timed=True),
 ]
 
 # --------------------------------------------------------------------------------------------------- device code

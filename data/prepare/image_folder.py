@@ -148,7 +148,7 @@ def _unused(texts: list[Path], used: set[Path | None]) -> list[Path]:
     """Caption files without a picture; a warning names the first, because its caption would be lost silently."""
     unused = [text for text in texts if text not in used]
     if unused:
-        found = f"{len(unused):,} .txt files have no picture of the same name, the first {str(unused[0])!r}"
+        found = f"{len(unused):,} .txt files have no picture of the same name beside them, the first {str(unused[0])!r}"
         warnings.warn(f"{found}: the caption of a.jpg is a.txt", CaptionUnused, stacklevel=2)
     return unused
 

@@ -176,7 +176,7 @@ def _kept(image: Image.Image, encoded: bytes, header: ImageHeader) -> tuple[byte
 
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    """Turned upright as in training, whose orientation is passed in: Pillow's own looks in more places."""
+    """Turned upright by the orientation that training reads too: Pillow's own reader looks in more places."""
     return Image.fromarray(upright(np.asarray(image), orientation))
 
 

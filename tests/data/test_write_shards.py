@@ -106,7 +106,7 @@ def test_a_caption_that_no_file_can_hold_is_refused(tmp_path):
 
 
 def test_no_samples_and_doubled_keys_are_refused(tmp_path):
-    with pytest.raises(Refused, match="not one image"):
+    with pytest.raises(Refused, match="no images to write"):
         write_shards([], tmp_path / "s")
     with pytest.raises(Refused, match="'same'"):
         write_shards([Sample(image=NOISE[0], key="same")] * 2, tmp_path / "s")
