@@ -92,7 +92,7 @@ def _check_names(path: Path, names: list[str], number: int) -> None:
     wrong = next((name for name in names if name in VALUES or not name.strip()), None)
     if wrong is not None:
         found = f"line {number} has {wrong!r} where an attribute's name should be"
-        raise Refused(f"{path}: {found}; start the list with the line of names, as it was published")
+        raise Refused(f"{path}: {found}; begin the list with the line of names, as it was published")
     twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
     if twice is not None:
         raise Refused(f"{path}: line {number} names {twice!r} twice; remove or rename one of the two columns")

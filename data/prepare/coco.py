@@ -77,7 +77,7 @@ def _refuse_twice(path: Path, pictures: list[Picture]) -> None:
 
 
 def _id(path: Path, value) -> int:
-    """An id as an int; raises Refused for a fraction, which would be cut to another's id, and ValueError for a non-number."""
+    """An id as an int; raises Refused for a fraction, which int() would turn into another id, and ValueError."""
     if isinstance(value, float) and not value.is_integer():
         raise Refused(f"{path}: an image's id is {value}, which is not a whole number; correct it")
     return int(value)

@@ -241,7 +241,8 @@ def test_captions_beside_no_picture_are_told(tmp_path, pictures):
     (tmp_path / "pictures" / "cat" / "b.TXT").touch()
     config = PrepareFolder(images=tmp_path / "pictures", out=tmp_path / "out")
     with pytest.warns(
-        CaptionUnused, match=re.escape(f"2 .txt files have no picture of the same name beside them, the first '{named}.txt'")
+        CaptionUnused,
+        match=re.escape(f"2 .txt files have no picture of the same name beside them, the first '{named}.txt'"),
     ):
         summary = config.run()
     assert (summary["captions_of_no_picture"], summary["other_files"]) == (2, {})
