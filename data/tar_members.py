@@ -1,4 +1,4 @@
-"""Walks a tar strictly: every byte must belong to a member, its padding or the end mark; nothing is extracted.
+"""Walks a tar strictly: every byte must belong to a header, a member, its padding or the end mark; nothing is extracted.
 
 Reads USTAR, GNU and PAX archives. Python's tarfile stops silently at a damaged header, and the rest of a shard would
 be lost; here it is an error.

@@ -1,4 +1,4 @@
-"""out = softmax(scale * q k^T) v: q, k, v are read once and out is written once, in the layout of the projections.
+"""out = softmax(scale * q k^T) v: the scores stay on chip, and q, k, v and out keep the layout of the projections.
 
 N images, L query tokens, M key and value tokens, H heads, D channels per head. Viewing a channels-last feature map
 as tokens is free, so nothing is transposed or copied around the call. Vaswani et al. 2017, equation 1.

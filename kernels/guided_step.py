@@ -1,8 +1,8 @@
 """guided = D_uncond + scale * (D_cond - D_uncond) with D = c_skip * x + c_out * F: each tensor is read once.
 
 One network call predicts both branches: the first half of F is conditional, the second half unconditional.
-Ho and Salimans 2022, equation 6; Karras et al. 2022, equation 7; rescaling as in Lin et al. 2024, equations 14 to 16.
-N images, C channels, H x W pixels.
+Ho and Salimans 2022, equation 6; Karras et al. 2022, equation 7; rescaling as in Lin et al. 2024, equations 14
+to 16, needs a second read. N images, C channels, H x W pixels.
 """
 
 from dataclasses import dataclass

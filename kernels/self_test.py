@@ -107,7 +107,7 @@ def _joined_norm_reference(x_NCHW, **inputs):
 
 
 def _check_attention(device):
-    """77 masked keys, and 128 keys of 96 channels."""
+    """Masked keys: 77 of 64 channels, and 128 of 96."""
     for keys, width in ((77, 64), (128, 96)):
         mask_NM = torch.arange(keys, device=device) < torch.tensor([[keys // 2], [keys]], device=device)
         lengths = {"q_NLHD": 100, "k_NMHD": keys, "v_NMHD": keys}

@@ -1,7 +1,7 @@
 """The sum of squares of a flat gradient, for its norm: one pass, bit-identical from run to run.
 
-Bytes per parameter: the gradient once. The length alone decides how work is cut into programs, and their sums are added
-in order, so a repeated run gets the same norm. P parameters.
+The gradient is read once. Its length alone decides how it is cut into programs, and their sums are added in order, so a
+repeated run gives the same norm. P parameters.
 """
 
 from dataclasses import dataclass
@@ -86,8 +86,8 @@ def _launch(grad_P: Tensor) -> Tensor:
 def squared_norm(grad_P):
     """The sum of squares of a flat tensor: 0-dimensional, fp64, on its device.
 
-    It is not finite if a gradient is not finite or exceeds 1e17 in size, where fp32 sums of squares overflow; gradients
-    below 1e-22 count as 0. Raises ValueError if the tensor is not flat, contiguous and floating-point.
+    It is not finite if an element is not. The kernel squares and adds in fp32 within a program: elements above 1e17 in
+    size may overflow, and those below 1e-22 count as 0. Raises ValueError if the tensor is not flat, contiguous and floating-point.
     """
     require(grad_P.dim() == 1, "grad_P", "flat", tuple(grad_P.shape))
     require(grad_P.numel() < 2 or grad_P.stride(0) == 1, "grad_P", "contiguous", f"stride {grad_P.stride()}")

@@ -6,7 +6,8 @@ first passes, all of which took an earlier turn and themselves wait for nothing.
 programs a GPU runs at once and whatever else runs beside them: no set of programs has to be resident together (compare
 the ticket of Merrill and Garland 2016, decoupled look-back).
 
-`turns` is int32 and 0 before the launch: the counter, then for each slab how many of its first passes have ended.
+`turns` is int32 and 0 before the launch: the counter, then for each slab how many of its first passes have ended,
+plus 1 once their result is published.
 """
 
 from duotone.kernels.dispatch import tl, triton

@@ -166,7 +166,7 @@ def test_a_training_that_fails_is_told_in_one_line(bugs, scratch, dropped, monke
 
 
 @pytest.mark.parametrize(
-    "flags,says", [(("--images", 100), "no multiple of batch_size"), (("--samples", 3), "two of each class")]
+    "flags,says", [(("--images", 100), "not a multiple of batch_size"), (("--samples", 3), "two of each class")]
 )
 def test_numbers_that_do_not_fit_are_refused(flags, says, bugs, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:

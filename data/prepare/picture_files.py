@@ -163,7 +163,7 @@ def read_picture(path: Path, size: int | None) -> tuple[np.ndarray | bytes, str 
 
 
 def _kept(image: Image.Image, encoded: bytes, header: ImageHeader) -> tuple[bytes, str]:
-    image.draft("RGB", (1, 1))  # an eighth of the pixels is enough to see whether all bytes decode
+    image.draft("RGB", (1, 1))  # an eighth of each side is enough to see whether all bytes decode
     image.load()
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         stream = io.BytesIO()

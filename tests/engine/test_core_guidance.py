@@ -265,7 +265,7 @@ def test_a_guide_that_does_not_fit_is_refused():
     unconditional = Model(build(recipe, Facts()).eval(), recipe.objective, Facts(), recipe)
     with pytest.raises(Refused, match="never trained without"):
         sample(unconditional, count=1, guide=undropped, guidance=2.0)
-    with pytest.raises(Refused, match="give one"):
+    with pytest.raises(Refused, match="both say what guidance moves away from: give only one"):
         sample(model, labels=[0], guide=model, guidance=2.0, negative={"labels": [1]})
     grey = model_of(Label(), replace(PLAIN, in_channels=1, out_channels=1))
     with pytest.raises(Refused, match="the guide draws images of 1 channels, and this model of 3"):

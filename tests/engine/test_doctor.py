@@ -362,7 +362,7 @@ def test_the_estimate_counts_parameters_memory_and_arithmetic(duotone):
         (("doctor", "recipes/none.py"), "recipes/none.py does not exist"),
         (("estimate", "engine/draws.py"), "defines no `recipe = Recipe(...)`"),
         (("estimate", "recipes/mnist_concat.py", "--batch-sise", "3"), "the nearest key is --batch-size"),
-        (("doctor", "recipes/mnist_concat.py", "--images", "1000"), "no multiple of batch_size"),
+        (("doctor", "recipes/mnist_concat.py", "--images", "1000"), "not a multiple of batch_size"),
         (("examine", "recipes/mnist_concat.py"), "give one of prepare, sample, export, evaluate, doctor, estimate"),
     ],
 )

@@ -108,7 +108,7 @@ def test_previews_show_its_examples_and_what_cannot_be_drawn_is_refused_before_t
 
 def test_an_evaluation_that_cannot_ask_for_it_says_so():
     images = Images(images_NHWC=torch.zeros(2, 8, 8, 3, dtype=torch.uint8).numpy(), fingerprint="")
-    with pytest.raises(Refused, match="takes brightness, and the data has none"):
+    with pytest.raises(Refused, match="takes brightness, but the data has none"):
         evaluation.conditions(model_of(Brightness()), images)
 
 

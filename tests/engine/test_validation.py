@@ -96,7 +96,7 @@ def test_measuring_changes_no_step_and_survives_an_interruption(recipe, whole, t
     ("data", "validation", "says"),
     [
         ({"held_out": 0.0}, {}, "no image is held out"),
-        ({}, {"every": 12}, "no multiple of batch_size"),
+        ({}, {"every": 12}, "not a multiple of batch_size"),
         ({}, {"images": 0}, "validation.images = 0"),
         ({}, {"levels": 0}, "validation.levels = 0"),
         ({"held_out": 1e-9}, {}, "holds out nothing"),
