@@ -53,7 +53,7 @@ def recorded():
 @contextlib.contextmanager
 def _launching_through(launcher, **replaced):
     """Every kernel file launches through `launcher(kernel)[grid](**arguments)`."""
-    replaced |= {"wrap_triton": launcher, "direct": launcher}
+    replaced |= {"wrap_triton": launcher, "unwrapped": launcher}
     with contextlib.ExitStack() as stack:
         for module in [m for name, m in sys.modules.items() if name.startswith("duotone.kernels.")]:
             present = {name: value for name, value in replaced.items() if hasattr(module, name)}

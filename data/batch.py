@@ -35,12 +35,12 @@ class Batch:
 TAKEN_AT_ONCE = 1 << 16  # bytes that CUDA's driver buffers before the call returns
 
 
-def unit(images_NHWC: torch.Tensor) -> torch.Tensor:
+def to_plus_minus_one(images_NHWC: torch.Tensor) -> torch.Tensor:
     """uint8 pixels as floats in [-1, 1], (N, C, H, W)."""
     return images_NHWC.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def sent(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """The tensor on a device, its copy queued behind the work that is still running there.
 
     A plain copy would wait for that work to end, and the device would idle while the next step is prepared. The caller

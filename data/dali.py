@@ -105,13 +105,13 @@ class DaliDecoder:
         self.pipeline = None
         if lacks_memory(error):
             return error
-        broken = self._fault([sound()], np.array([[0, 0, 16, 16]]))
+        broken = self._fault([sample_jpeg()], np.array([[0, 0, 16, 16]]))
         if broken is not None:
             remedy = "use --data.decoder pillow"
             return (
                 broken
                 if lacks_memory(broken)
-                else Refused(f"data.decoder is dali, which can decode nothing here ({told(broken)}): {remedy}")
+                else Refused(f"data.decoder is dali, which can decode nothing here ({error_text(broken)}): {remedy}")
             )
         for place in range(len(encoded)):
             alone = self._fault(encoded[place : place + 1], boxes_N4[place : place + 1])
@@ -132,16 +132,16 @@ class DaliDecoder:
 
 
 def lacks_memory(error: RuntimeError) -> bool:
-    return any(word in told(error).lower() for word in ("memory", "bad_alloc", "allocation"))
+    return any(word in error_text(error).lower() for word in ("memory", "bad_alloc", "allocation"))
 
 
-def told(error: RuntimeError) -> str:
+def error_text(error: RuntimeError) -> str:
     """The message at the end of DALI's traceback, as one line."""
     return " ".join(str(error).split("encountered:")[-1].split())[:300]
 
 
 @functools.cache
-def sound() -> np.ndarray:
+def sample_jpeg() -> np.ndarray:
     """The bytes of a picture that every decoder can decode."""
     file = io.BytesIO()
     Image.new("RGB", (16, 16), "orange").save(file, "JPEG")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from duotone.data.ahead import Ahead
-from duotone.data.batch import Batch, Plan, sent
+from duotone.data.batch import Batch, Plan, to_device
 from duotone.data.framing import Frame
 from duotone.data.guarded import BadSample, GuardedBytes
 from duotone.data.manifest import Manifest
@@ -152,7 +152,7 @@ class Dataset:
         return Batch(
             positions_N=plan.positions_N,
             keys=[self.keys[sample] for sample in samples],
-            images_NHWC=sent(images_NHWC, self.device),
+            images_NHWC=to_device(images_NHWC, self.device),
             captions=_chosen(texts, plan.captions_N) if self._captioned else None,
             labels_N=None if self.labels_N is None else torch.from_numpy(self.labels_N[samples_N]),
             attributes_NK=_attributes(texts) if self.attributes else None,

@@ -21,10 +21,10 @@ def parted(index: TarIndex, share: float, part: Part) -> TarIndex:
     if part == "all" or (share == 0 and part == "training"):
         return index
     held_out_N = np.array([is_held_out(key, share) for key in index.keys], dtype=bool)
-    return only(index, held_out_N if part == "held out" else ~held_out_N, f"{share} {part}")
+    return subset(index, held_out_N if part == "held out" else ~held_out_N, f"{share} {part}")
 
 
-def only(index: TarIndex, kept_N: np.ndarray, why: str) -> TarIndex:
+def subset(index: TarIndex, kept_N: np.ndarray, why: str) -> TarIndex:
     """The kept samples, renumbered; `why` goes into the fingerprint."""
     samples_M = np.flatnonzero(kept_N).tolist()
     return replace(

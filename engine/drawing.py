@@ -31,7 +31,7 @@ class Examples:
 def asked_for(config: Previews, model: Model, examples: Examples) -> dict[str, list]:
     """The conditions of one column of the grid, as keyword arguments of sample()."""
     rows: dict[str, list] = {}
-    asked = {conditioner.asked for conditioner in model.network.conditioners.values()}
+    asked = {conditioner.keyword for conditioner in model.network.conditioners.values()}
     if "prompts" in asked:
         rows["prompts"] = list(config.prompts or examples.captions)[: config.rows]
     if "labels" in asked:
@@ -41,10 +41,10 @@ def asked_for(config: Previews, model: Model, examples: Examples) -> dict[str, l
     if "attributes" in asked:
         sets = [states_in(text) for text in config.attributes] or [{name: 1} for name in model.facts.attributes]
         rows["attributes"] = sets[: config.rows]
-    rows |= {c.asked: c.values_of(examples.images_NHWC[: config.rows]) for c in spatial(model)}
+    rows |= {c.keyword: c.values_of(examples.images_NHWC[: config.rows]) for c in spatial(model)}
     for conditioner in model.network.conditioners.values():
-        if conditioner.asked not in rows and (values := conditioner.examples()):
-            rows[conditioner.asked] = list(values)[: config.rows]
+        if conditioner.keyword not in rows and (values := conditioner.examples()):
+            rows[conditioner.keyword] = list(values)[: config.rows]
     if not rows:
         return {"count": config.rows}
     count = min(len(v) for v in rows.values())
@@ -56,7 +56,7 @@ def refuse_undrawable(config: Previews, model: Model, examples: Examples) -> Non
     rows = asked_for(config, model, examples)
     guidance, plain = settings_of(config, model, rows)["guidance"], Steering()
     count = rows.pop("count", None)
-    silent = {c.asked for c in model.network.conditioners.values()} - {*rows, "temperatures"}
+    silent = {c.keyword for c in model.network.conditioners.values()} - {*rows, "temperatures"}
     try:
         Conditions.of(model, listed(rows), None, guidance, number_of_images(rows, count), plain)
     except Refused as refusal:
@@ -74,8 +74,8 @@ def given(model: Model, rows: dict) -> list[np.ndarray]:
     channels, size = model.network.unet.config.out_channels, (model.size, model.size)
     found = []
     for conditioner in spatial(model):
-        tensors = conditioner.of_values(rows[conditioner.asked], size)
-        keep_N = torch.ones(len(rows[conditioner.asked]), dtype=torch.bool)
+        tensors = conditioner.of_values(rows[conditioner.keyword], size)
+        keep_N = torch.ones(len(rows[conditioner.keyword]), dtype=torch.bool)
         found.append(pixels(conditioner(tensors, keep_N).channels_NKHW[:, :channels]))
     return found
 
@@ -110,7 +110,7 @@ def draw(config: Previews, model: Model, examples: Examples, folder: Path, name:
     if config.strips:
         strips = {"conditional": seen.strips(config.columns)}
         if model.can_be_asked_for_anything:
-            strips["unconditional"] = unasked(config, model, len(images) // config.columns, settings)
+            strips["unconditional"] = unconditional_strip(config, model, len(images) // config.columns, settings)
         for kind, images in strips.items():
             written.append(folder / f"{name}-{kind}.png")
             pictures.write(written[-1], pictures.grid(images, config.columns, zoom=zoom))
@@ -127,7 +127,7 @@ def settings_of(config: Previews, model: Model, rows: dict) -> dict:
 
 def draw_sheets(config: Previews, model: Model, folder: Path) -> list[Path]:
     """Writes class-<number>-<name>.png, a sheet of each class, if labels are the model's only condition."""
-    if {conditioner.asked for conditioner in model.network.conditioners.values()} != {"labels"}:
+    if {conditioner.keyword for conditioner in model.network.conditioners.values()} != {"labels"}:
         return []
     written = []
     for label, name in enumerate(model.facts.classes):
@@ -163,7 +163,7 @@ def by_step(config: Previews, model: Model, columns: int) -> pictures.ByStep:
     return pictures.ByStep(model.objective.falling_sigmas(config.steps) if config.noisy else None, columns)
 
 
-def unasked(config: Previews, model: Model, rows: int, settings: dict) -> np.ndarray:
+def unconditional_strip(config: Previews, model: Model, rows: int, settings: dict) -> np.ndarray:
     """A strip drawn without a condition, from the first noise of each row."""
     seen, seeds = by_step(config, model, 1), [(0, row * config.columns) for row in range(rows)]
     sample(model, count=rows, **settings | {"guidance": 1.0}, seed=seeds, on_step=seen)

@@ -99,7 +99,7 @@ def fuse_module(name: str, module: nn.Module, fused: Fused) -> None:
     if kind is None or isinstance(module, FusedPart) or isinstance(getattr(module, "processor", None), FusedAttention):
         return
     why_not, part, called = PARTS[kind]
-    why = own_ways(module) or why_not(module)
+    why = why_not_plain(module) or why_not(module)
     if why:
         fused.left[name] = why
         return
@@ -115,7 +115,7 @@ def is_theirs(cls: type, names) -> bool:
     return cls.__name__ in names and cls.__module__.startswith("diffusers.")
 
 
-def own_ways(module: nn.Module) -> str | None:
+def why_not_plain(module: nn.Module) -> str | None:
     """Why a part may not do what the name of its class says, or None."""
     if not is_theirs(type(module), PARTS):
         return f"it is a {type(module).__name__} of {type(module).__module__}"

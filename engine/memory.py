@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from duotone.data.refusal import Refused
 from duotone.engine.model.unet import UNet, UNetConfig
-from duotone.kernels.dispatch import imagined
+from duotone.kernels.dispatch import on_meta_tensors
 
 MOST_ROWS = 64
 USABLE = 0.85  # of a GPU: the rest goes to workspaces, to gaps between tensors and to the driver
@@ -40,7 +40,7 @@ def estimate(network: nn.Module, recipe, micro: int, choice, ranks: int) -> Esti
     sharded = 4 * recipe.optimizer.state_elements(network) // ranks
     gradients = parameters * 4 // (ranks if recipe.zero.stage > 1 else 1)
     weights = held // (ranks if recipe.zero.stage == 3 else 1)
-    frozen = choice.dtype.itemsize * sum(p.numel() for module in network.untrained for p in module.parameters())
+    frozen = choice.dtype.itemsize * sum(p.numel() for module in network.frozen_modules for p in module.parameters())
     return Estimate(
         weights + frozen + gradients + sharded, micro * saved_per_image(network.unet, recipe.data.size, choice)
     )
@@ -84,7 +84,7 @@ def saved_by(config: UNetConfig, size: int, dtype: torch.dtype, fused: bool, che
             kept[storage._cdata] = storage
         return tensor
 
-    with imagined() if fused else nullcontext(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with on_meta_tensors() if fused else nullcontext(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         twin(*imagined_inputs(config, size, dtype))
     return sum(storage.nbytes() for storage in kept.values())
 

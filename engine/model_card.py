@@ -18,7 +18,9 @@ def write(path: Path, recipe: Recipe, facts: Facts, data, images: int, file: str
 
 
 def card(recipe: Recipe, facts: Facts, images: int, samples: int | None = None, file: str = "ema.safetensors") -> str:
-    return whole(front_matter(recipe), recipe, told(recipe, facts, images, samples), usage(recipe, facts, file))
+    return assemble(
+        front_matter(recipe), recipe, facts_table(recipe, facts, images, samples), usage(recipe, facts, file)
+    )
 
 
 def card_of_folder(recipe: Recipe, facts: Facts, images: int, config: dict, scheduler: dict, notes: list[str]) -> str:
@@ -33,12 +35,14 @@ def card_of_folder(recipe: Recipe, facts: Facts, images: int, config: dict, sche
         "```",
         *(["", *(f"- {note}" for note in notes)] if notes else []),
     ]
-    told_of = [line for line in told(recipe, facts, images, None) if not line.startswith("| as a diffusers folder")]
+    told_of = [
+        line for line in facts_table(recipe, facts, images, None) if not line.startswith("| as a diffusers folder")
+    ]
     front = [line.replace("library_name: duotone", "library_name: diffusers") for line in front_matter(recipe)]
-    return whole(front, recipe, told_of, use)
+    return assemble(front, recipe, told_of, use)
 
 
-def whole(front: list[str], recipe: Recipe, told_of: list[str], use: list[str]) -> str:
+def assemble(front: list[str], recipe: Recipe, told_of: list[str], use: list[str]) -> str:
     parts = [*front, "", f"# {recipe.name}", "", *told_of, "", "## Use", "", *use, "", "## Limits", "", LIMITS]
     return "\n".join(parts) + "\n"
 
@@ -49,7 +53,7 @@ def front_matter(recipe: Recipe) -> list[str]:
     return ["---", "library_name: duotone", f"tags: [{tag}, diffusion]", "---"]
 
 
-def told(recipe: Recipe, facts: Facts, images: int, samples: int | None) -> list[str]:
+def facts_table(recipe: Recipe, facts: Facts, images: int, samples: int | None) -> list[str]:
     model, objective, size = recipe.model, recipe.objective, recipe.data.size
     seen = f"{images:,} images" + (f", {images / samples:,.1f} epochs of {samples:,} samples" if samples else "")
     lines = [
@@ -57,9 +61,9 @@ def told(recipe: Recipe, facts: Facts, images: int, samples: int | None) -> list
         "| --- | --- |",
         f"| pictures | {size} x {size}, {'colour' if model.out_channels == 3 else 'greyscale'} |",
         f"| conditions | {conditions(recipe)} |",
-        f"| objective | {named(objective)} |",
+        f"| objective | {describe_objective(objective)} |",
         f"| network | UNet, channels {', '.join(map(str, model.channels))}, attention {', '.join(model.attention)} |",
-        f"| trained on | {seen}, batches of {recipe.batch_size}, seed {recipe.seed}{held_out(recipe)} |",
+        f"| trained on | {seen}, batches of {recipe.batch_size}, seed {recipe.seed}{held_out_note(recipe)} |",
         f"| weights | exponential moving average, {average(recipe)} |",
         f"| as a diffusers folder | {exported(recipe)} |",
     ]
@@ -69,7 +73,7 @@ def told(recipe: Recipe, facts: Facts, images: int, samples: int | None) -> list
     return lines
 
 
-def held_out(recipe: Recipe) -> str:
+def held_out_note(recipe: Recipe) -> str:
     return f"; {recipe.data.held_out:.2%} of the data held out" if recipe.data.held_out else ""
 
 
@@ -78,7 +82,7 @@ def conditions(recipe: Recipe) -> str:
     return ", ".join(parts) or "none"
 
 
-def named(objective) -> str:
+def describe_objective(objective) -> str:
     details = {name: getattr(objective, name) for name in ("schedule", "prediction", "weighting", "sigma_data", "times")
                if hasattr(objective, name)}  # fmt: skip
     return type(objective).__name__ + "".join(f", {name} {value}" for name, value in details.items())

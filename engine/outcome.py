@@ -14,7 +14,7 @@ from duotone.kernels import attention_backends
 from duotone.kernels.dispatch import fallbacks
 
 
-def look(run: Run, drawn: bool, measured: bool) -> None:
+def preview_and_validate(run: Run, drawn: bool, measured: bool) -> None:
     """Draws pictures and measures losses of the EMA weights, which are gathered once for both."""
     if not drawn and not measured:
         return
@@ -24,7 +24,7 @@ def look(run: Run, drawn: bool, measured: bool) -> None:
         if drawn:
             draw(run, model)
         if measured:
-            measure(run, model)
+            validate(run, model)
     zero.wait()
 
 
@@ -46,7 +46,7 @@ def draw(run: Run, model: artifact.Model) -> list[Path]:
     return written
 
 
-def measure(run: Run, model: artifact.Model) -> None:
+def validate(run: Run, model: artifact.Model) -> None:
     if run.held_out is not None:
         cells = loss_table(model, run.held_out, levels=run.recipe.validation.levels)
         run.log.validated({"images": run.images, **summary(cells)})
@@ -75,7 +75,7 @@ def finish(run: Run) -> None:
         written = draw(run, model)
         if run.recipe.preview.sheets:
             written += drawing.draw_sheets(run.recipe.preview, model, written[0].parent)
-        measure(run, model)
+        validate(run, model)
         run.log.say(f"done: EMA weights in {path}, pictures in {written[0].parent}")
     zero.wait()
 

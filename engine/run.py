@@ -136,7 +136,7 @@ def resume(run: Run, path: Path) -> str:
     return f"resumed from {path} at {run.images:,} images"
 
 
-def goes_on_otherwise(run: Run) -> list[str]:
+def changes_on_resume(run: Run) -> list[str]:
     """A line for the log if a resumed run changes its precision or decoder: allowed, although its numbers change."""
     before, here = run.parts_before[-1:], {"precision": run.choice.precision, "decoder": run.data.decoder}
     changed = [

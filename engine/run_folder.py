@@ -84,7 +84,7 @@ def move_aside(folder: Path) -> Path | None:
         return renamed(folder)
 
 
-def reopen(folder: Path) -> Path | None:
+def set_export_aside(folder: Path) -> Path | None:
     """Renames the export of an earlier end, if any: an ema.safetensors marks a run as complete and is its model."""
     export = folder / "ema.safetensors"
     return renamed(export, ending=".safetensors") if export.exists() else None
@@ -99,7 +99,7 @@ def renamed(path: Path, ending: str = "") -> Path:
     return aside
 
 
-def refuse_strangers(folder: Path) -> None:
+def refuse_foreign_folder(folder: Path) -> None:
     """Raises Refused on a folder that is not empty and not a run's."""
     if (folder / "recipe.json").exists() or not folder.exists():
         return
@@ -127,7 +127,7 @@ def refuse_unwritable(folder: Path, flag: str) -> None:
 
 def stored_recipe(folder: Path) -> dict | None:
     """The stored recipe of a run's folder, or None if it has none."""
-    refuse_strangers(folder)
+    refuse_foreign_folder(folder)
     path = folder / "recipe.json"
     if not path.exists():
         return None

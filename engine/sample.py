@@ -64,7 +64,7 @@ def sample(
     or name; `attributes`, for each image a vector of 0, 1 and None (unknown), a list of the names that are present, or
     a mapping from names to 0 or 1, others being unknown; low-resolution `images`, uint8 (h, w, C); `holes`, for each
     image a pair of an image and a mask (H, W), true where the image is to be filled; elsewhere the image is kept. A
-    conditioning of your own is given by the name in its `asked`.
+    conditioning of your own is given by the name in its `keyword`.
 
     `guidance` is one scale, one per image, or for attributes a scale for each name
     (engine/sampling/guiding/composed.py), applied as usual or by a `rule` of engine/sampling/guiding. It leads away

@@ -23,7 +23,7 @@ from duotone.engine.memory import Estimate, estimate, fewest_micro_batches
 from duotone.engine.model.network import Network
 from duotone.engine.recipe import Objectives, Recipe
 from duotone.engine.recipe_json import differences, to_json
-from duotone.engine.run import Run, goes_on_otherwise, resume
+from duotone.engine.run import Run, changes_on_resume, resume
 from duotone.kernels.self_test import self_test
 
 
@@ -50,11 +50,11 @@ def set_up(recipe: Recipe, held: ExitStack) -> Run:
     unlike = agreement.check_data(data, ranks)
     facts = Facts(classes=as_tuple(data.classes), attributes=as_tuple(data.attributes))
     recipe.preview.check_names(facts)
-    network, found, begun = beginning(recipe, facts, ranks)
-    agreement.check_untrained(network, ranks)
+    network, found, begun = initial_network(recipe, facts, ranks)
+    agreement.check_frozen(network, ranks)
     examples = examples_of(data, recipe, network)  # before the reading thread starts: a decoder serves one reader only
     refuse_undrawable(recipe.preview, artifact.Model(network, recipe.objective, facts, recipe), examples)
-    measured = objective(recipe, data, found, ranks)
+    measured = measured_objective(recipe, data, found, ranks)
 
     # How it is run.
     blocks = speed.make_ready(network.unet, recipe.speed, choice)
@@ -75,7 +75,7 @@ def set_up(recipe: Recipe, held: ExitStack) -> Run:
     run = Run(recipe, choice, ranks, data, facts, network, sharded, held_out=held_out, examples=examples)
     begun = [*begun, *unlike]
     if found is not None:
-        begun = [*begun, resume(run, found), *goes_on_otherwise(run)]
+        begun = [*begun, resume(run, found), *changes_on_resume(run)]
         if ranks.rank == 0 and stored["images"] != recipe.images:
             write_json(recipe.folder / "recipe.json", stored | {"images": recipe.images})
     run.began_at = run.images
@@ -97,18 +97,18 @@ def opened(
         recipe = with_embedded_data(recipe)
         data = recipe.data.open(ranks.device, require_captions=recipe.wants_captions)
         held.callback(data.close)
-        held_out = measured_on(recipe) if ranks.rank == 0 else None
+        held_out = validation_images(recipe) if ranks.rank == 0 else None
     return recipe, data, held_out
 
 
-def measured_on(recipe: Recipe) -> Images | None:
+def validation_images(recipe: Recipe) -> Images | None:
     """The images of every validation, or None without validation; raises Refused if the data holds none out."""
     if not recipe.validation.every:
         return None
     return read_images(recipe.data, recipe.validation.images, "validation set", "held out")
 
 
-def beginning(recipe: Recipe, facts: Facts, ranks: zero.Ranks) -> tuple[Network, Path | None, list[str]]:
+def initial_network(recipe: Recipe, facts: Facts, ranks: zero.Ranks) -> tuple[Network, Path | None, list[str]]:
     """The network before the first step, the checkpoint to resume from (or None), and lines for the log about both."""
     torch.manual_seed(recipe.seed)
     network = artifact.build(recipe, facts)
@@ -118,7 +118,7 @@ def beginning(recipe: Recipe, facts: Facts, ranks: zero.Ranks) -> tuple[Network,
     return network.to(ranks.device), found, said
 
 
-def objective(recipe: Recipe, data: Dataset, found: Path | None, ranks: zero.Ranks) -> Objectives:
+def measured_objective(recipe: Recipe, data: Dataset, found: Path | None, ranks: zero.Ranks) -> Objectives:
     """The objective, with the values it takes from the data: rank 0 measures them once; a resumed run keeps them."""
     if found is not None:
         return artifact.recipe_of(found / "ema.safetensors").objective
@@ -130,7 +130,7 @@ def objective(recipe: Recipe, data: Dataset, found: Path | None, ranks: zero.Ran
 def recipe_before(recipe: Recipe) -> dict | None:
     """The stored recipe of the run that this one resumes, or None for a new run."""
     if recipe.fresh:
-        run_folder.refuse_strangers(recipe.folder)
+        run_folder.refuse_foreign_folder(recipe.folder)
         return None
     return run_folder.stored_recipe(recipe.folder)
 
@@ -173,7 +173,7 @@ def tried(network: Network, recipe: Recipe, times: int, choice: speed.Choice, ra
 
 
 def start_sharded(recipe: Recipe, network: Network, choice: speed.Choice, micro: int) -> Sharded:
-    for module in network.untrained:
+    for module in network.frozen_modules:
         module.to(choice.dtype)  # DeepSpeed casts trained modules only
     return Sharded(
         network,

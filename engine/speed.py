@@ -185,7 +185,7 @@ def make_ready(unet: UNet, speed: Speed, choice: Choice) -> int:
     return compile_blocks(unet, speed) if choice.compile else 0
 
 
-def what_keeps_a_step_apart(speed: Speed, choice: Choice, stage: int, ranks: int, accumulation: int) -> str | None:
+def why_not_whole_step(speed: Speed, choice: Choice, stage: int, ranks: int, accumulation: int) -> str | None:
     """Why whole steps are not recorded, or None: a replay would silently be wrong in each of these cases."""
     reasons = {
         "unless asked for": not speed.whole_step,

@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from duotone.data.batch import Batch, sent
+from duotone.data.batch import Batch, to_device
 from duotone.data.refusal import Refused
 from duotone.engine import draws, speed
 from duotone.engine.conditioning.dropout import conditioned
 from duotone.engine.distributed import zero
 from duotone.engine.objectives.base import Objective
-from duotone.engine.outcome import finish, look, missed
+from duotone.engine.outcome import finish, missed, preview_and_validate
 from duotone.engine.recipe import Recipe
 from duotone.engine.recipe_json import refuse_unstorable
 from duotone.engine.run import Run, plans, save
-from duotone.engine.run_folder import reopen
+from duotone.engine.run_folder import set_export_aside
 from duotone.engine.set_up import set_up
 from duotone.engine.stopping import Interrupted, Stop
 from duotone.engine.trace import fingerprints, trace
@@ -46,9 +46,9 @@ def train(recipe: Recipe) -> Path:
         run.whole_step = whole_step(run)
         batches = run.data.batches(plans(run, run.images))
         if run.ranks.rank == 0 and run.images < recipe.images:
-            go_on_past_the_end(run)
+            set_earlier_export_aside(run)
         if run.saved is not None and run.images < recipe.images:
-            look(run, **zero.from_rank_0(missed(run) if run.ranks.rank == 0 else None))
+            preview_and_validate(run, **zero.from_rank_0(missed(run) if run.ranks.rank == 0 else None))
         stop = signals.enter_context(Stop(recipe.checkpoint.stop_after, began, run.sharded.device))
         steps(run, batches, stop)
         if run.images < recipe.images:
@@ -62,9 +62,9 @@ def train(recipe: Recipe) -> Path:
     return run.recipe.folder
 
 
-def go_on_past_the_end(run: Run) -> None:
+def set_earlier_export_aside(run: Run) -> None:
     """Renames the export of a finished run that is given more images, since it is no longer complete."""
-    export = reopen(run.recipe.folder)
+    export = set_export_aside(run.recipe.folder)
     if export is not None:
         run.log.say(f"the run continues past its earlier end: the weights it ended with are now {export}")
 
@@ -73,20 +73,20 @@ def steps(run: Run, batches: Iterator[Batch], stop: Stop) -> None:
     """Trains to the run's last image, or until `stop` is due."""
     recipe = run.recipe
     while run.images < recipe.images:
-        with keeping(run):
+        with saving_if_refused(run):
             train_step(run, batches)
         if run.due(recipe.checkpoint.every):
             save(run)  # before pictures, which may fail
         due = {"drawn": run.due(recipe.preview.every), "measured": run.due(recipe.validation.every)}
         if any(due.values()) and stop.due(now=True):
             return  # whoever stopped the run may not wait for pictures; they are made when it resumes
-        look(run, **due)
+        preview_and_validate(run, **due)
         if stop.due():
             return
 
 
 @contextmanager
-def keeping(run: Run) -> Iterator[None]:
+def saving_if_refused(run: Run) -> Iterator[None]:
     """Saves the steps before a refused sample: on a single rank only, since other ranks would wait inside the step."""
     before = run.images
     try:
@@ -101,9 +101,7 @@ def keeping(run: Run) -> Iterator[None]:
 def whole_step(run: Run) -> WholeStep | None:
     """What takes each step as one recorded CUDA graph, or None if that was not asked for or is not possible."""
     recipe = run.recipe
-    held = speed.what_keeps_a_step_apart(
-        recipe.speed, run.choice, run.sharded.stage, run.ranks.count, recipe.accumulation
-    )
+    held = speed.why_not_whole_step(recipe.speed, run.choice, run.sharded.stage, run.ranks.count, recipe.accumulation)
     if held is None:
         return WholeStep(run.sharded, partial(loss_of, recipe.objective), run.log.say)
     if recipe.speed.whole_step:
@@ -128,10 +126,10 @@ def train_step(run: Run, batches: Iterator[Batch]) -> None:
             traced += fingerprints(batch, input_NCHW)
     if run.steps_here == 2:
         run.graphs_before = speed.compiled_graphs()
-    tell(run, torch.stack(losses).mean(), learning_rate, traced)
+    log_step(run, torch.stack(losses).mean(), learning_rate, traced)
 
 
-def tell(run: Run, loss: Tensor, learning_rate: float, traced: list[tuple[int, str, str]]) -> None:
+def log_step(run: Run, loss: Tensor, learning_rate: float, traced: list[tuple[int, str, str]]) -> None:
     """Logs one step; its numbers, which wait for the device, are computed only when a line is due."""
 
     def numbers() -> dict[str, float]:
@@ -182,11 +180,11 @@ def inputs_of(run: Run, batch: Batch) -> dict:
     objective, positions_N = recipe.objective, batch.positions_N
     sigma_N = noise_levels(recipe, positions_N)
     input_NCHW, target_NCHW = diffuse(
-        sent(batch.images_NHWC, device),
-        sent(flips(recipe, positions_N), device),
-        sent(objective.coefficients(sigma_N).float(), device),
+        to_device(batch.images_NHWC, device),
+        to_device(flips(recipe, positions_N), device),
+        to_device(objective.coefficients(sigma_N).float(), device),
         recipe.seed,
-        sent(torch.as_tensor(positions_N), device),
+        to_device(torch.as_tensor(positions_N), device),
         int(draws.Purpose.NOISE),
         dtype=run.choice.dtype,
     )
@@ -194,8 +192,8 @@ def inputs_of(run: Run, batch: Batch) -> dict:
     return {
         "input_NCHW": input_NCHW,
         "target_NCHW": target_NCHW,
-        "time_N": sent(objective.scalings(sigma_N).noise_N.float(), device),
-        "weight_N": sent(objective.loss_weight(sigma_N).float(), device),
+        "time_N": to_device(objective.scalings(sigma_N).noise_N.float(), device),
+        "weight_N": to_device(objective.loss_weight(sigma_N).float(), device),
         "tensors": tensors,
         "keep": keep,
     }
@@ -219,8 +217,8 @@ def conditions(run: Run, batch: Batch) -> tuple[dict, dict]:
     recipe, device = run.recipe, run.sharded.device
     flip_N = flips(recipe, batch.positions_N)
     tensors, keep = conditioned(run.network.conditioners, batch, recipe.seed, flip_N, recipe.drop_together)
-    on_device = {kind: {name: sent(t, device) for name, t in named.items()} for kind, named in tensors.items()}
-    return on_device, {kind: sent(keep_N, device) for kind, keep_N in keep.items()}
+    on_device = {kind: {name: to_device(t, device) for name, t in named.items()} for kind, named in tensors.items()}
+    return on_device, {kind: to_device(keep_N, device) for kind, keep_N in keep.items()}
 
 
 def interrupt(run: Run, stop: Stop) -> None:

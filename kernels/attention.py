@@ -13,8 +13,8 @@ from duotone.kernels import attention_backends as backends
 from duotone.kernels.dispatch import (
     INTERPRETED,
     count_fallback,
+    exceeds_32_bit_offsets,
     launch,
-    reaches_far,
     require,
     require_same_device,
     runs_kernel,
@@ -292,7 +292,7 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dout_NLHD):
-    if reaches_far(dout_NLHD):
+    if exceeds_32_bit_offsets(dout_NLHD):
         dout_NLHD = dout_NLHD.contiguous()
     return *_backward(dout_NLHD, *ctx.saved_tensors, ctx.scale), None, None
 
@@ -316,7 +316,7 @@ def attention(q_NLHD, k_NMHD, v_NMHD, *, mask_NM=None, scale=None):
             return _forward(q_NLHD, k_NMHD, v_NMHD, mask_NM, width**-0.5 if scale is None else float(scale))
         count_fallback(NAME, reason, *q_NLHD.shape, keys)
     if q_NLHD.is_meta:
-        return backends.imagined(q_NLHD, k_NMHD, v_NMHD)
+        return backends.attention_on_meta(q_NLHD, k_NMHD, v_NMHD)
     if not q_NLHD.is_cuda:
         return backends.on_a_cpu(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale)
     return backends.by_measurement(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale)
@@ -348,7 +348,7 @@ def _unsupported(q_NLHD, k_NMHD, v_NMHD):
         return f"more than {MOST_WIDTH} channels per head"
     if q_NLHD.is_cuda and not fits(keys, width, _shared_bytes(q_NLHD.device.index)):
         return "keys and channels that do not fit in this chip's shared memory"
-    if any(reaches_far(tensor) for tensor in (q_NLHD, k_NMHD, v_NMHD)):
+    if any(exceeds_32_bit_offsets(tensor) for tensor in (q_NLHD, k_NMHD, v_NMHD)):
         return "tokens of an image that are farther apart than a program can address"
     return "more images or heads than a grid can address" if max(images, heads) > 65535 else None
 

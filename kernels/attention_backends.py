@@ -33,7 +33,7 @@ def on_a_cpu(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale):
     return scaled_dot_product(*wide, mask_NM, scale).to(q_NLHD.dtype)
 
 
-def imagined(q_NLHD, k_NMHD, v_NMHD):
+def attention_on_meta(q_NLHD, k_NMHD, v_NMHD):
     """Attend on meta tensors with a fused kernel, which keeps for the gradient what a GPU's kernels would.
 
     PyTorch would choose an unfused one there.
@@ -132,10 +132,10 @@ def _backend(compiling, device_index, *key):
         if torch.cuda.is_current_stream_capturing():
             return "default"
         _choices[key] = _measure(device_index, *key)
-    return taken(_choices[key], compiling)
+    return backend_to_run(_choices[key], compiling)
 
 
-def taken(choice: dict, compiling: bool) -> str:
+def backend_to_run(choice: dict, compiling: bool) -> str:
     """The backend to run: the chosen one, but while compiling not xformers, which breaks graphs (its issue 765).
 
     The fastest of the others then takes its place.

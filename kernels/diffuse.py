@@ -11,8 +11,8 @@ from torch import Tensor
 
 from duotone.kernels.dispatch import (
     count_fallback,
+    exceeds_32_bit_offsets,
     launch_exactly,
-    reaches_far,
     require,
     require_same_device,
     runs_kernel,
@@ -162,7 +162,7 @@ def _unsupported(images_NHWC, coefficients_N4, dtype):
         return "an empty batch"
     if coefficients_N4.requires_grad and torch.is_grad_enabled():
         return "a gradient is needed"
-    if reaches_far(images_NHWC):
+    if exceeds_32_bit_offsets(images_NHWC):
         return "an image whose pixels are farther apart than a program can address"
     too_many = images_NHWC.shape[0] > 65535 or images_NHWC[0].numel() >= 2**31
     return "more images or values than a grid can address" if too_many else None

@@ -49,7 +49,7 @@ _imagining = False
 
 
 @contextlib.contextmanager
-def imagined():
+def on_meta_tensors():
     """Calls on meta tensors take the kernels' path without a launch, which shows what a GPU would keep in memory."""
     global _imagining
     _imagining = True
@@ -75,7 +75,7 @@ def launch_exactly(name: str, kernel, grid: tuple[int, ...], arguments: dict) ->
     """Launch with every product and sum rounded separately, as on a CPU; torch.compile cannot trace such a launch."""
     launches[name] += 1
     with on_their_device(arguments):
-        direct(kernel)[grid](**arguments, enable_fp_fusion=False)
+        unwrapped(kernel)[grid](**arguments, enable_fp_fusion=False)
 
 
 def on_their_device(arguments: dict):
@@ -85,7 +85,7 @@ def on_their_device(arguments: dict):
     return torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, torch.Tensor)))
 
 
-def direct(kernel):
+def unwrapped(kernel):
     """The kernel itself, for launches that are not traced; bench/harness.py replaces this, as it does `wrap_triton`."""
     return kernel
 
@@ -99,7 +99,7 @@ def runs_kernel(kernel: str, tensor: torch.Tensor) -> bool:
     return INTERPRETED if tensor.device.type == "cpu" else HAS_TRITON and tensor.device.type == "cuda"
 
 
-def reaches_far(tensor: torch.Tensor) -> bool:
+def exceeds_32_bit_offsets(tensor: torch.Tensor) -> bool:
     """Whether entries of one image are too far apart for 32-bit offsets, as may happen in a view of a larger tensor."""
     return sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:])) >= 2**31
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from duotone.kernels.dispatch import (
     count_fallback,
+    exceeds_32_bit_offsets,
     launch,
-    reaches_far,
     require,
     require_same_device,
     runs_kernel,
@@ -376,7 +376,7 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, gradients):
     saved, options = ctx.saved_tensors, (ctx.border, ctx.groups, ctx.silu, ctx.in_turns)
     dy_NCHW, _, _, *djoined = gradients
-    if reaches_far(dy_NCHW):
+    if exceeds_32_bit_offsets(dy_NCHW):
         dy_NCHW = dy_NCHW.contiguous(memory_format=torch.channels_last)
     djoined_NCHW = djoined[0].contiguous(memory_format=torch.channels_last) if djoined else None
     dx_NCHW, dweight_bias_2C, *rest = _backward(dy_NCHW, djoined_NCHW, *saved, *options)
@@ -412,7 +412,7 @@ def group_norm_silu(
     modulation = {"shift_NC": shift_NC, "scale_NC": scale_NC, "add_NC": add_NC}
     _validate(x_NCHW.shape, x_NCHW, weight_C, bias_C, groups, modulation)
     reason = _unsupported(x_NCHW.shape, x_NCHW.dtype, groups) if runs_kernel(NAME, x_NCHW) else ""
-    if reason is None and reaches_far(x_NCHW):
+    if reason is None and exceeds_32_bit_offsets(x_NCHW):
         reason = "an image whose pixels are farther apart than a program can address"
     if reason:
         count_fallback(NAME, reason, *x_NCHW.shape)

@@ -195,7 +195,7 @@ def draws_captioned_shapes(model) -> bool:
     """Whether the model takes captions only, and its data has the classes and attributes of the embedded set."""
     from duotone.data.captioned_shapes import ATTRIBUTES, SHAPES
 
-    told = {conditioner.asked for conditioner in model.network.conditioners.values()}
+    told = {conditioner.keyword for conditioner in model.network.conditioners.values()}
     facts = model.facts
     return told == {"prompts"} and (facts.classes, facts.attributes) == (tuple(SHAPES), tuple(ATTRIBUTES))
 

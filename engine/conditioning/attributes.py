@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from duotone.data.batch import Batch, sent
+from duotone.data.batch import Batch, to_device
 from duotone.data.refusal import Refused, share
 from duotone.engine import draws
 from duotone.engine.conditioning.base import Conditioner, Conditioning, Facts
@@ -45,8 +45,8 @@ class Attributes:
 class AttributesConditioner(Conditioner):
     """A learned row for each attribute and state, as tokens_NKD or summed into vector_NE."""
 
-    kind, asked = "attributes", "attributes"
-    nobody: Mapping = {}
+    kind, keyword = "attributes", "attributes"
+    placeholder: Mapping = {}
 
     def __init__(self, config: Attributes, names: tuple[str, ...], network: UNetConfig):
         super().__init__()
@@ -57,7 +57,7 @@ class AttributesConditioner(Conditioner):
 
     def of_batch(self, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
         u_NK = draws.uniform(seed, batch.positions_N, draws.Purpose.ATTRIBUTE_DROP, len(self.names))
-        dropped_NK = sent(u_NK < self.attribute_dropout, batch.attributes_NK.device)
+        dropped_NK = to_device(u_NK < self.attribute_dropout, batch.attributes_NK.device)
         return {"attributes_NK": batch.attributes_NK.masked_fill(dropped_NK, UNKNOWN)}
 
     def of_batch_whole(self, batch: Batch, seed: int = 0) -> dict[str, Tensor]:

@@ -39,16 +39,16 @@ class Conditioner(nn.Module, ABC):
 
     kind: str
     """Its name within a network, which has at most one of each kind."""
-    asked: str
+    keyword: str
     """The keyword argument of sample() that takes its values."""
-    nobody: object = 0
+    placeholder: object = 0
     """A placeholder for a value that was not given; its row gets the null state."""
     dropout: float
     spatial: bool = False
     """Whether the condition is an image, which must be mirrored together with the training image."""
     extra_channels: int = 0
     """Channels that it adds to the network's input."""
-    untrained: tuple[nn.Module, ...] = ()
+    frozen_modules: tuple[nn.Module, ...] = ()
     """Frozen modules that it uses, which are not part of the trained state."""
 
     @abstractmethod

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from duotone.data.batch import Batch, sent
+from duotone.data.batch import Batch, to_device
 from duotone.engine import draws
 from duotone.engine.conditioning.base import Conditioner
 
@@ -33,5 +33,5 @@ def conditioned(
 
 def mirrored(images_NHWC: Tensor, flip_N: Tensor) -> Tensor:
     """The images as the network sees them."""
-    flip_N = sent(flip_N, images_NHWC.device)
+    flip_N = to_device(flip_N, images_NHWC.device)
     return torch.where(flip_N[:, None, None, None], images_NHWC.flip(2), images_NHWC)

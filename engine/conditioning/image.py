@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from duotone.data.batch import Batch, sent, unit
+from duotone.data.batch import Batch, to_device, to_plus_minus_one
 from duotone.data.refusal import Refused, at_least
 from duotone.engine import draws
 from duotone.engine.conditioning.base import Conditioner, Conditioning, Facts
@@ -73,7 +73,7 @@ class Hole:
 class ClassMapConditioner(Conditioner):
     """The class as K channels of 1 x 1 pixels, which are the same at every pixel."""
 
-    kind, asked = "class_map", "labels"
+    kind, keyword = "class_map", "labels"
 
     def __init__(self, config: ClassMap, classes: tuple[str, ...]):
         super().__init__()
@@ -99,8 +99,8 @@ class ClassMapConditioner(Conditioner):
 class LowResolutionConditioner(Conditioner):
     """The enlarged image as C channels; the null state is grey, which is zero."""
 
-    kind, asked, spatial = "low_resolution", "images", True
-    nobody = None
+    kind, keyword, spatial = "low_resolution", "images", True
+    placeholder = None
 
     def __init__(self, config: LowResolution, channels: int):
         super().__init__()
@@ -111,11 +111,11 @@ class LowResolutionConditioner(Conditioner):
         return F.adaptive_avg_pool2d(x_NCHW, (max(1, height // self.factor), max(1, width // self.factor)))
 
     def of_batch(self, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
-        x_NCHW = unit(batch.images_NHWC)
+        x_NCHW = to_plus_minus_one(batch.images_NHWC)
         return {"image_NCHW": enlarged(self.shrunk(x_NCHW), x_NCHW.shape[2:])}
 
     def values_of(self, images_NHWC: np.ndarray, seed: int = 0) -> list[np.ndarray]:
-        return list(pixels(self.shrunk(unit(torch.from_numpy(images_NHWC)))))
+        return list(pixels(self.shrunk(to_plus_minus_one(torch.from_numpy(images_NHWC)))))
 
     def of_values(self, values: list, size: tuple[int, int] | None = None) -> dict[str, Tensor]:
         rows = [torch.zeros(1, self.extra_channels, *size) if v is None else self.row(v, size) for v in values]
@@ -128,7 +128,7 @@ class LowResolutionConditioner(Conditioner):
             raise Refused(
                 f"low resolution: an image of {h} x {w} has another aspect ratio than {size}: crop it, or set size"
             )
-        return enlarged(unit(image_HWC[None]), size)
+        return enlarged(to_plus_minus_one(image_HWC[None]), size)
 
     def forward(self, tensors: dict[str, Tensor], keep_N: Tensor) -> Conditioning:
         return Conditioning(channels_NKHW=tensors["image_NCHW"] * keep_N[:, None, None, None])
@@ -137,8 +137,8 @@ class LowResolutionConditioner(Conditioner):
 class HoleConditioner(Conditioner):
     """The image outside the hole as C channels, then the mask, 1 inside; the null state is all hole."""
 
-    kind, asked, spatial = "hole", "holes", True
-    nobody = None
+    kind, keyword, spatial = "hole", "holes", True
+    placeholder = None
 
     def __init__(self, config: Hole, channels: int):
         super().__init__()
@@ -147,8 +147,8 @@ class HoleConditioner(Conditioner):
     def of_batch(self, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
         _, height, width, _ = batch.images_NHWC.shape
         u_N4 = draws.uniform(seed, batch.positions_N, draws.Purpose.HOLE, 4)
-        mask_N1HW = sent(rectangles(u_N4, height, width), batch.images_NHWC.device)
-        return {"image_NCHW": unit(batch.images_NHWC), "mask_N1HW": mask_N1HW}
+        mask_N1HW = to_device(rectangles(u_N4, height, width), batch.images_NHWC.device)
+        return {"image_NCHW": to_plus_minus_one(batch.images_NHWC), "mask_N1HW": mask_N1HW}
 
     def values_of(self, images_NHWC: np.ndarray, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
         count, height, width, _ = images_NHWC.shape
@@ -170,7 +170,7 @@ class HoleConditioner(Conditioner):
                 f"hole: image {tuple(image_HWC.shape[:2])} and mask {tuple(mask_HW.shape)}, but {size} is sampled: "
                 "give both that size, or set size to theirs"
             )
-        return unit(image_HWC[None])[0], mask_HW[None]
+        return to_plus_minus_one(image_HWC[None])[0], mask_HW[None]
 
     def forward(self, tensors: dict[str, Tensor], keep_N: Tensor) -> Conditioning:
         mask_N1HW = tensors["mask_N1HW"] | ~keep_N[:, None, None, None]

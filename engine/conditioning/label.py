@@ -83,7 +83,7 @@ def one_hot(rows_N: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
 class LabelConditioner(Conditioner):
     """A row for each class, as vector_NE or as the single token of tokens_NMD."""
 
-    kind, asked = "label", "labels"
+    kind, keyword = "label", "labels"
 
     def __init__(self, classes: tuple[str, ...], encoder: nn.Module, dropout: float, port: str = "vector"):
         super().__init__()

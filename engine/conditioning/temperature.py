@@ -35,8 +35,8 @@ class Temperature:
 class TemperatureConditioner(Conditioner):
     """beta_N through a sinusoid and two layers, like the timestep; the null state is 1, the plain conditional prediction."""
 
-    kind, asked = "temperature", "temperatures"
-    nobody = 1.0
+    kind, keyword = "temperature", "temperatures"
+    placeholder = 1.0
     dropout = 0.0
 
     def __init__(self, low: float, network: UNetConfig):

@@ -188,8 +188,8 @@ def warn_cut(caption: str, cut: str) -> None:
 class TextConditioner(Conditioner):
     """Tokens of a text encoder's last layer; the null state is no token: attention to it gives exactly zero."""
 
-    kind, asked = "text", "prompts"
-    nobody = ""
+    kind, keyword = "text", "prompts"
+    placeholder = ""
 
     def __init__(
         self,
@@ -219,11 +219,11 @@ class TextConditioner(Conditioner):
             self.encoder = encoder
 
     @property
-    def untrained(self) -> tuple[nn.Module, ...]:
+    def frozen_modules(self) -> tuple[nn.Module, ...]:
         return getattr(self, "held", ())
 
     def _apply(self, fn, recurse: bool = True):
-        for encoder in self.untrained:
+        for encoder in self.frozen_modules:
             encoder._apply(fn)
         return super()._apply(fn, recurse)
 

@@ -41,9 +41,9 @@ def check_data(data: Dataset, ranks: zero.Ranks) -> list[str]:
     return [f"{where}: its numbers differ in their last digits" for where in named(mine, ranks)]
 
 
-def check_untrained(network: Network, ranks: zero.Ranks) -> None:
+def check_frozen(network: Network, ranks: zero.Ranks) -> None:
     """Raises Refused, on every rank, if one has other frozen weights than rank 0: each rank uses those that it has loaded."""
-    mine = weights_digest(network.untrained) if ranks.count > 1 else ""
+    mine = weights_digest(network.frozen_modules) if ranks.count > 1 else ""
     other = ["its text encoder has other weights"] if mine != zero.from_rank_0(mine) else []
     refuse_others(other, ranks, "would encode text unlike rank 0", "copy rank 0's text encoder there")
 

@@ -26,7 +26,7 @@ SET_HERE: dict[str, str] = {}  # variables set for a process without a launcher,
 def meet(backend: str) -> None:
     """Joins this run's process group; raises Refused if the other ranks do not come."""
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    late = threading.Timer(LATE, tell_whom_one_waits_for, (address,))
+    late = threading.Timer(LATE, report_waiting, (address,))
     late.daemon = True
     late.start()
     try:
@@ -62,7 +62,7 @@ def refuse_unlike_devices(store: dist.Store, rank: int, count: int, backend: str
         )
 
 
-def tell_whom_one_waits_for(address: str) -> None:
+def report_waiting(address: str) -> None:
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         count, here = os.environ["WORLD_SIZE"], socket.gethostname()
         print(f"duotone: {here} waits for all {count} ranks to come to {address}", flush=True)
@@ -97,7 +97,7 @@ def refuse_many_without_launcher() -> None:
             )
 
 
-def forget() -> bool:
+def clear_single_process_defaults() -> bool:
     """Removes the variables set for a process without a launcher; returns whether this was such a process."""
     alone = bool(SET_HERE)
     for name in SET_HERE:

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from duotone.data.batch import sent
+from duotone.data.batch import to_device
 from duotone.data.refusal import Refused
-from duotone.engine.distributed.meeting import PATIENCE, forget, meet, single_process_defaults
+from duotone.engine.distributed.meeting import PATIENCE, clear_single_process_defaults, meet, single_process_defaults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +223,7 @@ def means(values: list[float], device: torch.device) -> Callable[[], list[float]
     """The means of some numbers over the ranks, as a function that waits for them only when it is called."""
     if dist.get_world_size() == 1:
         return lambda: values
-    total = mean(sent(torch.tensor(values, dtype=torch.float64), device)).to("cpu", non_blocking=True)
+    total = mean(to_device(torch.tensor(values, dtype=torch.float64), device)).to("cpu", non_blocking=True)
     arrived = torch.cuda.current_stream().record_event() if device.type == "cuda" else None
 
     def read() -> list[float]:
@@ -262,7 +262,7 @@ def leave(kind: type | None = None, error: BaseException | None = None, trace=No
 
     A group of one stays, since a later run in the same process joins it again.
     """
-    if not forget() and error is None:
+    if not clear_single_process_defaults() and error is None:
         end_group()
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from duotone.data.batch import unit
+from duotone.data.batch import to_plus_minus_one
 from duotone.data.refusal import Refused, at_least, first_line
 from duotone.data.whole_file import draft_of, write_json
 from duotone.engine.checkpoint import digest
@@ -116,7 +116,9 @@ def run(function: Callable, images_NHWC: np.ndarray) -> np.ndarray:
     """The output of a classifier, or of its `embed`, for the images, computed a chunk at a time."""
     network = getattr(function, "__self__", function)
     device = network.head.weight.device
-    return torch.cat([function(unit(torch.from_numpy(part).to(device))).cpu() for part in chunks(images_NHWC)]).numpy()
+    return torch.cat(
+        [function(to_plus_minus_one(torch.from_numpy(part).to(device))).cpu() for part in chunks(images_NHWC)]
+    ).numpy()
 
 
 def chunks(images_NHWC: np.ndarray) -> list[np.ndarray]:
@@ -214,7 +216,7 @@ def train(network: Classifier, images: Images, config: ClassifierConfig, device:
 
 
 def step(network, optimizer, images: Images, config: ClassifierConfig, random: torch.Generator, device) -> None:
-    x_NCHW = augmented(unit(torch.from_numpy(images.images_NHWC).to(device)), config, random)
+    x_NCHW = augmented(to_plus_minus_one(torch.from_numpy(images.images_NHWC).to(device)), config, random)
     loss = loss_of(network(x_NCHW), torch.from_numpy(wanted(images)).to(device))
     optimizer.zero_grad()
     loss.backward()

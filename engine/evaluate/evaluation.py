@@ -189,7 +189,7 @@ def listed(names: tuple[str, ...] | None) -> str:
 
 def takes(model: Model) -> set[str]:
     """The keyword arguments of sample() by which the model takes conditions, except temperatures."""
-    return {conditioner.asked for conditioner in model.network.conditioners.values()} - {"temperatures"}
+    return {conditioner.keyword for conditioner in model.network.conditioners.values()} - {"temperatures"}
 
 
 def asked_by(model: Model, judge: Judge | None) -> str:
@@ -211,7 +211,7 @@ def conditions(model: Model, images: Images) -> dict:
         "attributes": None if images.attributes_NK is None else images.attributes_NK.tolist(),
     }
     spatial = [conditioner for conditioner in model.network.conditioners.values() if conditioner.spatial]
-    said |= {conditioner.asked: conditioner.values_of(images.images_NHWC) for conditioner in spatial}
+    said |= {conditioner.keyword: conditioner.values_of(images.images_NHWC) for conditioner in spatial}
     for name in sorted(takes(model)):
         if said.get(name) is None:
             raise Refused(f"this model takes {name}, but the data has none: give --data.shards data with {name}")

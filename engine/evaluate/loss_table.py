@@ -78,12 +78,12 @@ def losses_of(model: Model, images: Images, rows: slice, sigma: Tensor, first: i
         dtype=model.network.dtype,
     )
     output_NCHW = model.network.predict(
-        input_NCHW, objective.scalings(sigma_N).noise_N.float().to(device), told(model, batch, n, seed)
+        input_NCHW, objective.scalings(sigma_N).noise_N.float().to(device), conditions_of(model, batch, n, seed)
     )
     return objective.loss_weight(sigma_N).float().to(device) * objective.penalty(output_NCHW, target_NCHW)
 
 
-def told(model: Model, batch, n: int, seed: int):
+def conditions_of(model: Model, batch, n: int, seed: int):
     """Every condition that the data gives, none dropped; a temperature is set to plain conditional prediction."""
     device, tensors, keep = model.device, {}, {}
     for kind, conditioner in model.network.conditioners.items():

@@ -43,7 +43,7 @@ def begin_from(
     refuse_misfits(named, own, file)
     fitting = {name for name in named.keys() & own.keys() if named[name].shape == own[name].shape}
     theirs, their_facts = label_in(named) if recipe is None else recipe.conditioning, facts_in(metadata)
-    others = of_other_meaning(theirs, their_facts, conditioning, facts)
+    others = incompatible_conditions(theirs, their_facts, conditioning, facts)
     fitting -= {name for name in fitting if name.split(".")[1] in others and name.startswith("conditioners.")}
     with torch.no_grad():
         for name in fitting:
@@ -52,7 +52,7 @@ def begin_from(
     if recipe is None and SINUSOID in fitting:
         lines.append(without_a_null(len(network.conditioners["label"].classes)))
     if objective is not None:
-        lines += taught_otherwise(taught, objective)
+        lines += objective_differences(taught, objective)
     if original_layout.in_original_layout(given):
         lines.append(
             "of a single file only the UNet is read; it does not say how many heads there are, so model.heads is believed"
@@ -134,7 +134,7 @@ def meaning(objective: Objective) -> dict:
     return {"objective": type(objective).__name__} | {k: v for k, v in vars(objective).items() if k in MEANT}
 
 
-def taught_otherwise(theirs: dict, objective: Objective) -> list[str]:
+def objective_differences(theirs: dict, objective: Objective) -> list[str]:
     """A line if the source was trained on another objective than this run's, which the weights then have to unlearn."""
     if not theirs:
         return []
@@ -168,7 +168,7 @@ def same(theirs: UNetConfig, ours: UNetConfig, name: str) -> bool:
     return getattr(theirs, name) == getattr(ours, name)
 
 
-def of_other_meaning(
+def incompatible_conditions(
     theirs: tuple, their_facts: Facts | None, conditioning: tuple, facts: Facts | None
 ) -> dict[str, str]:
     """By kind, why conditions whose weights may fit mean something else: rows for other names, or another number of heads."""

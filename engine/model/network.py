@@ -45,9 +45,9 @@ class Network(nn.Module):
         return self.unet.conv_in.weight.device
 
     @property
-    def untrained(self) -> list[nn.Module]:
+    def frozen_modules(self) -> list[nn.Module]:
         """The frozen modules of the conditioners: text encoders."""
-        return [module for conditioner in self.conditioners.values() for module in conditioner.untrained]
+        return [module for conditioner in self.conditioners.values() for module in conditioner.frozen_modules]
 
     def condition(self, tensors: dict[str, dict[str, Tensor]], keep: dict[str, Tensor]) -> Conditioning:
         """The ports, from each conditioner's tensors and its keep_N."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from duotone.data.batch import sent
+from duotone.data.batch import to_device
 from duotone.engine.conditioning.base import Conditioning
 from duotone.engine.cuda_graph import Recordings
 from duotone.engine.model.network import Network
@@ -141,7 +141,7 @@ class GuidedDenoiser:
 
 def scalings(objective: Objective, sigma_N: Tensor, device: torch.device) -> tuple[Tensor, ...]:
     """c_skip, c_out, c_in and c_noise on the device, in fp32, sent in one asynchronous copy."""
-    return sent(torch.stack(tuple(objective.scalings(sigma_N))).float(), device).unbind()
+    return to_device(torch.stack(tuple(objective.scalings(sigma_N))).float(), device).unbind()
 
 
 def denoised(output_NCHW: Tensor, x_NCHW: Tensor, skip_N: Tensor, out_N: Tensor) -> Tensor:

@@ -32,10 +32,10 @@ def values_by_kind(model: Model, asked: dict[str, list]) -> dict[str, list]:
     """The values for each conditioner, by its kind; raises Refused on a name that no conditioner takes."""
     kinds = model.network.conditioners
     for name in asked:
-        if not any(conditioner.asked == name for conditioner in kinds.values()):
-            takes = ", ".join(dict.fromkeys(c.asked for c in kinds.values())) or "no condition, only count"
+        if not any(conditioner.keyword == name for conditioner in kinds.values()):
+            takes = ", ".join(dict.fromkeys(c.keyword for c in kinds.values())) or "no condition, only count"
             raise Refused(f"this model takes no {name}: it takes {takes}{MASKED.get((name, takes), '')}")
-    return {kind: asked[c.asked] for kind, c in kinds.items() if c.asked in asked}
+    return {kind: asked[c.keyword] for kind, c in kinds.items() if c.keyword in asked}
 
 
 MASKED = {
@@ -115,7 +115,7 @@ def negative_values(model: Model, negative: dict[str, Sequence] | None, images: 
     for name, rows in negative.items():
         if len(rows) != images:
             raise Refused(f"negative {name} has {len(rows)} entries for {images} images")
-        if not any(conditioner.asked == name for conditioner in model.network.conditioners.values()):
+        if not any(conditioner.keyword == name for conditioner in model.network.conditioners.values()):
             raise Refused(f"negative {name} given, but this model takes no {name}")
     return values_by_kind(model, negative)
 
@@ -128,7 +128,7 @@ def refuse_without_null(model: Model, values: dict, negatives: dict) -> None:
         if kind not in negatives and not model.null_is_trained(kind, alone=bool(negatives)):
             raise Refused(
                 "guidance needs a null state, but this network was trained with condition dropout 0 for its "
-                f"{model.network.conditioners[kind].asked}: leave guidance at 1, or train with conditioning dropout above 0"
+                f"{model.network.conditioners[kind].keyword}: leave guidance at 1, or train with conditioning dropout above 0"
             )
 
 
@@ -138,7 +138,7 @@ def refuse_untrained_null(model: Model, values: dict) -> None:
         if kind not in values and not model.null_is_trained(kind, alone=bool(values)):
             others = " alone" if model.null_is_trained(kind) else ""
             raise Refused(
-                f"this network was never trained without its {conditioner.asked}{others}: give {conditioner.asked}"
+                f"this network was never trained without its {conditioner.keyword}{others}: give {conditioner.keyword}"
             )
 
 

@@ -181,7 +181,7 @@ def condition(model: Model, values: dict, negatives: dict, images: int, size, *,
     """The ports of N conditional rows and, if doubled, of the N unconditional (or negative) rows after them."""
     tensors = {}
     for kind, conditioner in model.network.conditioners.items():
-        rows = values.get(kind) or [conditioner.nobody] * images
+        rows = values.get(kind) or [conditioner.placeholder] * images
         below = negatives.get(kind) or rows
         found = conditioner.of_values(rows + below if doubled else rows, size)
         tensors[kind] = {name: tensor.to(model.device) for name, tensor in found.items()}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from duotone.data.batch import sent
+from duotone.data.batch import to_device
 from duotone.data.framing import boxes, upright
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
@@ -152,11 +152,11 @@ def test_what_dali_lacks_is_no_pictures_fault(folder, cpu, plan_for, monkeypatch
 def test_a_batch_is_sent_without_waiting_for_the_device():
     """Even after a long calculation; and writing to the CPU's memory afterwards does not change what arrives."""
     images_NHWC = torch.ones(64, 128, 128, 3, dtype=torch.uint8)
-    sent(images_NHWC, "cuda")  # the first call allocates memory
+    to_device(images_NHWC, "cuda")  # the first call allocates memory
     torch.cuda.synchronize()
     torch.cuda._sleep(2_000_000_000)
     began = torch.cuda.current_stream().record_event()
-    there = sent(images_NHWC, "cuda")
+    there = to_device(images_NHWC, "cuda")
     assert not began.query(), "it came back while the device was busy"
     images_NHWC.zero_()
     assert there.sum().item() == there.numel()

@@ -433,7 +433,7 @@ def test_what_a_killed_process_left_of_its_writing_is_no_strangers_and_goes(tmp_
     """Files such as .NAME.1a2b3c4d, from before and after recipe.json was written."""
     for name in (".claim", ".recipe.json.0123abcd", ".ema.safetensors.89abcdef"):
         (tmp_path / name).write_text("")
-    run_folder.refuse_strangers(tmp_path)
+    run_folder.refuse_foreign_folder(tmp_path)
     (tmp_path / "previews").mkdir()
     (tmp_path / "previews" / ".images-000000000016.png.01234567").write_text("")
     (tmp_path / ".hidden").write_text("somebody's")

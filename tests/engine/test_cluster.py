@@ -258,11 +258,11 @@ for kind in ("weight", "ema"):
     assert torch.equal(found["weight"], of_rank_0), kind
 torch.manual_seed(0)
 held = SimpleNamespace(untrained=[torch.nn.Linear(2, 2)])
-agreement.check_untrained(held, ranks)
+agreement.check_frozen(held, ranks)
 if ranks.rank == 1:
-    held.untrained[0].bias.data += 1
+    held.frozen_modules[0].bias.data += 1
 try:
-    agreement.check_untrained(held, ranks)
+    agreement.check_frozen(held, ranks)
 except Refused as refusal:
     print("duotone: refused:", refusal, flush=True)
 made.close()

@@ -377,7 +377,7 @@ def test_every_condition_samples_without_being_given(config):
     """The placeholder value is never seen: a row that is not kept becomes the null condition, whatever it holds."""
     model = model_of(config)
     conditioner = model.network.conditioners[config.kind]
-    tensors = conditioner.of_values([conditioner.nobody], (8, 8))
+    tensors = conditioner.of_values([conditioner.placeholder], (8, 8))
     out = conditioner(tensors, torch.tensor([False]))
     other = {name: torch.ones_like(t) for name, t in tensors.items()}
     again = conditioner(other, torch.tensor([False]))

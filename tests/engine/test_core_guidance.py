@@ -48,7 +48,7 @@ def model_of(condition, network, objective=None, seed: int = 0) -> Model:
 def branches(model: Model, n: int = 2) -> Conditioning:
     """N conditional rows, then N null rows."""
     (conditioner,) = model.network.conditioners.values()
-    values = {"labels": [0, 2], "prompts": ["a cat", "two dogs"]}[conditioner.asked]
+    values = {"labels": [0, 2], "prompts": ["a cat", "two dogs"]}[conditioner.keyword]
     with torch.inference_mode():
         return conditioner(conditioner.of_values(values * 2), torch.tensor([True] * n + [False] * n))
 

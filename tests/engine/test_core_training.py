@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from duotone.data import captioned_shapes
-from duotone.data.batch import Batch, sent
+from duotone.data.batch import Batch, to_device
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
 from duotone.data.write_shards import Sample, write_shards
@@ -396,6 +396,6 @@ def test_nothing_that_a_step_sends_to_the_device_waits_for_it(kind, monkeypatch)
     monkeypatch.setattr(module, "diffuse", lambda images_NHWC, *rest, dtype: (images_NHWC, images_NHWC))
     batch = batch_of(1, 4)
     with CopiesBetweenDevices() as copies:
-        inputs = inputs_of(run, replace(batch, images_NHWC=sent(batch.images_NHWC, device.device)))
+        inputs = inputs_of(run, replace(batch, images_NHWC=to_device(batch.images_NHWC, device.device)))
     assert {tensor.device.type for tensor in tree_leaves(inputs)} == {"meta"}
     assert len(copies.go_on) >= 8 and all(copies.go_on)

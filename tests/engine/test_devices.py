@@ -108,8 +108,8 @@ def test_guided_sampling_stays_on_its_device(kind, objective):
 @pytest.mark.parametrize("solver", SAMPLERS)
 def test_every_sampler_stays_on_its_device(solver):
     model = model_of(Label(), EDM())
-    nobody = Steering(interval=(0.0, 100.0), rescale=0.0, rule=None, guide=None)
-    denoise = guided_denoiser(model, ({"label": ["dog", "cat"]}, {}), nobody, None, 2, (8, 8))
+    plain = Steering(interval=(0.0, 100.0), rescale=0.0, rule=None, guide=None)
+    denoise = guided_denoiser(model, ({"label": ["dog", "cat"]}, {}), plain, None, 2, (8, 8))
     sampled(denoise, SAMPLERS[solver], model.objective.falling_sigmas(3))
 
 

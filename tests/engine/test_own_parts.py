@@ -50,8 +50,8 @@ class Brightness:
 
 
 class BrightnessConditioner(Conditioner):
-    kind, asked = "brightness", "brightness"
-    nobody = 0.0
+    kind, keyword = "brightness", "brightness"
+    placeholder = 0.0
 
     def __init__(self, config: Brightness, network: UNetConfig):
         super().__init__()

@@ -294,7 +294,7 @@ def test_a_run_of_whole_steps_is_the_same_run_and_goes_on_from_its_checkpoints(t
     eager = train.train(replace(recipe, out=tmp_path / "eager"))
     monkeypatch.setattr(train, "WholeStep", partial(WholeStep, recorder=RunAgain))
     with monkeypatch.context() as patch:
-        patch.setattr(speed, "what_keeps_a_step_apart", lambda *_: None)
+        patch.setattr(speed, "why_not_whole_step", lambda *_: None)
         whole = train.train(replace(recipe, out=tmp_path / "whole"))
         assert RunAgain.made[-1].replays == STEPS - 1, "the first step, at a rate of 0, proves nothing"
         real = train.train_step
@@ -334,7 +334,7 @@ def test_a_run_of_whole_steps_is_the_same_run_and_goes_on_from_its_checkpoints(t
 )
 def test_where_it_does_not_hold_is_said(change, says):
     given = {"speed": Speed(whole_step=True), "choice": Choice("cuda", "bf16", True), "stage": 1, "ranks": 1}
-    held = speed.what_keeps_a_step_apart(**given | {"accumulation": 1} | change)
+    held = speed.why_not_whole_step(**given | {"accumulation": 1} | change)
     assert (held is None) == (says is None) and (held or "").startswith(says or "")
 
 

@@ -16,7 +16,15 @@ from duotone.kernels.attention import (
     fits,
     tiling,
 )
-from duotone.kernels.attention_backends import BACKENDS, choices, choose, keep_choices, measured_on, taken, xformers
+from duotone.kernels.attention_backends import (
+    BACKENDS,
+    backend_to_run,
+    choices,
+    choose,
+    keep_choices,
+    measured_on,
+    xformers,
+)
 from duotone.kernels.attention_backends import _backend as backend_of
 
 CHECKED = [case for case in CASES if not case.timed]
@@ -282,9 +290,11 @@ def test_choices_hold_where_they_were_measured(monkeypatch):
 
 def test_xformers_is_not_taken_where_a_graph_is_compiled():
     measured = {"backend": "xformers", "milliseconds": {"xformers": 1.0, "flash": 3.0, "cudnn": 2.0}, "refused": {}}
-    assert taken(measured, compiling=False) == "xformers" and taken(measured, compiling=True) == "cudnn"
+    assert (
+        backend_to_run(measured, compiling=False) == "xformers" and backend_to_run(measured, compiling=True) == "cudnn"
+    )
     asked_for = {"backend": "xformers", "milliseconds": {}, "refused": {}}
-    assert taken(asked_for, compiling=True) == "xformers", "who overrides, decides"
+    assert backend_to_run(asked_for, compiling=True) == "xformers", "who overrides, decides"
 
 
 def test_xformers_that_cannot_run_is_named():

@@ -70,8 +70,8 @@ def test_coefficients_get_their_gradient_and_an_empty_batch_is_one(device):
     input_NCHW, target_NCHW = diffuse(**given)
     (input_NCHW.sum() + target_NCHW.sum()).backward()
     assert given["coefficients_N4"].grad.abs().min() > 0
-    nobody = {name: value[:0] if isinstance(value, torch.Tensor) else value for name, value in given.items()}
-    assert diffuse(**nobody)[0].shape == (0, 3, 4, 4)
+    empty = {name: value[:0] if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+    assert diffuse(**empty)[0].shape == (0, 3, 4, 4)
 
 
 def test_per_image_values_of_any_stride(device, launching):
