@@ -16,7 +16,7 @@ def is_held_out(key: str, share: float) -> bool:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) < share * 2**64
 
 
-def parted(index: TarIndex, share: float, part: Part) -> TarIndex:
+def part_of(index: TarIndex, share: float, part: Part) -> TarIndex:
     """The samples of a shard that belong to one part."""
     if part == "all" or (share == 0 and part == "training"):
         return index

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from duotone.data.dataset import REMEDY, Dataset, OnBad
 from duotone.data.framing import Frame
-from duotone.data.held_out import Part, is_held_out, parted
+from duotone.data.held_out import Part, is_held_out, part_of
 from duotone.data.manifest import NAME, read_manifest
 from duotone.data.pillow import PillowDecoder
 from duotone.data.refusal import Refused, at_least, share
@@ -94,7 +94,7 @@ def _open_indexes(paths: list[Path]) -> list[TarIndex]:
 
 
 def _parted(indexes: list[TarIndex], shards: Shards, part: Part) -> list[TarIndex]:
-    kept = [parted(index, shards.held_out, part) for index in indexes]
+    kept = [part_of(index, shards.held_out, part) for index in indexes]
     before, after = (sum(len(index.keys) for index in some) for some in (indexes, kept))
     if before and not after:
         does = "leaves nothing to train on" if part == "training" else "holds out nothing"

@@ -34,7 +34,7 @@ OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 OF_THE_DISK |= {errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EIO, errno.ESTALE}
 
 
-def told_by_the_disk(error: Exception) -> str | None:
+def file_system_message(error: Exception) -> str | None:
     """A file system's error message for a file it cannot write or read, in one line; None for any other error."""
     code = getattr(error, "errno", None)
     inside = re.search(r"Os \{ code: (\d+)|\(os error (\d+)\)", str(error))  # old and new format of safetensors

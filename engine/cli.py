@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 
 from duotone.data.refusal import Refused
-from duotone.data.whole_file import told_by_the_disk
+from duotone.data.whole_file import file_system_message
 from duotone.engine.log import say_warnings_plainly
 
 PREPARE = {
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         sys.exit(1)
     except Exception as error:
-        line = told_by_the_disk(error)
+        line = file_system_message(error)
         if line is None:
             raise
         print(f"duotone: refused: {line}", file=sys.stderr)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch.distributed import DistError
 
 from duotone.data.refusal import Refused
-from duotone.data.whole_file import told_by_the_disk
+from duotone.data.whole_file import file_system_message
 from duotone.engine import checkpoint
 from duotone.engine.command_line import parse
 from duotone.engine.log import say, say_warnings_plainly
@@ -48,7 +48,7 @@ def main(recipe: Recipe, embedded: Recipe | None = None) -> None:
         tell_where(recipe)
         sys.exit(getattr(interrupt, "code", 130))
     except (OSError, SafetensorError) as error:
-        line = told_by_the_disk(error)
+        line = file_system_message(error)
         if line is None:
             raise
         tell(Refused(line))

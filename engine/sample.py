@@ -24,7 +24,7 @@ from duotone.engine.sampling.guiding.cfg_plus_plus import CfgPlusPlus
 from duotone.engine.sampling.request import (
     listed,
     number_of_images,
-    refuse_no_model,
+    refuse_other_than_model,
     seeds_of,
 )
 from duotone.engine.sampling.samplers.clipping import clipped
@@ -84,7 +84,7 @@ def sample(
     """
     asked = {"prompts": prompts, "labels": labels, "attributes": attributes, "images": images, "holes": holes}
     asked = listed(asked | own)
-    refuse_no_model("model", model)
+    refuse_other_than_model("model", model)
     number = number_of_images(asked, count)
     clips = model.objective.clips if clip is None else clip
     before_the_rule = clips and isinstance(rule, CfgPlusPlus)

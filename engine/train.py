@@ -101,11 +101,11 @@ def saving_if_refused(run: Run) -> Iterator[None]:
 def whole_step(run: Run) -> WholeStep | None:
     """What takes each step as one recorded CUDA graph, or None if that was not asked for or is not possible."""
     recipe = run.recipe
-    held = speed.why_not_whole_step(recipe.speed, run.choice, run.sharded.stage, run.ranks.count, recipe.accumulation)
-    if held is None:
+    reason = speed.why_not_whole_step(recipe.speed, run.choice, run.sharded.stage, run.ranks.count, recipe.accumulation)
+    if reason is None:
         return WholeStep(run.sharded, partial(loss_of, recipe.objective), run.log.say)
     if recipe.speed.whole_step:
-        run.log.say(f"speed.whole_step has no effect {held}")
+        run.log.say(f"speed.whole_step has no effect {reason}")
     return None
 
 

@@ -33,7 +33,7 @@ class PrepareCoco(PictureOptions):
     def _pictures(self, images: list, captions: dict[int, list[str]]) -> tuple[list[Picture], list[Picture]]:
         """The pictures with captions, sorted by file name, and those without."""
         pictures = [self._picture(entry, captions) for entry in images]
-        _refuse_twice(self.annotations, pictures)
+        _refuse_duplicate_image(self.annotations, pictures)
         bare = [picture for picture in pictures if not picture.captions]
         if bare and self.on_bad == "refuse":
             remedy = "add one, or pass --on-bad skip to leave such images out"
@@ -64,7 +64,7 @@ def _read(path: Path) -> dict:
     )
 
 
-def _refuse_twice(path: Path, pictures: list[Picture]) -> None:
+def _refuse_duplicate_image(path: Path, pictures: list[Picture]) -> None:
     """Raises Refused for an image that is listed twice, by its id or by its file."""
     ids: dict[str, str] = {}
     files: dict[str, str] = {}

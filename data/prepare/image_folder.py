@@ -128,7 +128,7 @@ def _files_below(folder: Path, unread: list[str] | None) -> tuple[list[Path], li
 
     paths, texts, others, walked = [], [], [], {}
     for root, folders, files in os.walk(folder, onerror=fail, followlinks=True):
-        _refuse_twice(Path(root), walked)
+        _refuse_duplicate_folder(Path(root), walked)
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(root, name) for name in files if not name.startswith(".")):
             if path.suffix.lower() in SUFFIXES:
@@ -163,7 +163,7 @@ def _listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {extension}" for extension, count in counts.items())
 
 
-def _refuse_twice(folder: Path, walked: dict[Path, Path]) -> None:
+def _refuse_duplicate_folder(folder: Path, walked: dict[Path, Path]) -> None:
     """Raises Refused for a link to a folder that is also read by another path, or that closes a circle.
 
     `walked` maps each resolved folder to the path by which it was read.

@@ -22,7 +22,7 @@ def listed(asked: Mapping[str, Sequence | None]) -> dict[str, list]:
     return {name: list(rows) for name, rows in asked.items() if rows is not None}
 
 
-def refuse_no_model(name: str, value) -> None:
+def refuse_other_than_model(name: str, value) -> None:
     """Raises Refused on anything but a Model, such as the path of one."""
     if not isinstance(value, Model):
         raise Refused(f"{name} is of type {type(value).__name__}: give a Model, as load(path) returns one")

@@ -23,7 +23,7 @@ from duotone.engine.sampling.request import (
     negative_values,
     part,
     per_image,
-    refuse_no_model,
+    refuse_other_than_model,
     refuse_steering,
     refuse_untrained_null,
     refuse_without_null,
@@ -53,7 +53,7 @@ class Steering:
             raise Refused(f"rule = {self.rule!r}: give one of engine/sampling/guiding, such as Apg() or CfgPlusPlus()")
         if self.guide is None:
             return
-        refuse_no_model("guide", self.guide)
+        refuse_other_than_model("guide", self.guide)
         if negatives:
             raise Refused(
                 "negative conditions and a guide both say what guidance moves away from: give only one of them"

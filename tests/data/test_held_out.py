@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from duotone.data.held_out import parted
+from duotone.data.held_out import part_of
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
 from duotone.data.tar_index import open_index
@@ -63,7 +63,7 @@ def test_bad_samples_keep_their_places(tmp_path):
     index = open_index(next((tmp_path / "s").glob("*.tar")))
     index.bad.update({3: "no image", 11: "no image", 25: "no image"})
     names = {index.keys[n] for n in (3, 11, 25)}
-    parts = [parted(index, 0.4, part) for part in ("training", "held out")]
+    parts = [part_of(index, 0.4, part) for part in ("training", "held out")]
     assert {part.keys[place] for part in parts for place in part.bad} == names
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from duotone.data.image_header import Unreadable
 from duotone.data.prepare.celeba import PrepareCeleba
 from duotone.data.prepare.coco import PrepareCoco
-from duotone.data.prepare.image_folder import CaptionUnused, PrepareFolder, _refuse_twice
+from duotone.data.prepare.image_folder import CaptionUnused, PrepareFolder, _refuse_duplicate_folder
 from duotone.data.prepare.picture_files import class_caption, read_picture
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
@@ -391,9 +391,9 @@ def test_of_a_folder_and_its_link_the_link_is_to_be_removed(tmp_path, first):
     folder.mkdir()
     link.symlink_to(folder)
     walked = {}
-    _refuse_twice(tmp_path / first, walked)
+    _refuse_duplicate_folder(tmp_path / first, walked)
     with pytest.raises(Refused, match=re.escape(f"{link}: it is a link to a folder that is read as {folder} too")):
-        _refuse_twice(link if first == "folder" else folder, walked)
+        _refuse_duplicate_folder(link if first == "folder" else folder, walked)
 
 
 def test_a_key_stays_its_pictures_own_when_others_are_added(tmp_path, pictures, cpu):
