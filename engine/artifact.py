@@ -52,10 +52,10 @@ class Model:
     def can_be_guided(self) -> bool:
         """Whether every conditioner's null condition was trained, or the network is given the guidance scale itself."""
         conditioners = self.network.conditioners
-        return bool(conditioners) and ("temperature" in conditioners or self.can_be_asked_for_anything)
+        return bool(conditioners) and ("temperature" in conditioners or self.can_draw_unconditionally)
 
     @property
-    def can_be_asked_for_anything(self) -> bool:
+    def can_draw_unconditionally(self) -> bool:
         """Whether it can draw without any condition, since the null condition of every conditioner was trained."""
         return all(map(self.null_is_trained, self.network.conditioners))
 
@@ -114,7 +114,7 @@ def load(
     facts = from_json(json.loads(metadata["duotone.facts"]))
     network = build(recipe, facts)
     fill(network, named, file)
-    put_to_sample(network, device, speed)
+    move_for_sampling(network, device, speed)
     return Model(network, recipe.objective, facts, recipe, int(metadata["duotone.images"]))
 
 
@@ -156,7 +156,7 @@ def read(file: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[s
         raise Refused(f"{file} is not a readable safetensors file ({error})") from None
 
 
-def put_to_sample(network: Network, device: str | torch.device | None, speed: switches.Speed) -> None:
+def move_for_sampling(network: Network, device: str | torch.device | None, speed: switches.Speed) -> None:
     """Moves a network to the device it samples on, and sets its switches."""
     if device is not None:
         speed = replace(speed, device=torch.device(device).type)

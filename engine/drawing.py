@@ -109,7 +109,7 @@ def draw(config: Previews, model: Model, examples: Examples, folder: Path, name:
     pictures.write(written[0], sheet)
     if config.strips:
         strips = {"conditional": seen.strips(config.columns)}
-        if model.can_be_asked_for_anything:
+        if model.can_draw_unconditionally:
             strips["unconditional"] = unconditional_strip(config, model, len(images) // config.columns, settings)
         for kind, images in strips.items():
             written.append(folder / f"{name}-{kind}.png")

@@ -40,18 +40,18 @@ def main(recipe: Recipe, embedded: Recipe | None = None) -> None:
             say_warnings_plainly()
             train(recipe)
     except Refused as refusal:
-        tell(refusal)
+        print_refusal(refusal)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         # The launcher sends SIGTERM after Ctrl-C; the last line must still be printed.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        tell_where(recipe)
+        print_resume_point(recipe)
         sys.exit(getattr(interrupt, "code", 130))
     except (OSError, SafetensorError) as error:
         line = file_system_message(error)
         if line is None:
             raise
-        tell(Refused(line))
+        print_refusal(Refused(line))
         sys.exit(2)
     except RuntimeError as error:
         from duotone.engine.distributed.zero import lost_a_rank
@@ -59,11 +59,11 @@ def main(recipe: Recipe, embedded: Recipe | None = None) -> None:
         if lost_a_rank(error):
             # The launcher will end this rank because of the other's fault, and only that fault is worth reporting.
             time.sleep(2 * ONLY_THIS_RANK)
-            tell_of_the_other(error)
+            print_lost_rank(error)
         raise
 
 
-def tell_where(recipe: Recipe) -> None:
+def print_resume_point(recipe: Recipe) -> None:
     """Prints, on rank 0, where an interrupted run resumes."""
     if int(os.environ.get("RANK", 0)) == 0:
         found = checkpoint.known(recipe.folder / "checkpoints")
@@ -74,7 +74,7 @@ def tell_where(recipe: Recipe) -> None:
             print(f"\nduotone: interrupted: {where}", file=sys.stderr, flush=True)
 
 
-def tell(refusal: Refused) -> None:
+def print_refusal(refusal: Refused) -> None:
     """Prints one line for all ranks: rank 0 speaks at once, the others only if the launcher has not ended them by then."""
     rank = int(os.environ.get("RANK", 0))
     if rank != 0:
@@ -83,7 +83,7 @@ def tell(refusal: Refused) -> None:
     print(f"duotone: refused{where}: {refusal}", file=sys.stderr, flush=True)
 
 
-def tell_of_the_other(error: RuntimeError) -> None:
+def print_lost_rank(error: RuntimeError) -> None:
     """Prints that this rank stops because another one ended, and exits; a DistError says more itself and is left to."""
     if not isinstance(error, DistError):
         rank, host = os.environ.get("RANK", 0), socket.gethostname()

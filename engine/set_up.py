@@ -46,7 +46,7 @@ def set_up(recipe: Recipe, held: ExitStack) -> Run:
     faults = kernel_faults(ranks, recipe.speed)  # before any kernel runs: trying a micro-batch below runs them too
 
     # The data, the network, and what each needs from the other.
-    recipe, data, held_out = opened(recipe, stored, ranks, held)
+    recipe, data, held_out = open_data(recipe, stored, ranks, held)
     unlike = agreement.check_data(data, ranks)
     facts = Facts(classes=as_tuple(data.classes), attributes=as_tuple(data.attributes))
     recipe.preview.check_names(facts)
@@ -87,7 +87,7 @@ def set_up(recipe: Recipe, held: ExitStack) -> Run:
     return run
 
 
-def opened(
+def open_data(
     recipe: Recipe, stored: dict | None, ranks: zero.Ranks, held: ExitStack
 ) -> tuple[Recipe, Dataset, Images | None]:
     """The recipe with its data located, the opened data, and on rank 0 the held-out images to measure the loss on."""

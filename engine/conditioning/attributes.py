@@ -17,7 +17,7 @@ from duotone.engine.conditioning.base import Conditioner, Conditioning, Facts
 from duotone.engine.model.unet import UNetConfig
 
 UNKNOWN = -1
-STATES = 3  # absent, present, unknown; unknown is the attribute's null state
+STATES = 3  # absent, present, unknown; unknown is the attribute's null condition
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""How conditions enter the network: through three ports, with a null state for each kind of condition.
+"""How conditions enter the network: through three ports, with a null condition for each kind of condition.
 
 N images, E embedding width, M tokens of width D, K channels of H x W pixels.
 """
@@ -35,14 +35,14 @@ class Conditioning:
 
 
 class Conditioner(nn.Module, ABC):
-    """Turns one kind of condition into a Conditioning; a row whose keep_N is False gets the null state."""
+    """Turns one kind of condition into a Conditioning; a row whose keep_N is False gets the null condition."""
 
     kind: str
     """Its name within a network, which has at most one of each kind."""
     keyword: str
     """The keyword argument of sample() that takes its values."""
     placeholder: object = 0
-    """A placeholder for a value that was not given; its row gets the null state."""
+    """A placeholder for a value that was not given; its row gets the null condition."""
     dropout: float
     spatial: bool = False
     """Whether the condition is an image, which must be mirrored together with the training image."""
@@ -73,7 +73,7 @@ class Conditioner(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, tensors: dict[str, Tensor], keep_N: Tensor) -> Conditioning:
-        """The ports; rows that are not kept are in their null state."""
+        """The ports; rows that are not kept are in their null condition."""
 
 
 def combine(parts: list[Conditioning]) -> Conditioning:

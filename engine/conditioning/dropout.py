@@ -1,4 +1,4 @@
-"""Which conditions of a training batch are replaced by their null state: each independently, or all of an image together.
+"""Which conditions of a training batch are replaced by their null condition: each independently, or all of an image together.
 
 N images.
 """

@@ -49,7 +49,7 @@ class LowResolution:
     factor: int = 4
     """How many times smaller the sides of the shrunk image are."""
     dropout: float = 0.1
-    """Share of images replaced by the null state (grey) in training."""
+    """Share of images replaced by the null condition (grey) in training."""
 
     def build(self, network: UNetConfig, facts: Facts) -> "LowResolutionConditioner":
         at_least("conditioning: LowResolution.factor", self.factor, 1)
@@ -64,7 +64,7 @@ class Hole:
     port = "channels"
 
     dropout: float = 0.1
-    """Share of images replaced by the null state (all cut out) in training."""
+    """Share of images replaced by the null condition (all cut out) in training."""
 
     def build(self, network: UNetConfig, facts: Facts) -> "HoleConditioner":
         return HoleConditioner(self, network.in_channels)
@@ -97,7 +97,7 @@ class ClassMapConditioner(Conditioner):
 
 
 class LowResolutionConditioner(Conditioner):
-    """The enlarged image as C channels; the null state is grey, which is zero."""
+    """The enlarged image as C channels; the null condition is grey, which is zero."""
 
     kind, keyword, spatial = "low_resolution", "images", True
     placeholder = None
@@ -135,7 +135,7 @@ class LowResolutionConditioner(Conditioner):
 
 
 class HoleConditioner(Conditioner):
-    """The image outside the hole as C channels, then the mask, 1 inside; the null state is all hole."""
+    """The image outside the hole as C channels, then the mask, 1 inside; the null condition is all hole."""
 
     kind, keyword, spatial = "hole", "holes", True
     placeholder = None

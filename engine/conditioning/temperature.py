@@ -33,7 +33,7 @@ class Temperature:
 
 
 class TemperatureConditioner(Conditioner):
-    """beta_N through a sinusoid and two layers, like the timestep; the null state is 1, the plain conditional prediction."""
+    """beta_N through a sinusoid and two layers, like the timestep; the null condition is 1, the plain conditional prediction."""
 
     kind, keyword = "temperature", "temperatures"
     placeholder = 1.0

@@ -27,7 +27,7 @@ class ClipText:
     encoder: str = "openai/clip-vit-base-patch32"
     """Name on the Hugging Face hub, or a folder holding model and tokenizer."""
     dropout: float = 0.1
-    """Share of captions replaced by the null state (no token) in training."""
+    """Share of captions replaced by the null condition (no token) in training."""
 
     def build(self, network: UNetConfig, facts: Facts) -> "TextConditioner":
         from transformers import AutoTokenizer, CLIPTextModel
@@ -49,7 +49,7 @@ class EncoderText:
     length: int = 77
     """Maximum number of tokens in a caption; the rest is cut."""
     dropout: float = 0.1
-    """Share of captions replaced by the null state (no token) in training."""
+    """Share of captions replaced by the null condition (no token) in training."""
 
     def build(self, network: UNetConfig, facts: Facts) -> "TextConditioner":
         at_least("conditioning: EncoderText.length", self.length, 2)
@@ -112,7 +112,7 @@ class ByteText:
     pooled: bool = True
     """Also add the mean of a caption's tokens to the time embedding, so that the caption reaches every block."""
     dropout: float = 0.1
-    """Share of captions replaced by the null state (no token) in training."""
+    """Share of captions replaced by the null condition (no token) in training."""
 
     def build(self, network: UNetConfig, facts: Facts) -> "TextConditioner":
         for name in ("width", "layers", "heads"):
@@ -186,7 +186,7 @@ def warn_cut(caption: str, cut: str) -> None:
 
 
 class TextConditioner(Conditioner):
-    """Tokens of a text encoder's last layer; the null state is no token: attention to it gives exactly zero."""
+    """Tokens of a text encoder's last layer; the null condition is no token: attention to it gives exactly zero."""
 
     kind, keyword = "text", "prompts"
     placeholder = ""

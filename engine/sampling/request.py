@@ -127,13 +127,13 @@ def refuse_without_null(model: Model, values: dict, negatives: dict) -> None:
     for kind in values:
         if kind not in negatives and not model.null_is_trained(kind, alone=bool(negatives)):
             raise Refused(
-                "guidance needs a null state, but this network was trained with condition dropout 0 for its "
+                "guidance needs a null condition, but this network was trained with condition dropout 0 for its "
                 f"{model.network.conditioners[kind].keyword}: leave guidance at 1, or train with conditioning dropout above 0"
             )
 
 
 def refuse_untrained_null(model: Model, values: dict) -> None:
-    """Raises Refused if a condition is not given and its null state, which then takes its place, was never trained."""
+    """Raises Refused if a condition is not given and its null condition, which then takes its place, was never trained."""
     for kind, conditioner in model.network.conditioners.items():
         if kind not in values and not model.null_is_trained(kind, alone=bool(values)):
             others = " alone" if model.null_is_trained(kind) else ""

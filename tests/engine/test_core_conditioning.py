@@ -392,7 +392,7 @@ def test_previews_ask_for_what_the_model_is_conditioned_on(config, tmp_path):
     settings = preview.Previews(columns=2, rows=2, steps=1, sampler="euler", strips=True)
     rows = drawing.asked_for(settings, model, drawing.Examples())
     assert rows in ({"labels": [0, 1, 2]}, {"attributes": [{"Bald": 1}, {"Male": 1}]})
-    assert model.can_be_guided, "dropped together, they have a null state"
+    assert model.can_be_guided, "dropped together, they have a null condition"
     drawn = [path.name for path in drawing.draw(settings, model, drawing.Examples(), tmp_path, "p")]
     assert drawn == ["p.png", "p-conditional.png", "p-unconditional.png", "p.gif"]
 

@@ -226,7 +226,7 @@ def test_autoguidance_is_two_models_on_the_same_condition():
     denoise = GuidedDenoiser(model.network, model.objective, mine.both, guidance, (weak.network, other.both))
     assert (denoise(x, 2.0) - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1)
     assert denoise.forwards == 4
-    # A model that guides itself changes nothing, and needs no null state.
+    # A model that guides itself changes nothing, and needs no null condition.
     settings = dict(labels=[0, 1], steps=3, sampler="euler")
     itself = sample(weak, **settings, guide=weak, guidance=3.0)
     assert np.abs(itself.astype(int) - sample(weak, **settings)).max() <= 1

@@ -343,14 +343,14 @@ def test_a_condition_that_was_never_left_out_must_be_given(guidance):
     for asked in ({"count": 1}, {"prompts": ["x"], "guidance": guidance}):
         with pytest.raises(Refused, match="never trained without its labels: give labels"):
             sample(both, **asked, steps=1)
-    assert not both.can_be_asked_for_anything and model_of(Label()).can_be_asked_for_anything
+    assert not both.can_draw_unconditionally and model_of(Label()).can_draw_unconditionally
 
 
 def test_a_null_state_that_was_trained_with_all_others_alone_is_no_state_of_its_own():
     """Conditions dropped together give guidance its other branch, but one without the other was never seen."""
     both = model_of(CONDITIONS["text"][0], Label(dropout=0.0), network=CONDITIONS["text"][1])
     both = replace(both, recipe=replace(both.recipe, drop_together=0.1))
-    assert both.can_be_guided and both.can_be_asked_for_anything
+    assert both.can_be_guided and both.can_draw_unconditionally
     sample(both, count=1, steps=1)
     sample(both, prompts=["x"], labels=[0], guidance=2.0, steps=1)
     with pytest.raises(Refused, match="never trained without its labels alone: give labels"):
