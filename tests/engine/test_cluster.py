@@ -257,7 +257,7 @@ for kind in ("weight", "ema"):
     found = made.gather(kind, to_rank_0=False)
     assert torch.equal(found["weight"], of_rank_0), kind
 torch.manual_seed(0)
-held = SimpleNamespace(untrained=[torch.nn.Linear(2, 2)])
+held = SimpleNamespace(frozen_modules=[torch.nn.Linear(2, 2)])
 agreement.check_frozen(held, ranks)
 if ranks.rank == 1:
     held.frozen_modules[0].bias.data += 1

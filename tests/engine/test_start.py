@@ -164,7 +164,7 @@ def test_previews_ask_for_what_the_model_takes():
 
     from duotone.engine.drawing import Examples, asked_for, repeated
 
-    conditioner = SimpleNamespace(asked="prompts", spatial=False)
+    conditioner = SimpleNamespace(keyword="prompts", spatial=False)
     model = SimpleNamespace(network=SimpleNamespace(conditioners={"text": conditioner}))
     assert asked_for(Previews(rows=2), model, Examples(captions=("a", "b", "c"))) == {"prompts": ["a", "b"]}
     assert asked_for(Previews(prompts=("x",)), model, Examples(captions=("a",))) == {"prompts": ["x"]}
