@@ -12,6 +12,7 @@ from torch import Tensor
 from duotone.kernels import attention_backends as backends
 from duotone.kernels.dispatch import (
     INTERPRETED,
+    constant_in_graphs,
     count_fallback,
     exceeds_32_bit_offsets,
     launch,
@@ -330,7 +331,7 @@ def fits(keys: int, width: int, shared_bytes: int) -> bool:
     return shared_bytes >= 160_000 or (shared_bytes >= 99_000 and _block(keys) * _block(width) <= 8192)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _shared_bytes(device_index):
     return torch.cuda.get_device_properties(device_index).shared_memory_per_block_optin
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from duotone.kernels.dispatch import require
+from duotone.kernels.dispatch import constant_in_graphs, require
 
 
 def scaled_dot_product(q_NLHD, k_NMHD, v_NMHD, mask_NM, scale):
@@ -126,7 +126,7 @@ def keep_choices(rows: list[dict], where: str) -> None:
 _KEY = ("images", "queries", "keys", "heads", "width", "dtype", "masked")
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _backend(compiling, device_index, *key):
     if key not in _choices:
         if torch.cuda.is_current_stream_capturing():

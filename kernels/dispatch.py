@@ -24,11 +24,11 @@ class _Absent:
 try:
     import triton
     import triton.language as tl
-    from torch.library import triton_op, wrap_triton
+    from torch.library import wrap_triton
 
     HAS_TRITON = True
 except ImportError:
-    triton = tl = triton_op = wrap_triton = _Absent()
+    triton = tl = wrap_triton = _Absent()
     HAS_TRITON = False
 
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
@@ -40,6 +40,31 @@ if INTERPRETED:
     # torch.compile cannot trace an interpreted launch anyway, and torch 2.11 refuses to wrap one.
     def wrap_triton(kernel):
         return kernel
+
+
+def triton_op(name: str, *, mutates_args):
+    """torch.library.triton_op, through which torch.compile sees the launches in an operator's body.
+
+    That loads the compiler, which takes seconds. A build of PyTorch without CUDA launches nothing and calls operators only
+    on meta tensors, so a plain operator does there.
+    """
+    if not HAS_TRITON:
+        return lambda function: _Absent()
+    if INTERPRETED or torch.backends.cuda.is_built():
+        return torch.library.triton_op(name, mutates_args=mutates_args)
+    return lambda function: _plain_op(name, function, mutates_args)
+
+
+def _plain_op(name, function, mutates_args):
+    operator = torch.library.custom_op(name, function, mutates_args=mutates_args)
+    operator.register_fake(function)
+    return operator
+
+
+def constant_in_graphs(function):
+    """torch.compiler.assume_constant_result, without loading the compiler to set one attribute."""
+    function._dynamo_marked_constant = True
+    return function
 
 
 launches: Counter = Counter()
@@ -114,7 +139,7 @@ def count_fallback(kernel: str, reason: str, *shape: int) -> None:
         _note(kernel, reason, *shape)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _note(kernel, reason, *shape):
     _fallbacks.setdefault(kernel, {})[(reason, *shape)] = reason
 

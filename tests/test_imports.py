@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
@@ -87,6 +88,14 @@ def test_commands_answer_without_torch():
     code = (
         "import sys; from duotone.engine import cli; cli.main(['prepare', '--help']); assert 'torch' not in sys.modules"
     )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(torch.backends.cuda.is_built(), reason="kernels for a GPU are registered with the compiler")
+def test_without_cuda_the_engine_leaves_the_compiler_alone():
+    """It would take half of the time in which a command answers."""
+    code = "import sys; import duotone.engine.run, duotone.engine.sample; assert 'torch._dynamo' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from duotone.kernels.dispatch import constant_in_graphs
+
 HERE = Path(__file__).parent
 WITHOUT_TRITON = """
 import sys
@@ -21,6 +23,8 @@ group_norm_silu.group_norm_silu(image_NCHW, weight_C, weight_C, 2).sum().backwar
 attention.attention(*[torch.randn(1, 4, 2, 8)] * 3)
 assert not dispatch.launches and not dispatch.fallbacks()
 """
+# Before the kernels are imported: only there do operators show torch.compile what they launch.
+AS_IN_A_BUILD_WITH_CUDA = "import torch; torch.backends.cuda.is_built = lambda: True"
 # torch.compile's caches look these up to notice an edited kernel.
 KERNELS_ARE_FOUND = """
 from torch._library.triton import get_triton_kernels_for_op
@@ -184,12 +188,30 @@ def run(*command, interpret="0"):
 
 @pytest.mark.parametrize(
     "program",
-    [WITHOUT_TRITON, ON_A_CPU, KERNELS_ARE_FOUND, ONE_GRAPH, OPERATORS_ARE_SOUND, MANY_KEYS_ARE_ONE_GRAPH],
-    ids=["without_triton", "on_a_cpu", "kernels_are_found", "one_graph", "operators_are_sound", "many_keys"],
+    [WITHOUT_TRITON, ON_A_CPU, OPERATORS_ARE_SOUND, MANY_KEYS_ARE_ONE_GRAPH],
+    ids=["without_triton", "on_a_cpu", "operators_are_sound", "many_keys"],
 )
 def test_references_alone(program):
     result = run("-c", program)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "program",
+    [KERNELS_ARE_FOUND, ONE_GRAPH, OPERATORS_ARE_SOUND],
+    ids=["kernels_are_found", "one_graph", "operators_are_sound"],
+)
+def test_a_build_with_cuda(program):
+    result = run("-c", AS_IN_A_BUILD_WITH_CUDA + program)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_function_is_marked_as_torch_would():
+    def number():
+        return 1
+
+    marked = dict(vars(constant_in_graphs(number)))
+    assert marked and vars(torch.compiler.assume_constant_result(number)) == marked
 
 
 def test_collection_fails_where_no_kernel_could_run():
