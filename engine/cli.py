@@ -5,7 +5,6 @@ flags. Each is in a file of engine/commands or data/prepare, imported on use.
 """
 
 import importlib
-import importlib.util
 import json
 import sys
 import warnings
@@ -14,6 +13,7 @@ from pathlib import Path
 from duotone.data.refusal import Refused
 from duotone.data.whole_file import file_system_message
 from duotone.engine.log import say_warnings_plainly
+from duotone.engine.own_file import import_file
 
 PREPARE = {
     "coco": ("duotone.data.prepare.coco", "PrepareCoco", "COCO captions and images"),
@@ -85,21 +85,15 @@ def dispatch(arguments: list[str]) -> None:
 
 
 def import_parts(given: list[str]) -> None:
-    """Imports a user's file, with its folder on sys.path as if it were run; parts that it registers can be loaded."""
+    """Imports a user's file; parts that it registers can be loaded."""
     if not given or not Path(given[0]).is_file():
         raise Refused(f"--with {' '.join(given)}: there is no such file; give a Python file and then the command")
-    file = Path(given[0]).resolve()
-    spec = importlib.util.spec_from_file_location(f"duotone_with_{file.stem}", file)
-    if spec is None:
-        raise Refused(f"--with {file}: it is not a Python file (*.py)")
-    sys.path.insert(0, str(file.parent))
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        import_file(Path(given[0]))
     except Refused:
         raise
     except Exception as error:  # noqa: BLE001 - a user's file may raise anything
-        raise Refused(f"--with {file} cannot be imported ({type(error).__name__}: {error})") from None
+        raise Refused(f"--with {given[0]} cannot be imported ({type(error).__name__}: {error})") from None
 
 
 def on_a_model(command: str, rest: list[str]) -> None:

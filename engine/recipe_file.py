@@ -1,11 +1,11 @@
 """Reads a recipe from a recipe's file or a run's folder, with flags applied on top."""
 
-import runpy
 from pathlib import Path
 
 from duotone.data.refusal import Refused
 from duotone.engine import run_folder
 from duotone.engine.command_line import parse
+from duotone.engine.own_file import import_file
 from duotone.engine.recipe import Recipe
 from duotone.engine.recipe_json import from_json, refuse_unstorable
 
@@ -31,7 +31,7 @@ def written(file: Path) -> Recipe:
     if not file.is_file():
         raise Refused(f"{file} does not exist: give a recipe's file, such as recipes/coco_clip.py, or a run's folder")
     try:
-        found = runpy.run_path(str(file)).get("recipe")
+        found = vars(import_file(file)).get("recipe")
     except Exception as error:  # noqa: BLE001 - a file that may not be a recipe can raise anything
         raise Refused(f"{file} cannot be run as a recipe ({type(error).__name__}: {error})") from None
     if not isinstance(found, Recipe):

@@ -1,6 +1,8 @@
 """`duotone sample RUN`: draw pictures with a trained model."""
 
+import inspect
 import itertools
+import json
 import math
 import re
 import sys
@@ -36,6 +38,8 @@ class Sample:
     """Pictures to sharpen, or with --mask to fill, for a model that is conditioned on an image."""
     mask: tuple[Path, ...] = ()
     """A picture that is white where the image is to be filled: one for each --image, or one for all."""
+    own: tuple[str, ...] = ()
+    """Conditions of your own, each with a JSON list of values, as in --own "brightness=[0.2, 0.9]" (see duotone --with)."""
     negative: str | None = None
     """Caption to steer away from."""
     count: int = 1
@@ -121,6 +125,7 @@ class Sample:
         asked: dict = {}
         named = {"prompts": self.prompt, "labels": self.label}
         named["holes" if self.mask else "images"] = self.pictures(channels)
+        named |= dict(map(own_condition, self.own))
         for name, values in named.items():
             if values:
                 asked[name] = [v for v in values for _ in range(self.count)]
@@ -217,3 +222,19 @@ class Sample:
                 "--negative, --guide, --interval and --rescale have no effect at guidance 1: give more, or leave them out"
             )
         return scales
+
+
+def own_condition(text: str) -> tuple[str, list]:
+    """The name and the values of one --own."""
+    from duotone.engine.sample import sample
+
+    name, _, written = text.partition("=")
+    try:
+        values = json.loads(written)
+    except ValueError:
+        values = None
+    if not name.isidentifier() or not isinstance(values, list) or not values:
+        raise Refused(f'--own {text}: write a name, = and a JSON list, as in "brightness=[0.2, 0.9]"')
+    if name in inspect.signature(sample).parameters:
+        raise Refused(f"--own {name}: this is no condition of your own; duotone sample --help lists its flag")
+    return name, values

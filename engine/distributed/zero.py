@@ -55,6 +55,7 @@ def join(device: str) -> Ranks:
     if not on_cuda:
         without_its_own_operator()
     if not dist.is_initialized():
+        before_there_is_a_group()
         backend = "nccl" if on_cuda else "gloo"
         meet(backend)
         deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=PATIENCE)
@@ -66,6 +67,12 @@ def join(device: str) -> Ranks:
     return Ranks(
         dist.get_rank(), dist.get_world_size(), torch.device("cuda", local) if on_cuda else torch.device("cpu")
     )
+
+
+def before_there_is_a_group() -> None:
+    """Imports functions whose default argument is the process group of that moment: imported later, as by the compiler, they
+    would hold the group, and its threads, for good."""
+    importlib.import_module("torch.distributed.nn.functional")
 
 
 def without_its_own_operator() -> None:

@@ -136,8 +136,6 @@ def meaning(objective: Objective) -> dict:
 
 def objective_differences(theirs: dict, objective: Objective) -> list[str]:
     """A line if the source was trained on another objective than this run's, which the weights then have to unlearn."""
-    if not theirs:
-        return []
     ours = meaning(objective) if "objective" in theirs else scheduled(objective)
     differ = [f"{name} {value} there, {ours.get(name, 'none')} here" for name, value in theirs.items()
               if ours.get(name, "none") not in (value, None)]  # fmt: skip

@@ -1,11 +1,13 @@
 """Custom parts, written outside of the package: what accepts them, and what says where they must be registered."""
 
+import os
 import re
 import subprocess
 import sys
 import warnings
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from torch import nn
 from duotone.data import captioned_shapes
 from duotone.data.refusal import Refused
 from duotone.data.shards import Shards
-from duotone.engine import cli, drawing, load, model_card, preview, register, train
+from duotone.engine import artifact, cli, drawing, load, model_card, pictures, preview, register, train
 from duotone.engine.artifact import Model, build
 from duotone.engine.checkpoint import Checkpoints
 from duotone.engine.conditioning.base import Conditioner, Conditioning, Facts
@@ -26,6 +28,7 @@ from duotone.engine.evaluate.images import Images
 from duotone.engine.model.unet import UNetConfig
 from duotone.engine.objectives.edm import EDM
 from duotone.engine.objectives.flow import Flow
+from duotone.engine.own_file import import_file
 from duotone.engine.recipe import Recipe
 from duotone.engine.recipe_json import refuse_unstorable
 from duotone.engine.sample import NotFinite, sample
@@ -220,6 +223,44 @@ def test_a_file_of_ones_own_is_trained_by_and_given_to_a_command(tmp_path, capsy
     assert "names the type 'Mine'" in said and "or give it to the command: duotone --with FILE COMMAND" in said
     ran = subprocess.run([sys.executable, "-m", "duotone.engine.cli", "--with", str(mine), *words])
     assert ran.returncode == 0 and (tmp_path / "s.png").exists()
+    command = [sys.executable, "-m", "duotone.engine.cli", "estimate", str(mine)]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0 and "micro-batch" in ran.stdout, ran.stderr
+
+
+@pytest.fixture
+def path_restored(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+def test_a_file_that_was_just_edited_is_read_anew(path_restored, tmp_path):
+    """Bytecode is stored with its file's time, in seconds, and length: here both stay the same."""
+    mine = tmp_path / "mine.py"
+    for number in (1, 2):
+        mine.write_text(f"number = {number}")
+        os.utime(mine, (10**9, 10**9))
+        assert import_file(mine).number == number
+
+
+def test_the_command_asks_for_a_condition_of_ones_own(path_restored, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(artifact, "load", lambda *_, **__: model_of(Brightness()))
+    sheet = tmp_path / "s.png"
+    words = ["sample", "run", "--steps", "1", "--columns", "4", "--out", str(sheet), "--overwrite", "--own"]
+    cli.main([*words, "brightness=[0.1, 0.9]", "--count", "2"])
+    drawn = pictures.read(sheet, 3)
+    expected = sample(model_of(Brightness()), brightness=[0.1, 0.1, 0.9, 0.9], steps=1, guidance=2.0)
+    assert drawn.tolist() == np.asarray(pictures.grid(expected, 4)).tolist() and "4 pictures" in capsys.readouterr().out
+    for given, says in (
+        ("brightness=0.1", "write a name, = and a JSON list"),
+        ("brightness=[]", "write a name, = and a JSON list"),
+        ("brightness=[0.1", "write a name, = and a JSON list"),
+        ("0=[1]", "write a name, = and a JSON list"),
+        ("steps=[1]", "--own steps: this is no condition of your own"),
+        ("brightnes=[0.1]", "takes no brightnes: it takes brightness"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*words, given])
+        assert stop.value.code == 2 and says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -227,14 +268,13 @@ def test_a_file_of_ones_own_is_trained_by_and_given_to_a_command(tmp_path, capsy
     [
         (None, "--with : there is no such file; give a Python file and then the command"),
         ("mine.py", "mine.py cannot be imported \\(ZeroDivisionError: division by zero\\)"),
-        ("mine.txt", "mine.txt: it is not a Python file"),
+        ("mine.txt", "mine.txt cannot be imported \\(SyntaxError: invalid syntax"),
     ],
 )
-def test_a_file_that_cannot_be_imported_is_one_line(file, says, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path])
+def test_a_file_that_cannot_be_imported_is_one_line(file, says, tmp_path, capsys, path_restored):
     given = []
     if file is not None:
-        (tmp_path / file).write_text("1 / 0")
+        (tmp_path / file).write_text("1 / 0" if file == "mine.py" else "no Python")
         given = [str(tmp_path / file), "sample", "run"]
     with pytest.raises(SystemExit) as stop:
         cli.main(["--with", *given])
@@ -258,8 +298,6 @@ def test_a_sampler_that_gives_no_picture_is_told():
 
 
 def test_a_rule_that_has_no_such_name_is_refused(tmp_path, capsys):
-    from duotone.engine import artifact
-
     recipe = Recipe(name="x", conditioning=(Label(),), model=PLAIN, data=Shards(size=8), objective=EDM(sigma_data=0.5))
     path = tmp_path / "m.safetensors"
     artifact.save(path, dict(build(recipe, FACTS).named_parameters()), recipe, FACTS, 0)
