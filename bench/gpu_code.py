@@ -17,17 +17,17 @@ from unittest import mock
 
 import torch
 import triton
-
-# As in a build with CUDA, where operators show torch.compile what they launch; they ask when they are imported.
-torch.backends.cuda.is_built = lambda: True
-
-from networks import diffusers
 from record import RESULTS, command, machine, refuse, refuse_unwritable, table, write_json
 from triton.backends.compiler import GPUTarget
 
 from duotone.data.refusal import Refused
-from duotone.engine.model.blocks import ResBlock, Transformer
-from duotone.kernels import attention, attention_backends, group_norm_silu
+
+# In a build with CUDA, kernels show torch.compile what they launch; whether this is one, they ask when they are imported.
+with mock.patch.object(torch.backends.cuda, "is_built", lambda: True):
+    from networks import diffusers
+
+    from duotone.engine.model.blocks import ResBlock, Transformer
+    from duotone.kernels import attention, attention_backends, group_norm_silu
 
 DEVICE = torch.device("cuda", 0)
 H100 = SimpleNamespace(

@@ -9,6 +9,7 @@ from duotone.data.refusal import Refused
 from duotone.data.whole_file import write_json
 from duotone.engine.evaluate.classifier import ClassifierConfig
 from duotone.engine.evaluate.features import FeaturesConfig
+from duotone.engine.evaluate.sample_settings import SampleSettings
 from duotone.engine.run_folder import made, refuse_unwritable
 from duotone.engine.speed import SAMPLING, Speed
 
@@ -24,7 +25,7 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate:
+class Evaluate(SampleSettings):
     """Measure a trained model against its data: Frechet and kernel distance, precision and recall, whether a classifier
     sees what was asked for, the loss by noise level and class, the nearest training image of every sample.
 
@@ -42,12 +43,6 @@ class Evaluate:
     """Real images whose distance is reported as the floor; by default as many as samples; fewer give a larger floor."""
     guidance: float | None = None
     """Guidance scale; by default 2, or 1 if conditions were never dropped in training."""
-    steps: int = 18
-    """Sampling steps."""
-    sampler: str = "heun"
-    """euler, heun, dpmpp_2m, ancestral or stochastic_heun."""
-    seed: int = 1
-    """Seed of the pictures' noise and of the losses' draws."""
     features: FeaturesConfig = FeaturesConfig()
     classifier: ClassifierConfig = ClassifierConfig()
     loss_images: int = 512
@@ -72,7 +67,9 @@ class Evaluate:
 
         model = load(path, speed=self.speed)
         guidance = (2.0 if model.can_be_guided else 1.0) if self.guidance is None else self.guidance
-        dataclasses.replace(self, guidance=guidance).measure(path, model)
+        resolved = dataclasses.replace(self, guidance=guidance)
+        resolved.refuse_without_effect()
+        resolved.measure(path, model)
 
     def measure(self, path: Path, model) -> None:
         if self.json is not None:
@@ -125,7 +122,7 @@ class Evaluate:
         """The command without the paths of this machine."""
         test = " --test DIR" if self.test else ""
         always = ("samples", "guidance", "steps", "sampler", "seed")
-        rest = ("floor", "features", "classifier", "loss_images", "loss_levels", "most")
+        rest = (*STEERING, "floor", "features", "classifier", "loss_images", "loss_levels", "most")
         said = [flag for name in always for flag in flags_for(name, getattr(self, name), None)]
         said += [flag for name in rest for flag in flags_for(name, getattr(self, name), getattr(Evaluate(), name))]
         return " ".join([f"duotone evaluate RUN --data.shards DIR{test}", *said])
@@ -134,14 +131,7 @@ class Evaluate:
         """Measures the captioned shapes by reading them from the pixels."""
         from duotone.engine.evaluate.captioned_shapes import obedience
 
-        result = obedience(
-            model,
-            per_caption=self.per_caption,
-            guidance=self.guidance,
-            steps=self.steps,
-            sampler=self.sampler,
-            seed=self.seed,
-        )
+        result = obedience(model, self, per_caption=self.per_caption)
         values = dataclasses.asdict(result)
         checker = values.pop("checker")
         print(f"{result.samples} pictures, {self.per_caption} for each caption, guidance {self.guidance}")
@@ -152,8 +142,14 @@ class Evaluate:
             made(self.json.parent)
             always = ("per_caption", "guidance", "steps", "sampler", "seed")
             said = [flag for name in always for flag in flags_for(name, getattr(self, name), None)]
+            said += [
+                flag for name in STEERING for flag in flags_for(name, getattr(self, name), getattr(Evaluate(), name))
+            ]
             write_json(self.json, {"command": " ".join(["duotone evaluate RUN", *said]), **values, "checker": checker})
 
+
+STEERING = ("interval", "rescale", "rule", "spacing", "clip")
+"""Settings that a result's command names only if they differ from their defaults."""
 
 AGAINST_DATA = (
     "test",
@@ -177,10 +173,11 @@ def flags_for(name: str, value, default) -> list[str]:
     if dataclasses.is_dataclass(value):
         fields = [field.name for field in dataclasses.fields(value)]
         return [flag for f in fields for flag in flags_for(f"{name}.{f}", getattr(value, f), getattr(default, f))]
-    flag = f"--{name.replace('_', '-')}"
-    if isinstance(value, bool):
-        return [flag if value else f"{flag.rpartition('.')[0]}.no-{flag.rpartition('.')[2]}"]
-    return [f"{flag} {'PATH' if isinstance(value, Path) else value}"]
+    part, dot, last = name.replace("_", "-").rpartition(".")
+    if isinstance(value, bool) and default is not None:  # one that may be None takes True or False as a word
+        return [f"--{part}{dot}{'' if value else 'no-'}{last}"]
+    written = "PATH" if isinstance(value, Path) else " ".join(map(str, value if isinstance(value, tuple) else [value]))
+    return [f"--{part}{dot}{last} {written}"]
 
 
 def place_of(path: Path) -> tuple[Path, str]:

@@ -6,6 +6,7 @@ import numpy as np
 
 from duotone.data.captioned_shapes import captions, drawing_of
 from duotone.engine.artifact import Model
+from duotone.engine.evaluate.sample_settings import SampleSettings
 from duotone.engine.evaluate.shape_reader import confusion, read_back
 from duotone.engine.sample import sample
 
@@ -26,12 +27,10 @@ class Obedience:
     """The checker's own accuracy on held-out real renders."""
 
 
-def obedience(
-    model: Model, *, per_caption: int = 1, guidance: float = 2.0, steps: int = 18, sampler: str = "heun", seed: int = 1
-) -> Obedience:
-    """Samples every caption `per_caption` times with guidance, and reads from each picture what it shows."""
+def obedience(model: Model, settings: SampleSettings, *, per_caption: int = 1) -> Obedience:
+    """Samples every caption `per_caption` times, and reads from each picture what it shows."""
     asked = [caption for caption in captions() for _ in range(per_caption)]
-    images_NHWC = sample(model, prompts=asked, guidance=guidance, steps=steps, sampler=sampler, seed=seed)
+    images_NHWC = sample(model, prompts=asked, **settings.for_sample())
     right_NP = np.array([rightness(image, caption) for image, caption in zip(images_NHWC, asked)])
     own = confusion(size=model.size)
     return Obedience(

@@ -20,6 +20,7 @@ from duotone.engine.evaluate.images import Images, Splits
 from duotone.engine.evaluate.loss_table import Loss, loss_table
 from duotone.engine.evaluate.nearest import Nearest, nearest
 from duotone.engine.evaluate.progress import Progress
+from duotone.engine.evaluate.sample_settings import SampleSettings
 from duotone.engine.evaluate.shares import Share
 from duotone.engine.log import say
 from duotone.engine.sample import sample
@@ -28,14 +29,10 @@ CHUNK = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(SampleSettings):
     """How samples are drawn and measured."""
 
     samples: int = 1000
-    guidance: float = 2.0
-    steps: int = 18
-    sampler: str = "heun"
-    seed: int = 1
     floor: int | None = None
     loss_images: int = 512
     loss_levels: int = 8
@@ -236,10 +233,7 @@ def asked(model: Model, asked_for: Images, settings: Settings, on_step: Callable
     return sample(
         model,
         **conditions(model, asked_for),
-        guidance=settings.guidance if takes_conditions(model) else 1.0,
-        steps=settings.steps,
-        sampler=settings.sampler,
-        seed=settings.seed,
+        **settings.for_sample() | ({} if takes_conditions(model) else {"guidance": 1.0}),
         chunk=CHUNK,
         on_step=on_step,
     )
@@ -284,7 +278,7 @@ def copies_of(samples_NHWC: np.ndarray, made_ND: np.ndarray, splits: Splits, rea
 
 def to_json(result: Evaluation, splits: Splits, model: Model) -> dict:
     """Everything measured, and all settings that are needed to repeat it, without any path."""
-    settings = asdict(result.settings)
+    settings = asdict(result.settings) | result.settings.to_json()
     settings.pop("cache")
     settings["features"] = {"network": settings["features"]["network"]}
     return {

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import shutil
 import sys
 from dataclasses import asdict, replace
@@ -429,6 +430,21 @@ def test_a_trained_run_is_measured_end_to_end(run, cache, tmp_path, capsys):
     assert str(tmp_path) not in json.dumps(found)
 
 
+def test_samples_are_drawn_as_the_sample_command_would(run, cache, tmp_path, monkeypatch):
+    real, seen = evaluation.sample, []
+    monkeypatch.setattr(evaluation, "sample", lambda *given, **asked: seen.append(asked) or real(*given, **asked))
+    steered = ("--guidance", "1.5", "--interval", "1", "inf", "--rescale", "0.5", "--spacing", "log-linear")
+    found = evaluated(run, cache, tmp_path / "out", *steered)
+    assert found["forwards_per_sample"] == 3, "of the two steps, from sigma 80 and 0.4, the first is guided"
+    assert found["settings"]["interval"] == [1.0, None] and found["settings"]["rule"] == "plain"
+    assert "--interval 1.0 inf --rescale 0.5 --spacing log-linear" in found["command"]
+    assert "Infinity" not in (tmp_path / "out" / "evaluation.json").read_text(), "which is no JSON"
+    for asked in seen:
+        assert (asked["guidance"], asked["rescale"], asked["spacing"], asked["clip"]) == (1.5, 0.5, "log-linear", None)
+        assert (asked["interval"], asked["rule"], asked["seed"]) == ((1.0, math.inf), None, 1)
+    assert seen
+
+
 def test_a_run_that_held_images_out_is_measured_against_three_sets(clothes, cache, tmp_path, capsys):
     """The split is in the run's folder, none of its keys was ever read, and the floor may use fewer real images."""
     recipe = Recipe(
@@ -664,8 +680,9 @@ def test_the_captioned_shapes_are_still_read_from_their_pixels(tmp_path, capsys)
     model = replace(TINY, in_channels=3, out_channels=3, attention=("none", "cross"), context_width=16, heads=(1, 2))
     text = (ByteText(width=16, layers=1, heads=2, length=48),)
     path = untrained(tmp_path / "m.safetensors", text, facts, model=model, data=Shards(size=16))
-    cli.main(["evaluate", str(path), "--steps", "1", "--json", str(tmp_path / "e.json")])
+    cli.main(["evaluate", str(path), "--steps", "1", "--clip", "True", "--json", str(tmp_path / "e.json")])
     found = json.loads((tmp_path / "e.json").read_text())
+    assert found["command"].endswith("--sampler heun --seed 1 --clip True")
     assert found["samples"] == 120 and "checker on real renders" in capsys.readouterr().out
     assert set(found) == {
         *("command", "samples", "shape", "colour", "background", "colour_and_background", "everything", "checker")
@@ -699,6 +716,9 @@ def refused(capsys, *arguments: str) -> str:
         (["--features.network", "dinov2"], "--features.weights"),
         (["--features.network", "inception"], "torch-fidelity's .* or torchvision's"),
         (["--sampler", "rk45"], "rk45.*heun"),
+        (["--rule", "zero"], "rule 'zero' is unknown: there are plain, apg"),
+        (["--spacing", "trailing"], "spacing 'trailing' is unknown to EDM"),
+        (["--guidance", "1", "--interval", "0.3", "inf"], "no effect at guidance 1"),
         (["--per-caption", "3"], "--per-caption has no effect on a measurement against data"),
         (
             ["--out", str(FASHION / "t10k-labels-idx1-ubyte.gz" / "out")],
