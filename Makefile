@@ -5,6 +5,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# constraints-oldest.txt has the oldest versions that setup.py admits.
+CONSTRAINTS ?= constraints.txt
 RUN := runs/captioned_shapes
 # Each test uses one thread, and some wait for other processes: three workers keep two cores busy.
 # worksteal gives neighbouring tests to one worker, because the tests of a file share expensive set-up.
@@ -24,12 +26,12 @@ env: $(VENV)/.ready
 # All bytecode is compiled at the end by every core; pip would use only one. Without it, where PYTHONDONTWRITEBYTECODE
 # is set, as in many containers, Python would compile its imports at every start. Files that fail to compile are never
 # imported, so their errors are ignored.
-$(VENV)/.ready: setup.py constraints.txt
+$(VENV)/.ready: setup.py $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 13) else "duotone: needs Python 3.11 or 3.12; pass PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --no-compile -c constraints.txt setuptools wheel
-	$(BIN)/pip install -q --no-compile -c constraints.txt torch numpy
-	$(BIN)/pip install -q --no-compile -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q --no-compile -c $(CONSTRAINTS) setuptools wheel
+	$(BIN)/pip install -q --no-compile -c $(CONSTRAINTS) torch numpy
+	$(BIN)/pip install -q --no-compile -c $(CONSTRAINTS) -e '.[dev]'
 	$(BIN)/python -m compileall -qq -j 0 -x '/(tests?|testing)/' $(VENV)/lib || true
 	touch $@
 

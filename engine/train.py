@@ -35,8 +35,8 @@ def train(recipe: Recipe) -> Path:
     """Trains a recipe to its last image or its time limit, resuming an interrupted run; returns the run's folder.
 
     Raises Refused, before anything is written, if the recipe, its data or the run's folder cannot be used, and
-    Interrupted if SIGINT or SIGTERM stopped the run, after a checkpoint has been written. Further SIGTERMs are ignored then, so
-    that the process ends with its exit code; a caller that goes on instead sets the handler anew.
+    Interrupted if SIGINT or SIGTERM stopped the run, after a checkpoint has been written. After a SIGTERM further ones
+    are ignored, so that the process ends with its exit code; a caller that goes on instead sets the handler anew.
     """
     recipe.check()
     refuse_unstorable(recipe)
