@@ -37,7 +37,7 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6.1",
-            "ruff>=0.12",
+            "ruff>=0.17.5",
             "diffusers>=0.38",
             "scikit-learn>=1.5",
             "matplotlib>=3.9",
