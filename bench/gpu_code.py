@@ -29,6 +29,8 @@ with mock.patch.object(torch.backends.cuda, "is_built", lambda: True):
     from duotone.engine.model.blocks import ResBlock, Transformer
     from duotone.kernels import attention, attention_backends, group_norm_silu
 
+READS = "2.13"
+"""The version of torch whose compiler this knows; another's has other insides."""
 DEVICE = torch.device("cuda", 0)
 H100 = SimpleNamespace(
     name="NVIDIA H100", major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30, warp_size=32,
@@ -57,6 +59,7 @@ def a_gpu_in_name():
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor import config, scheduler
     from torch._inductor.fx_passes import fuse_attention, misc_patterns, pad_mm
+    from torch._subclasses import fake_tensor
 
     with contextlib.ExitStack() as stack:
         answers = {
@@ -69,6 +72,7 @@ def a_gpu_in_name():
         }  # fmt: skip
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer, create=True))
+        stack.enter_context(mock.patch.object(fake_tensor, "init_gpu_context", lambda *_: None))
         for name, answer in {"get_device_properties": lambda *_: H100, "get_compute_capability": lambda *_: 90}.items():
             stack.enter_context(mock.patch.object(CudaInterface, name, staticmethod(answer)))
         # These trace example patterns on a real device; none of them concerns a block's own operators.
@@ -216,7 +220,7 @@ def is_launch(node) -> bool:
 
     if isinstance(node, scheduler.NopKernelSchedulerNode):
         return False
-    return not isinstance(node.node, ir.MultiOutput | ir.AllocatingMultiOutput)
+    return not isinstance(node.node, ir.MultiOutput)
 
 
 def launch_of(node) -> Launch:
@@ -421,6 +425,8 @@ def main() -> None:
     path = asked.json or (None if asked.case else RESULTS / "gpu_code.json")
     if path:
         refuse_unwritable(path)
+    if not torch.__version__.startswith(f"{READS}."):
+        refuse(f"torch {torch.__version__}: this reads what the compiler of torch {READS} writes; install that version")
     try:
         rows = [row for name in names for row in measure(name, asked.images, bool(asked.case))]
     except Refused as refusal:
