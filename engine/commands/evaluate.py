@@ -123,9 +123,12 @@ class Evaluate(SampleSettings):
         test = " --test DIR" if self.test else ""
         always = ("samples", "guidance", "steps", "sampler", "seed")
         rest = (*STEERING, "floor", "features", "classifier", "loss_images", "loss_levels", "most")
-        said = [flag for name in always for flag in flags_for(name, getattr(self, name), None)]
-        said += [flag for name in rest for flag in flags_for(name, getattr(self, name), getattr(Evaluate(), name))]
-        return " ".join([f"duotone evaluate RUN --data.shards DIR{test}", *said])
+        return " ".join([f"duotone evaluate RUN --data.shards DIR{test}", *self.flags(always, rest)])
+
+    def flags(self, always: tuple[str, ...], rest: tuple[str, ...]) -> list[str]:
+        """The flags of the settings in `always`, and of those in `rest` that differ from their defaults."""
+        defaults = dict.fromkeys(always) | {name: getattr(Evaluate(), name) for name in rest}
+        return [flag for name, default in defaults.items() for flag in flags_for(name, getattr(self, name), default)]
 
     def obedience(self, model) -> None:
         """Measures the captioned shapes by reading them from the pixels."""
@@ -141,11 +144,14 @@ class Evaluate(SampleSettings):
         if self.json:
             made(self.json.parent)
             always = ("per_caption", "guidance", "steps", "sampler", "seed")
-            said = [flag for name in always for flag in flags_for(name, getattr(self, name), None)]
-            said += [
-                flag for name in STEERING for flag in flags_for(name, getattr(self, name), getattr(Evaluate(), name))
-            ]
-            write_json(self.json, {"command": " ".join(["duotone evaluate RUN", *said]), **values, "checker": checker})
+            write_json(
+                self.json,
+                {
+                    "command": " ".join(["duotone evaluate RUN", *self.flags(always, STEERING)]),
+                    **values,
+                    "checker": checker,
+                },
+            )
 
 
 STEERING = ("interval", "rescale", "rule", "spacing", "clip")

@@ -88,6 +88,7 @@ class Sample:
 
         self.check()
         model = load(path, speed=self.speed)
+        self.refuse_own(model)
         asked, images = self.asked(model.network.unet.config.out_channels)
         drawn, seen = self.draw(model, asked, images)
         several = len(self.guidance) > 1
@@ -125,7 +126,7 @@ class Sample:
         asked: dict = {}
         named = {"prompts": self.prompt, "labels": self.label}
         named["holes" if self.mask else "images"] = self.pictures(channels)
-        named |= dict(map(own_condition, self.own))
+        named |= self.own_conditions()
         for name, values in named.items():
             if values:
                 asked[name] = [v for v in values for _ in range(self.count)]
@@ -137,6 +138,31 @@ class Sample:
         elif sets:
             asked["attributes"] = sets * images
         return (asked or {"count": images}), images
+
+    def own_conditions(self) -> dict[str, list]:
+        """The values of every --own, by name."""
+        values: dict[str, list] = {}
+        for name, given in map(own_condition, self.own):
+            if name in values:
+                raise Refused(f"--own {name} is given twice: give all its values in one list")
+            values[name] = given
+        return values
+
+    def refuse_own(self, model) -> None:
+        """Raises Refused on values that a conditioning of one's own cannot read; its code may raise anything."""
+        values = self.own_conditions()
+        for conditioner in model.network.conditioners.values():
+            given = values.get(conditioner.keyword)
+            try:
+                if given is not None:
+                    conditioner.of_values(given, self.size)
+            except Refused:
+                raise
+            except Exception as error:  # noqa: BLE001
+                kind = type(conditioner).__name__
+                raise Refused(
+                    f"--own {conditioner.keyword}: {kind} cannot read {given} ({type(error).__name__}: {error})"
+                ) from None
 
     def pictures(self, channels: int) -> list:
         """The given pictures, each paired with its mask if there are masks."""

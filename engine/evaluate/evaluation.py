@@ -233,7 +233,7 @@ def asked(model: Model, asked_for: Images, settings: Settings, on_step: Callable
     return sample(
         model,
         **conditions(model, asked_for),
-        **settings.for_sample() | ({} if takes_conditions(model) else {"guidance": 1.0}),
+        **settings.for_sample(),
         chunk=CHUNK,
         on_step=on_step,
     )

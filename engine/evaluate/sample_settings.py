@@ -43,7 +43,7 @@ class SampleSettings:
         return {name: getattr(self, name) for name in names} | {"rule": rule_named(self.rule)}
 
     def to_json(self) -> dict:
-        """As plain JSON, in which an interval without an upper bound ends in null."""
-        low, high = self.interval
+        """As plain JSON, in which an interval's end at infinity is null."""
+        interval = [None if math.isinf(end) else end for end in self.interval]
         names = ("guidance", "rescale", "rule", "steps", "sampler", "spacing", "clip", "seed")
-        return {name: getattr(self, name) for name in names} | {"interval": [low, None if math.isinf(high) else high]}
+        return {name: getattr(self, name) for name in names} | {"interval": interval}

@@ -445,6 +445,15 @@ def test_samples_are_drawn_as_the_sample_command_would(run, cache, tmp_path, mon
     assert seen
 
 
+def test_guidance_of_a_model_without_conditions_is_refused(clothes, tmp_path, cache, capsys):
+    path = untrained(tmp_path / "m.safetensors", (), Facts(), model=TINY)
+    flags = ("--data.shards", str(clothes), "--cache", str(cache), "--out", str(tmp_path / "out"), *QUICK)
+    said = refused(capsys, str(path), *flags, "--guidance", "2", "--interval", "0.3", "1")
+    assert "guidance needs a condition" in said and not (tmp_path / "out").exists()
+    cli.main(["evaluate", str(path), *flags])
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["settings"]["guidance"] == 1
+
+
 def test_a_run_that_held_images_out_is_measured_against_three_sets(clothes, cache, tmp_path, capsys):
     """The split is in the run's folder, none of its keys was ever read, and the floor may use fewer real images."""
     recipe = Recipe(

@@ -256,11 +256,17 @@ def test_the_command_asks_for_a_condition_of_ones_own(path_restored, tmp_path, m
         ("brightness=[0.1", "write a name, = and a JSON list"),
         ("0=[1]", "write a name, = and a JSON list"),
         ("steps=[1]", "--own steps: this is no condition of your own"),
+        ('brightness=["x"]', "BrightnessConditioner cannot read ['x'] (ValueError: "),
+        ("brightness=[null]", "BrightnessConditioner cannot read [None] (TypeError: "),
         ("brightnes=[0.1]", "takes no brightnes: it takes brightness"),
     ):
         with pytest.raises(SystemExit) as stop:
             cli.main([*words, given])
-        assert stop.value.code == 2 and says in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and says in said and said.count("\n") == 1
+    with pytest.raises(SystemExit):
+        cli.main([*words, "brightness=[0.1]", "brightness=[0.9]"])
+    assert "--own brightness is given twice" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -207,11 +207,11 @@ def test_a_build_with_cuda(program):
 
 
 def test_a_function_is_marked_as_torch_would():
-    def number():
-        return 1
+    def ours(): ...
 
-    marked = dict(vars(constant_in_graphs(number)))
-    assert marked and vars(torch.compiler.assume_constant_result(number)) == marked
+    def theirs(): ...
+
+    assert vars(constant_in_graphs(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
 
 
 def test_collection_fails_where_no_kernel_could_run():
